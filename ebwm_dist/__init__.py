@@ -1,0 +1,3 @@
+"""Train Energy-Based World Models at scale."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,27 @@
+"""The typed configuration of a run."""
+
+from ebwm_dist.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MCMCConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+    WandbConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MCMCConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "WandbConfig",
+    "ZeroConfig",
+]

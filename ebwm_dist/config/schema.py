@@ -1,0 +1,183 @@
+"""The whole configuration as one typed tree of plain dataclasses.
+
+Only the standard library is imported here, so that models and MCMC can use their sections without OmegaConf.
+Reading files and overrides is `loading.py`, conditions that span several keys are `checks.py`, and the
+dictionary handed to DeepSpeed is `deepspeed.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
+
+
+def choice(default: str, *others: str) -> Any:
+    """Declare a string field that accepts `default` and `others` only."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the transformer, shared by the energy model and its autoregressive twin."""
+
+    kind: str = choice("ebt", "ar")
+    """`ebt`: energy-based transformer; `ar`: autoregressive Transformer++ built from the same blocks."""
+    variant: str = choice("default", "time_embed", "adaln")
+    """How the energy knows the MCMC step: not at all, by a learned token before the context, or by modulation."""
+    num_landscapes: int = 1
+    """Number of trained step conditionings; later steps repeat the last one. Always 1 for `default`."""
+    vocab_size: int = 50277
+    """Size of the vocabulary; must equal that of the tokenizer the data was made with."""
+    dim: int = 384
+    """Width D of the residual stream."""
+    num_layers: int = 6
+    """Number of transformer blocks."""
+    num_heads: int = 6
+    """Number of attention heads; must divide `dim` into even head widths."""
+    ffn_multiplier: float = 1.0
+    """Hidden width of the SwiGLU feed-forward as a multiple of `dim` (the published recipes use 1)."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+
+
+@dataclass
+class MCMCConfig:
+    """Refinement of a prediction by gradient descent on its energy."""
+
+    num_steps: int = 2
+    """Number of MCMC steps in training; the loss is the mean over their results."""
+    step_size: float = 500.0
+    """Initial value of the learnable step size alpha. It has to be set from width and vocabulary."""
+    step_size_lr_multiplier: Optional[float] = None
+    """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
+    update: str = choice("probabilities", "logits", "mirror")
+    """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`."""
+    initial_state: str = choice("random_noise", "zeros")
+    """Where a prediction starts: logits drawn from N(0, 1), or all zero."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, in optimizer steps."""
+
+    lr: float = 1.2e-3
+    """Peak learning rate of the model; alpha's is `mcmc.step_size_lr_multiplier` times this."""
+    betas: Tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of every parameter but alpha."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: str = choice("cosine", "wsd")
+    """After the warm-up: cosine to `final_lr_ratio`, or stable and then linear to it (WSD)."""
+    warmup_steps: int = 10_000
+    """Steps of linear warm-up from 0."""
+    decay_steps: Optional[int] = None
+    """Cosine: the step at which the decay ends; WSD: the length of the final decay. null: `training.max_steps`, and a tenth of it."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the end as a fraction of the peak."""
+
+
+@dataclass
+class TrainingConfig:
+    """The training loop."""
+
+    max_steps: int = 1_000_000
+    """Optimizer steps of the whole run."""
+    stop_after: Optional[int] = None
+    """Save and leave cleanly after this step; the same command without it goes on."""
+    global_batch_size: int = 256
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one rank; the rest is gradient accumulation."""
+    precision: str = choice("fp32", "bf16")
+    """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
+    max_nonfinite_steps: int = 10
+    """Stop after this many skipped (non-finite) steps in a row."""
+    log_interval: int = 10
+    """Steps between two log lines; every step is in metrics.jsonl."""
+    startup_timeout: float = 1800.0
+    """Seconds until the first step must be done, loading and compiling included."""
+    step_timeout: float = 600.0
+    """Seconds without progress after which a rank is taken to hang, once the first step is done."""
+
+
+@dataclass
+class DataConfig:
+    """The token shards to train on."""
+
+    path: str = "data/text"
+    """Folder made by data_tools/tokenize_text.py (holds manifest.json)."""
+    sequence_length: int = 256
+    """Tokens of context S; must equal the length the shards were packed with."""
+    shuffle_window: int = 8
+    """Shards whose samples are shuffled together; their index is what is held in memory."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process. Does not change the order."""
+
+
+@dataclass
+class ValidationConfig:
+    """Validation on the held-out split."""
+
+    interval: int = 1000
+    """Steps between two validations; the last step is always validated."""
+    max_sequences: int = 2048
+    """At most this many held-out sequences, always the same ones."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Sharded checkpoints of the whole training state."""
+
+    interval: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Number of newest checkpoints kept."""
+    resume: str = choice("auto", "never")
+    """`auto`: continue from the newest intact checkpoint in the run folder; `never`: refuse a run folder that has any."""
+
+
+@dataclass
+class ZeroConfig:
+    """What DeepSpeed ZeRO shards over the ranks."""
+
+    stage: int = field(default=1, metadata={"choices": (0, 1, 2)})
+    """0: nothing, 1: optimizer state, 2: optimizer state and gradients."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; `metrics.jsonl` is written whether or not it is used."""
+
+    mode: str = choice("disabled", "offline", "online")
+    """`offline` writes a local run that `wandb sync` uploads later."""
+    project: str = "ebwm"
+    """Project that the run belongs to."""
+    name: Optional[str] = None
+    """Name shown for the run; null: the run folder's name."""
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs/."""
+    seed: int = 0
+    """Seed of the weights, the data order and the MCMC noise."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mcmc: MCMCConfig = field(default_factory=MCMCConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    deepspeed: Dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed keys, passed through as they are; keys derived from the rest of this tree are refused."""

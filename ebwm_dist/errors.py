@@ -1,0 +1,17 @@
+"""Errors whose message is all a user needs: launchers print it as one line, without a traceback."""
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message says what and how."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the key, the value and what is allowed."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or does not fit; the message names the shard and, where known, the key."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit the run; the message names it."""
