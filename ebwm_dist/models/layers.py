@@ -1,0 +1,244 @@
+"""Llama-2 layers that can carry a tangent beside their input.
+
+Shapes: B batch, S candidate positions, T context positions (keys), D width, H heads, d head width.
+
+The energy model runs each block in three ways:
+
+* context: causal self-attention over observed states; hands out its keys and values.
+* candidate: position i attends to the context up to i and to itself.
+* candidate with tangent: the same, and beside every activation its derivative along a constant direction.
+  Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
+  operations are used, so one first-order backward through this pass yields second-order gradients.
+
+Every weight is used inside the forward of the module that owns it, which is what sharded parameters need.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles, each [S, d/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
+    """Return the rotary angles of `positions` [S]; made in float64, as low precision cannot hold a position."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+    angle = positions.to(torch.float64)[:, None] * frequency
+    dtype = torch.promote_types(dtype, torch.float32)
+    return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the interleaved pairs of `x` [B, H, S, d]."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotary
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last dimension, computed in at least float32."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned gain, computed in at least float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, tangent: Tensor | None = None) -> Tensor:
+        """Normalise `x` [B, S, D]; with a tangent return both, stacked along the batch [2B, S, D]."""
+        if tangent is None:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide, d_wide = x.to(dtype), tangent.to(dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        y = wide * scale
+        dy = (d_wide - y * (y * d_wide).mean(-1, keepdim=True)) * scale
+        return torch.cat((y, dy)).to(x.dtype) * self.weight
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates made from the embedding of the MCMC step (adaLN, as in DiT)."""
+
+    def __init__(self, dim: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Return `parts` vectors [D] for the step embedding `condition` [D]."""
+        return self.linear(F.silu(condition)).chunk(self.parts, dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions, in its context, candidate and tangent forms."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = 1 / math.sqrt(dim // num_heads)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _output(self, o: Tensor) -> Tensor:
+        return self.wo(o.transpose(1, 2).flatten(-2))
+
+    def _qkv(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        return rotate(self._heads(self.wq(h)), rotary), *self.keys_values(h, rotary)
+
+    def keys_values(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, T, d] of `h` [B, T, D]."""
+        return rotate(self._heads(self.wk(h)), rotary), self._heads(self.wv(h))
+
+    def context(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend causally within `h` [B, T, D]; return the output and this layer's keys and values."""
+        q, k, v = self._qkv(h, rotary)
+        return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
+
+    def candidate(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+        """Attend from `h` [B, S, D] to the context and itself; `hidden` [S, T] is true where a key is not seen."""
+        q, k, v = self._qkv(h, rotary)
+        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, hidden))
+        return self._output(p[..., :-1] @ values + p[..., -1:] * v)
+
+    def candidate_with_tangent(
+        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
+        (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in self._qkv(h, rotary))
+        # Candidate and tangent meet the same keys and values: stacked along the positions, one matmul each.
+        scores, d_context = (torch.cat((q, dq), -2) @ keys.mT * self.scale).chunk(2, -2)
+        p = softmax(self._with_self(scores, q, k, hidden))
+        p_context, p_self = p[..., :-1], p[..., -1:]
+        w_context = p_context * d_context  # hidden keys have p = 0, so their tangents need no mask
+        w_self = p_self * (dq * k + q * dk).sum(-1, keepdim=True) * self.scale
+        total = w_context.sum(-1, keepdim=True) + w_self
+        dp_context, dp_self = w_context - p_context * total, w_self - p_self * total
+        o, do = (torch.cat((p_context, dp_context), -2) @ values).chunk(2, -2)
+        return self._output(torch.cat((o + p_self * v, do + dp_self * v + p_self * dv)))
+
+    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+        """Hide future keys in `scores` [B, H, S, T] and append each candidate's score with itself."""
+        own = (q * k).sum(-1, keepdim=True) * self.scale
+        return torch.cat((scores.masked_fill(hidden, -math.inf), own), -1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(dim, hidden_dim, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map `h` [B, S, D] to [B, S, D]."""
+        return self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+    def with_tangent(self, h: Tensor) -> Tensor:
+        """Map candidate and tangent stacked as `h` [2B, S, D]."""
+        (a, da), (b, db) = self.w1(h).chunk(2), self.w3(h).chunk(2)
+        s = torch.sigmoid(a)
+        silu = a * s
+        return self.w2(torch.cat((silu * b, (s + silu * (1 - s)) * da * b + silu * db)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `condition` is the step embedding [D] of the `adaln` variant, else None."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, adaln: bool = False):
+        super().__init__()
+        self.attention_norm, self.ffn_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
+        self.attention = Attention(dim, num_heads)
+        self.feed_forward = FeedForward(dim, hidden_dim)
+        self.modulation = Modulation(dim, 6) if adaln else None
+
+    def _modulation(self, condition: Tensor | None) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Return (shift, scale, gate) of the attention and of the feed-forward."""
+        if self.modulation is None or condition is None:
+            return None, None
+        parts = self.modulation(condition)
+        return parts[:3], parts[3:]
+
+    def context(
+        self, x: Tensor, rotary: Rotary, condition: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the context stream `x` [B, T, D]; return it and its keys and values."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        y, k, v = self.attention.context(modulate(self.attention_norm(x), attention_mod), rotary)
+        x = x + gate(y, attention_mod)
+        x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+        return x, (k, v)
+
+    def context_keys_values(
+        self, x: Tensor, rotary: Rotary, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return only keys and values of the context stream: all that is needed of the last block."""
+        attention_mod, _ = self._modulation(condition)
+        return self.attention.keys_values(modulate(self.attention_norm(x), attention_mod), rotary)
+
+    def candidate(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        keys_values: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Run the candidate stream `x` [B, S, D]."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        h = modulate(self.attention_norm(x), attention_mod)
+        x = x + gate(self.attention.candidate(h, rotary, *keys_values, hidden), attention_mod)
+        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+
+    def candidate_with_tangent(
+        self,
+        x: Tensor,
+        tangent: Tensor,
+        rotary: Rotary,
+        keys_values: tuple[Tensor, Tensor],
+        hidden: Tensor,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
+        y = self.attention.candidate_with_tangent(h, rotary, *keys_values, hidden)
+        x, tangent = (a + b for a, b in zip((x, tangent), gate(y, attention_mod).chunk(2), strict=True))
+        h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
+        y = self.feed_forward.with_tangent(h)
+        x, tangent = (a + b for a, b in zip((x, tangent), gate(y, ffn_mod).chunk(2), strict=True))
+        return x, tangent
+
+
+def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    """Return `h * (1 + scale) + shift`, or `h` where there is no modulation (shift, scale, ...)."""
+    return h if modulation is None else h * (1 + modulation[1]) + modulation[0]
+
+
+def modulate_with_tangent(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    """Modulate candidate and tangent stacked as `h` [2B, S, D]; a tangent is scaled and not shifted."""
+    if modulation is None:
+        return h
+    y, dy = (h * (1 + modulation[1])).chunk(2)
+    return torch.cat((y + modulation[0], dy))
+
+
+def gate(y: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    """Scale a residual branch by its gate (shift, scale, gate); linear, so the same for a tangent."""
+    return y if modulation is None else y * modulation[2]
