@@ -1,0 +1,276 @@
+"""Checkpoints on disk: how a folder of files becomes a checkpoint all at once, and how a damaged one is noticed.
+
+All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and one of them calls `commit`: flush,
+rename to `step-000100/`, and last of all the marker `COMMITTED.json` with the size and SHA-256 of every file. A folder
+is a checkpoint if and only if it holds the marker; deleting takes the marker first. When a step is saved again, the
+checkpoint that was there waits as `step-000100.old/` until the new one is committed, so that one of the two counts
+at every moment.
+
+The run folder must be on a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebwm_dist.errors import CheckpointError
+
+MARKER = "COMMITTED.json"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{6,})(\.tmp|\.old)?")
+_MODEL_FILE = "mp_rank_00_model_states.pt"
+
+Files = dict[str, dict[str, Any]]
+"""Path inside the checkpoint -> `{"bytes": size, "sha256": hex digest}`."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Return the folder of the committed checkpoint of `step`."""
+    return Path(root) / f"step-{step:06d}"
+
+
+def staging_path(root: Path, step: int) -> Path:
+    """Return the folder that the ranks write into before the checkpoint of `step` is committed."""
+    return Path(root) / f"step-{step:06d}.tmp"
+
+
+def step_of(path: Path) -> int:
+    """Return the training step that a checkpoint folder is named after."""
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint: name a folder like step-000100")
+    return int(match.group(1))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the committed checkpoints, newest first, one for each step, without looking into their files."""
+    committed: dict[int, Path] = {}
+    for path in _folders(root):
+        # Sorted by name, so `step-N` comes before the `step-N.old` it has replaced.
+        if not path.name.endswith(".tmp") and (path / MARKER).exists():
+            committed.setdefault(step_of(path), path)
+    return [committed[step] for step in sorted(committed, reverse=True)]
+
+
+def newest_intact(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint whose files are all as they were written, or None if there are no checkpoints.
+
+    `warn` is told about every damaged checkpoint that is passed over.
+    """
+    checkpoints = list_checkpoints(root)
+    for path in checkpoints:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warn(f"checkpoint passed over: {error}")
+        else:
+            return path
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        raise CheckpointError(
+            f"no checkpoint in {root} is intact ({names}): restore one of them from a copy, "
+            "or start anew with another run_dir"
+        )
+    return None
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Return what `commit` wrote: `step`, `format_version`, `files` and `metadata`."""
+    try:
+        marker = json.loads((Path(path) / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {MARKER} cannot be read ({error})") from None
+    if not isinstance(marker, dict) or marker.get("format_version") != FORMAT_VERSION:
+        version = marker.get("format_version") if isinstance(marker, dict) else None
+        raise CheckpointError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: use the version that wrote it"
+        )
+    if not isinstance(marker.get("files"), dict) or not isinstance(marker.get("metadata"), dict):
+        raise CheckpointError(f"{path} is damaged: {MARKER} does not list the files")
+    if marker.get("step") != step_of(path):
+        raise CheckpointError(f"{path} is damaged: {MARKER} belongs to step {marker.get('step')}")
+    return marker
+
+
+def verify(path: Path) -> None:
+    """Read every file of a checkpoint and raise a `CheckpointError` that names the first one that has changed."""
+    files: Files = read_marker(path)["files"]
+    for name, expected in files.items():
+        try:
+            size = (Path(path) / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path} is damaged: {name} is missing") from None
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path} is damaged: {name} has {size} bytes instead of {expected['bytes']}")
+    for name, found in _hash_files(Path(path), files).items():
+        if found["sha256"] != files[name]["sha256"]:
+            raise CheckpointError(f"{path} is damaged: the content of {name} has changed since it was written")
+
+
+def prepare_staging(root: Path, step: int) -> Path:
+    """Make the empty folder that the ranks then write the checkpoint of `step` into. One rank calls this."""
+    path = staging_path(root, step)
+    if path.exists():
+        _delete(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
+    """Flush and hash this rank's share of the files, once all ranks have written theirs.
+
+    The shares of all ranks together are what `commit` wants.
+    """
+    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
+    load = [0] * world_size
+    mine = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = load.index(min(load))
+        load[least] += sizes[name] + 1
+        if least == rank:
+            mine.append(name)
+    return _hash_files(staging, mine, flush=True)
+
+
+def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> Path:
+    """Turn the staging folder into a checkpoint, replacing one of the same step, and return its path.
+
+    One rank calls this with the shares of all ranks. `metadata` is free-form and must be JSON.
+    """
+    files: Files = {}
+    for share in shares:
+        files.update(share)
+    present = {path.relative_to(staging).as_posix() for path in _files(staging)}
+    if present != set(files):
+        odd = ", ".join(sorted(present ^ set(files)))
+        raise CheckpointError(
+            f"{staging} cannot be committed, the ranks do not see the same files there ({odd}): "
+            "put run_dir on a file system that all nodes share"
+        )
+    step, root = step_of(staging), staging.parent
+    marker = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "metadata": metadata,
+        "files": dict(sorted(files.items())),
+    }
+    text = json.dumps(marker, indent=1) + "\n"
+    for folder in {path.parent for path in _files(staging)} | {staging}:
+        _flush(folder)
+
+    final, old = checkpoint_path(root, step), root / f"step-{step:06d}.old"
+    if (final / MARKER).exists():
+        if old.exists():
+            _delete(old)
+        _rename(final, old)
+    elif final.exists():
+        _delete(final)
+    _rename(staging, final)
+    draft = final / f"{MARKER}.tmp"
+    with open(draft, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _rename(draft, final / MARKER)
+    if old.exists():
+        _delete(old)
+    return final
+
+
+def prune(root: Path, keep: int, latest: int | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints.
+
+    `latest` is the step just saved. Checkpoints of later steps, which a resume has passed over as damaged, are then
+    neither counted nor deleted: counting them would cost intact ones.
+    """
+    checkpoints = [path for path in list_checkpoints(root) if latest is None or step_of(path) <= latest]
+    for path in checkpoints[max(keep, 1) :]:
+        _delete(path)
+
+
+def clean_leftovers(root: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted. One rank calls this, while nobody is saving."""
+    committed = set(list_checkpoints(root))
+    for path in _folders(root):
+        if path not in committed:
+            _delete(path)
+    for path in committed:
+        if path.name.endswith(".old"):
+            _rename(path, path.with_suffix(""))
+
+
+def load_module_state(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the model in a checkpoint (ZeRO stages 0 to 2), on the CPU, read as they are used.
+
+    They are in the precision that the model computes in. Nothing in the file is executed.
+    """
+    read_marker(path)
+    file = Path(path) / _MODEL_FILE
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {_MODEL_FILE}: weights can be taken out of ZeRO stages 0, 1 and 2")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(content["module"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{file} is not a file of model weights ({reason}): take another checkpoint") from None
+
+
+def _folders(root: Path) -> list[Path]:
+    if not Path(root).is_dir():
+        return []
+    return sorted(path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _hash_files(folder: Path, names: Iterable[str], flush: bool = False) -> Files:
+    def one(name: str) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        with open(folder / name, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+                size += len(block)
+            if flush:
+                os.fsync(stream.fileno())
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    names = list(names)
+    # Threads, because hashing and reading both release the interpreter lock.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    _flush(target.parent)
+
+
+def _delete(folder: Path) -> None:
+    if (folder / MARKER).exists():
+        os.unlink(folder / MARKER)
+        _flush(folder)
+    shutil.rmtree(folder)
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
