@@ -93,15 +93,15 @@ def read_marker(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {MARKER} cannot be read ({error})") from None
-    if not isinstance(marker, dict) or marker.get("format_version") != FORMAT_VERSION:
-        version = marker.get("format_version") if isinstance(marker, dict) else None
+    version = marker.get("format_version") if isinstance(marker, dict) else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}: use the version that wrote it"
         )
-    if not isinstance(marker.get("files"), dict) or not isinstance(marker.get("metadata"), dict):
-        raise CheckpointError(f"{path} is damaged: {MARKER} does not list the files")
-    if marker.get("step") != step_of(path):
-        raise CheckpointError(f"{path} is damaged: {MARKER} belongs to step {marker.get('step')}")
+    if marker.pop("checksum", None) != _checksum(marker):
+        raise CheckpointError(f"{path} is damaged: the content of {MARKER} has changed since it was written")
+    if marker["step"] != step_of(path):
+        raise CheckpointError(f"{path} is damaged: {MARKER} belongs to step {marker['step']}")
     return marker
 
 
@@ -115,8 +115,12 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {name} is missing") from None
         if size != expected["bytes"]:
             raise CheckpointError(f"{path} is damaged: {name} has {size} bytes instead of {expected['bytes']}")
-    for name, found in _hash_files(Path(path), files).items():
-        if found["sha256"] != files[name]["sha256"]:
+    try:
+        found = _hash_files(Path(path), files)
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged: a file cannot be read ({error})") from None
+    for name, expected in files.items():
+        if found[name] != expected:
             raise CheckpointError(f"{path} is damaged: the content of {name} has changed since it was written")
 
 
@@ -161,13 +165,8 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
             "put run_dir on a file system that all nodes share"
         )
     step, root = step_of(staging), staging.parent
-    marker = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "metadata": metadata,
-        "files": dict(sorted(files.items())),
-    }
-    text = json.dumps(marker, indent=1) + "\n"
+    marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
+    text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
     for folder in {path.parent for path in _files(staging)} | {staging}:
         _flush(folder)
 
@@ -254,6 +253,10 @@ def _hash_files(folder: Path, names: Iterable[str], flush: bool = False) -> File
     # Threads, because hashing and reading both release the interpreter lock.
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _checksum(marker: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -115,10 +115,8 @@ def test_kill_while_saving_leaves_previous_or_new(tmp_path: Path) -> None:
     for root, killed in kills(tmp_path, lambda root: save(root, 10, "old"), lambda root: save(root, 20, "new")):
         for _ in range(2):
             path = newest_intact(root, no_warning)
-            assert path is not None and (path.name, content_of(path)) in [
-                ("step-000010", "old"),
-                ("step-000020", "new"),
-            ]
+            assert path is not None
+            assert content_of(path) == {"step-000010": "old", "step-000020": "new"}[path.name]
             seen.add(path.name)
             clean_leftovers(root)
         assert sorted(entry.name for entry in root.iterdir()) == sorted(steps(root))
@@ -177,12 +175,16 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGE = {
     "content of rank-1.pt": lambda path: flip_byte(path / "rank-1.pt"),
     "rank-1.pt has 3 bytes instead of": lambda path: (path / "rank-1.pt").write_text("x 2"),
     "rank-0.pt is missing": lambda path: (path / "rank-0.pt").unlink(),
     "COMMITTED.json cannot be read": lambda path: (path / MARKER).write_text('{"format_'),
-    "does not list the files": lambda path: (path / MARKER).write_text('{"format_version": 1, "step": 2}'),
+    "the content of COMMITTED.json": lambda path: replace_text(path / MARKER, '"zero_stage": 1', '"zero_stage": 2'),
     "format version 99": lambda path: (path / MARKER).write_text('{"format_version": 99}'),
     "format version None": lambda path: (path / MARKER).write_text("[]"),
     "belongs to step 1": lambda path: (path / MARKER).write_text((path.parent / "step-000001" / MARKER).read_text()),
