@@ -8,7 +8,7 @@ dictionary handed to DeepSpeed is `deepspeed.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 
 def choice(default: str, *others: str) -> Any:
@@ -50,7 +50,7 @@ class MCMCConfig:
     """Number of MCMC steps in training; the loss is the mean over their results."""
     step_size: float = 500.0
     """Initial value of the learnable step size alpha. It has to be set from width and vocabulary."""
-    step_size_lr_multiplier: Optional[float] = None
+    step_size_lr_multiplier: float | None = None
     """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`."""
@@ -64,7 +64,7 @@ class OptimizerConfig:
 
     lr: float = 1.2e-3
     """Peak learning rate of the model; alpha's is `mcmc.step_size_lr_multiplier` times this."""
-    betas: Tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment decays."""
     eps: float = 1e-8
     """AdamW's epsilon."""
@@ -76,8 +76,10 @@ class OptimizerConfig:
     """After the warm-up: cosine to `final_lr_ratio`, or stable and then linear to it (WSD)."""
     warmup_steps: int = 10_000
     """Steps of linear warm-up from 0."""
-    decay_steps: Optional[int] = None
-    """Cosine: the step at which the decay ends; WSD: the length of the final decay. null: `training.max_steps`, and a tenth of it."""
+    decay_steps: int | None = None
+    """Cosine: the step at which the decay ends; WSD: the length of the final decay.
+
+    null: `training.max_steps`, and a tenth of it."""
     final_lr_ratio: float = 0.1
     """Learning rate at the end as a fraction of the peak."""
 
@@ -88,7 +90,7 @@ class TrainingConfig:
 
     max_steps: int = 1_000_000
     """Optimizer steps of the whole run."""
-    stop_after: Optional[int] = None
+    stop_after: int | None = None
     """Save and leave cleanly after this step; the same command without it goes on."""
     global_batch_size: int = 256
     """Sequences per optimizer step over all ranks."""
@@ -139,7 +141,7 @@ class CheckpointConfig:
     keep: int = 3
     """Number of newest checkpoints kept."""
     resume: str = choice("auto", "never")
-    """`auto`: continue from the newest intact checkpoint in the run folder; `never`: refuse a run folder that has any."""
+    """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
 
 
 @dataclass
@@ -158,7 +160,7 @@ class WandbConfig:
     """`offline` writes a local run that `wandb sync` uploads later."""
     project: str = "ebwm"
     """Project that the run belongs to."""
-    name: Optional[str] = None
+    name: str | None = None
     """Name shown for the run; null: the run folder's name."""
 
 
@@ -179,5 +181,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    deepspeed: Dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed keys, passed through as they are; keys derived from the rest of this tree are refused."""

@@ -1,0 +1,180 @@
+"""Conditions that a configuration must meet beyond the types of its values: ranges, and keys that must agree."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from ebwm_dist.config.passthrough import check_passthrough
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import ConfigError
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`; each bound is allowed itself unless it is open."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, (int, float))
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        lower = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        upper = f"{'less than' if self.open_high else 'at most'} {self.high:g}"
+        return lower if self.high == float("inf") else f"{lower} and {upper}"
+
+
+_POSITIVE = Range(0, open_low=True)
+_FROM_0 = Range(0)
+_FROM_1 = Range(1)
+
+# Every numeric key is here; a test keeps it so.
+RANGES: dict[str, Range] = {
+    "seed": Range(0, 2**63 - 1),
+    "model.num_landscapes": _FROM_1,
+    "model.vocab_size": Range(2),
+    "model.dim": _FROM_1,
+    "model.num_layers": _FROM_1,
+    "model.num_heads": _FROM_1,
+    "model.ffn_multiplier": _POSITIVE,
+    "model.norm_eps": _POSITIVE,
+    "model.rope_base": Range(1, open_low=True),
+    "mcmc.num_steps": _FROM_1,
+    "mcmc.step_size": _POSITIVE,
+    "mcmc.step_size_lr_multiplier": _FROM_0,
+    "optimizer.lr": _POSITIVE,
+    "optimizer.betas": Range(0, 1, open_high=True),
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _FROM_0,
+    "optimizer.grad_clip": _FROM_0,
+    "optimizer.warmup_steps": _FROM_0,
+    "optimizer.decay_steps": _FROM_1,
+    "optimizer.final_lr_ratio": Range(0, 1),
+    "training.max_steps": _FROM_1,
+    "training.stop_after": _FROM_1,
+    "training.global_batch_size": _FROM_1,
+    "training.micro_batch_size": _FROM_1,
+    "training.max_nonfinite_steps": _FROM_1,
+    "training.log_interval": _FROM_1,
+    "training.startup_timeout": _POSITIVE,
+    "training.step_timeout": _POSITIVE,
+    "data.sequence_length": _FROM_1,
+    "data.shuffle_window": _FROM_1,
+    "data.num_workers": _FROM_0,
+    "validation.interval": _FROM_1,
+    "validation.max_sequences": _FROM_1,
+    "checkpoint.interval": _FROM_1,
+    "checkpoint.keep": _FROM_1,
+}
+
+
+def check_value(key: str, value: Any) -> None:
+    """Check what can be said of the value at `key` alone: numbers against their range, and DeepSpeed's own keys."""
+    if key == "deepspeed":
+        check_passthrough(value)
+    if key not in RANGES or value is None:
+        return
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if number not in RANGES[key]:
+            raise ConfigError(f"{key} = {value!r}: must be {RANGES[key]}")
+
+
+def check_config(config: Config) -> None:
+    """Check every value by itself, and the conditions that span several keys."""
+    for key, value in _leaves(config):
+        check_value(key, value)
+    _check_model(config)
+    _check_schedule(config)
+    _check_batch(config)
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Check that `world_size` ranks share the global batch equally, in whole micro-batches."""
+    training = config.training
+    per_pass = training.micro_batch_size * world_size
+    if training.global_batch_size % per_pass == 0:
+        return
+    passes = training.global_batch_size // training.micro_batch_size
+    worlds = [world for world in range(1, passes + 1) if passes % world == 0]
+    below = training.global_batch_size // per_pass * per_pass
+    nearest = [str(size) for size in (below, below + per_pass) if size > 0]
+    raise ConfigError(
+        f"training.global_batch_size = {training.global_batch_size}: {world_size} ranks with "
+        f"training.micro_batch_size = {training.micro_batch_size} need a multiple of {per_pass}; use "
+        f"{' or '.join(nearest)}, or {_either(worlds)} {'rank' if worlds == [1] else 'ranks'}"
+    )
+
+
+def _check_model(config: Config) -> None:
+    model, mcmc = config.model, config.mcmc
+    if model.dim % model.num_heads or model.dim // model.num_heads % 2:
+        fitting = [heads for heads in range(1, model.dim + 1) if model.dim % (2 * heads) == 0]
+        remedy = f"allowed are {_either(fitting)}" if fitting else "no number does; model.dim must be even"
+        raise ConfigError(
+            f"model.num_heads = {model.num_heads}: must divide model.dim = {model.dim} into even head widths; {remedy}"
+        )
+    if model.kind == "ar":  # It has no MCMC steps: nothing below applies.
+        return
+    if model.variant == "default":
+        if model.num_landscapes != 1:
+            raise ConfigError(
+                f"model.num_landscapes = {model.num_landscapes}: model.variant = 'default' does not know the step, "
+                "so it has 1; use 'time_embed' or 'adaln' for more"
+            )
+    elif model.num_landscapes > mcmc.num_steps:
+        raise ConfigError(
+            f"model.num_landscapes = {model.num_landscapes}: at most mcmc.num_steps = {mcmc.num_steps}; "
+            "a landscape that no step uses is never trained"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer, max_steps = config.optimizer, config.training.max_steps
+    if optimizer.warmup_steps >= max_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {optimizer.warmup_steps}: must be less than training.max_steps = {max_steps}"
+        )
+    decay = optimizer.decay_steps
+    if decay is not None and optimizer.schedule == "cosine" and not optimizer.warmup_steps < decay <= max_steps:
+        raise ConfigError(
+            f"optimizer.decay_steps = {decay}: the cosine ends after optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps} and by training.max_steps = {max_steps}"
+        )
+    if decay is not None and optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > max_steps:
+        raise ConfigError(
+            f"optimizer.decay_steps = {decay}: the final decay and optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps} must fit into training.max_steps = {max_steps}"
+        )
+    stop_after = config.training.stop_after
+    if stop_after is not None and stop_after > max_steps:
+        raise ConfigError(f"training.stop_after = {stop_after}: at most training.max_steps = {max_steps}")
+
+
+def _check_batch(config: Config) -> None:
+    training = config.training
+    if training.global_batch_size % training.micro_batch_size:
+        fitting = [size for size in range(1, training.global_batch_size + 1) if training.global_batch_size % size == 0]
+        raise ConfigError(
+            f"training.micro_batch_size = {training.micro_batch_size}: must divide training.global_batch_size = "
+            f"{training.global_batch_size}; allowed are {_either(fitting)}"
+        )
+
+
+def _leaves(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    result = []
+    for field in fields(section):
+        value = getattr(section, field.name)
+        key = prefix + field.name
+        result += _leaves(value, f"{key}.") if is_dataclass(value) else [(key, value)]
+    return result
+
+
+def _either(numbers: list[int]) -> str:
+    names = [str(number) for number in numbers]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

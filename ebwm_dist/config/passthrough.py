@@ -1,0 +1,75 @@
+"""What the free-form `deepspeed` section may hold: further keys of DeepSpeed that no other key decides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ebwm_dist.errors import ConfigError
+
+# Keys of DeepSpeed that follow from the rest of the configuration, and those that cannot work with it.
+_OWNED = {
+    "train_batch_size": "set training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "set training.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from training.global_batch_size, training.micro_batch_size and ranks",
+    "gradient_clipping": "set optimizer.grad_clip",
+    "optimizer": "set optimizer.*",
+    "scheduler": "set optimizer.*",
+    "zero_allow_untested_optimizer": "always true, because the optimizer is not one of DeepSpeed's; set optimizer.*",
+    "zero_force_ds_cpu_optimizer": "always false, because the optimizer is not one of DeepSpeed's; set optimizer.*",
+    "bf16": "set training.precision",
+    "bfloat16": "set training.precision",
+    "fp16": "half precision is not supported; set training.precision to 'fp32' or 'bf16'",
+    "amp": "mixed precision by amp is not supported; set training.precision to 'fp32' or 'bf16'",
+    "torch_autocast": "autocast is not supported; set training.precision to 'fp32' or 'bf16'",
+    "zero_optimization.stage": "set zero.stage",
+    "zero_optimization.offload_optimizer": "offloading is not supported; share the state over more ranks by zero.stage",
+    "zero_optimization.offload_param": "offloading is not supported; share the state over more ranks by zero.stage",
+    "zero_optimization.cpu_offload": "offloading is not supported; share the state over more ranks by zero.stage",
+    "activation_checkpointing": "DeepSpeed's activation checkpointing does not survive the energy's second gradient",
+    "seed": "set seed",
+    "steps_per_print": "set training.log_interval",
+    "wandb": "set wandb.*",
+}
+
+# Everything else that may be passed on. DeepSpeed silently ignores top-level keys that it does not know, so a
+# misspelt one would go unnoticed; inside the sections it checks the names itself.
+_PASSED_ON = (
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+
+
+def check_passthrough(extra: Mapping[str, Any]) -> None:
+    """Refuse keys of the `deepspeed` section that are set by other keys, cannot work, or do not exist."""
+    for path, value in _paths(extra):
+        if path in _OWNED:
+            raise ConfigError(f"deepspeed.{path} = {value!r}: cannot be set here; {_OWNED[path]}")
+    for name, value in extra.items():
+        if name not in _PASSED_ON:
+            close = difflib.get_close_matches(name, _PASSED_ON, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(f"deepspeed.{name} = {value!r}: {meant}allowed are {', '.join(_PASSED_ON)}")
+    zero = extra.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        raise ConfigError(f"deepspeed.zero_optimization = {zero!r}: expected a section; set zero.stage for the stage")
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every section and value of `tree` with its dotted path."""
+    for name, value in tree.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{name}.")
