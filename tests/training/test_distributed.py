@@ -1,0 +1,187 @@
+"""Process groups: set-up without a launcher, collectives that time out, checkpoints that cannot run code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ebwm_dist.checkpoints import commit, hash_share, load_module_state, prepare_staging
+from ebwm_dist.errors import CheckpointError
+from ebwm_dist.training.distributed import (
+    World,
+    any_rank,
+    from_rank_0,
+    gather_objects,
+    remove_stale_locks,
+    restricted_loading,
+    set_collective_timeout,
+    setup_distributed,
+    teardown,
+)
+from tests.distributed import run_distributed_test
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_EXTENSIONS_DIR")
+    return {**{name: value for name, value in os.environ.items() if name not in launcher}, **changes}
+
+
+def test_plain_python_is_a_world_of_one(tmp_path: Path) -> None:
+    program = """
+from ebwm_dist.training.distributed import *
+world = setup_distributed(60)
+assert any_rank(True, world) and not any_rank(False, world) and gather_objects(3, world) == [3]
+teardown()
+print(world.rank, world.local_rank, world.world_size, world.device)
+"""
+    shared_memory = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=clean_environment(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0 0 1 cpu\n", "")
+    assert not list(tmp_path.iterdir())
+    if shared_memory:
+        left = set(os.listdir("/dev/shm")) - shared_memory
+        assert not [name for name in left if name.startswith("deepspeed")]
+
+
+def test_half_a_launcher_environment_is_refused() -> None:
+    program = "from ebwm_dist.training.distributed import setup_distributed as s\ns(60)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=clean_environment(WORLD_SIZE="2"), capture_output=True, text=True
+    )
+    assert "UserError: the environment describes part" in result.stderr and "RANK, LOCAL_RANK" in result.stderr
+
+
+def collectives(rank: int, world_size: int) -> None:
+    world = World(rank, rank, world_size, torch.device("cpu"), "here")
+    assert any_rank(rank == 1, world)
+    assert not any_rank(False, world)
+    assert gather_objects({"rank": rank}, world) == [{"rank": 0}, {"rank": 1}]
+    assert from_rank_0(f"from {rank}", world) == "from 0"
+    dist.new_group([0, 1])
+    set_collective_timeout(2)
+    begin = time.monotonic()
+    if rank == 0:
+        for group in dist.distributed_c10d._world.pg_map:
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.ones(1), group=group)
+        assert time.monotonic() - begin < 10
+    else:
+        time.sleep(6)
+    teardown()
+    teardown()
+
+
+def test_collectives_and_their_timeout() -> None:
+    run_distributed_test(collectives, 2, timeout=60)
+
+
+def test_helper_reports_failures_and_hangs() -> None:
+    with pytest.raises(Exception, match="rank 1 was here"):
+        run_distributed_test(fails, 2, timeout=30)
+    with pytest.raises(TimeoutError, match="ranks .0, 1. were still running"):
+        run_distributed_test(hangs, 2, backend="", timeout=5)
+
+
+def fails(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("rank 1 was here")
+    dist.barrier()
+
+
+def hangs(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "executed")
+
+
+def save_and_load(rank: int, world_size: int, root: Path) -> None:
+    world = setup_distributed(60)
+    import deepspeed
+
+    def make_engine(stage: int, precision: str, seed: int):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        config = {
+            "train_batch_size": 2,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return engine
+
+    def step(engine) -> None:
+        inputs = torch.full((1, 8), float(rank + 1), dtype=next(engine.module.parameters()).dtype)
+        engine.backward(engine(inputs).float().square().sum())
+        engine.step()
+
+    cases = [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+    for number, (stage, precision) in enumerate(cases, start=1):
+        engine = make_engine(stage, precision, seed=1)
+        step(engine)
+        staging = from_rank_0(prepare_staging(root, number) if rank == 0 else None, world)
+        engine.save_checkpoint(str(root), tag=staging.name, client_state={"step": number}, save_latest=False)
+        dist.barrier()
+        shares = gather_objects(hash_share(staging, rank, world_size), world)
+        path = from_rank_0(commit(staging, shares, {}) if rank == 0 else None, world)
+        step(engine)
+
+        resumed = make_engine(stage, precision, seed=2)
+        with restricted_loading():
+            _, client_state = resumed.load_checkpoint(str(root), tag=path.name)
+        assert client_state["step"] == number
+        saved = load_module_state(path)
+        for name, value in resumed.module.state_dict().items():
+            assert torch.equal(value, saved[name])
+        step(resumed)
+        for name, value in resumed.module.state_dict().items():
+            assert torch.equal(value, engine.module.state_dict()[name]), (stage, precision, name)
+
+        victim = root / f"victim-{rank}"
+        pattern = "*model_states.pt" if stage == 0 else "*optim_states.pt"
+        if rank == 0:
+            for file in path.glob(pattern):
+                torch.save({"module": Malicious(victim), "optimizer_state_dict": Malicious(victim)}, file)
+        dist.barrier()
+        with pytest.raises(CheckpointError, match="holds more than data"), restricted_loading():
+            resumed.load_checkpoint(str(root), tag=path.name)
+        assert not victim.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_deepspeed_checkpoints_load_without_running_code(tmp_path: Path) -> None:
+    run_distributed_test(save_and_load, 2, tmp_path, backend="", timeout=120)
+
+
+def test_stale_lock_is_removed_and_a_held_one_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("killed", "building"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "killed" / "lock").touch()
+    held = os.open(tmp_path / "building" / "lock", os.O_CREAT | os.O_EXCL)
+    remove_stale_locks(tmp_path)
+    os.close(held)
+    assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["building"]
+    assert "killed" in capsys.readouterr().err
+    remove_stale_locks(tmp_path)
+    assert not list(tmp_path.glob("*/lock"))
