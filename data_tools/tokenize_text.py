@@ -1,0 +1,104 @@
+"""Encode text and pack it into training shards with a held-out split.
+
+    python data_tools/tokenize_text.py --input data/raw/sample.jsonl --tokenizer data/text/tokenizer.model \\
+        --out data/text --sequence-length 256 --holdout Ruth Jonah Mark
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ebwm_dist.data.build import REJECTS_NAME, Layout, Report, build
+from ebwm_dist.data.documents import Fields
+from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.errors import UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl or .jsonl.gz files, or folders of them"
+    )
+    parser.add_argument("--tokenizer", required=True, type=Path, help="model made by train_tokenizer.py")
+    parser.add_argument("--out", type=Path, default=Path("data/text"), help="data folder to make (default: data/text)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of context per sample (default: 256)")
+    parser.add_argument("--samples-per-member", type=int, default=64, help="samples per tar member (default: 64)")
+    parser.add_argument("--members-per-shard", type=int, default=64, help="tar members per shard (default: 64)")
+    parser.add_argument(
+        "--holdout", nargs="+", action="extend", default=[], metavar="GROUP", help="groups held out for validation"
+    )
+    parser.add_argument(
+        "--holdout-fraction",
+        type=float,
+        help="hold out further groups, this fraction, chosen by a hash of the name (default: 0.05 without --holdout, else 0)",
+    )
+    parser.add_argument("--text-field", default="text", help="JSON field of the text (default: text)")
+    parser.add_argument("--id-field", default="id", help="JSON field of the document's name (default: id)")
+    parser.add_argument("--group-field", default="group", help="JSON field of the group (default: group)")
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help=f"malformed documents: stop at the first (default), or list them in {REJECTS_NAME} and go on",
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that encode; the result does not depend on it")
+    options = parser.parse_args(arguments)
+    if options.holdout_fraction is None:
+        options.holdout_fraction = 0.0 if options.holdout else 0.05
+    if not 0.0 <= options.holdout_fraction < 1.0:
+        parser.error("--holdout-fraction must be at least 0 and below 1")
+    for name in ("sequence_length", "samples_per_member", "members_per_shard"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return options
+
+
+def describe(report: Report) -> str:
+    """Return what was made, as a few lines for a person."""
+    manifest = report.manifest
+    lines = [f"{manifest.folder}: up to date" if report.up_to_date else f"{manifest.folder}: done"]
+    for name, split in manifest.splits.items():
+        lines.append(
+            f"  {name}: {split.documents:,} documents in {split.groups:,} groups, {split.tokens:,} tokens, "
+            f"{split.samples:,} samples of {manifest.sequence_length}, {len(split.shards)} shards"
+        )
+    if report.rejects:
+        lines.append(f"  {report.rejects:,} malformed documents left out, listed in {manifest.folder / REJECTS_NAME}")
+    if not report.up_to_date:
+        tokens = sum(split.tokens for split in manifest.splits.values())
+        lines.append(f"  {report.seconds:.1f} s, {tokens / max(report.seconds, 1e-9):,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    options = parse_arguments(arguments)
+    layout = Layout(
+        sequence_length=options.sequence_length,
+        samples_per_member=options.samples_per_member,
+        members_per_shard=options.members_per_shard,
+        holdout=tuple(sorted(set(options.holdout))),
+        holdout_fraction=options.holdout_fraction,
+    )
+    report = build(
+        options.input,
+        Tokenizer(options.tokenizer),
+        options.out,
+        layout,
+        fields=Fields(options.text_field, options.id_field, options.group_field),
+        on_error=options.on_error,
+        workers=options.workers,
+        progress=True,
+    )
+    print(describe(report))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

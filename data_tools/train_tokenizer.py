@@ -1,0 +1,99 @@
+"""Train a lossless sentencepiece tokenizer.
+
+    python data_tools/train_tokenizer.py --input data/raw/sample.jsonl --vocab-size 1000 \\
+        --exclude-group Ruth Jonah Mark --out data/text/tokenizer.model
+
+Exclude the groups that tokenize_text.py will hold out, so that nothing is learned from the text a model is judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from ebwm_dist.data.documents import DocumentReader, Fields, describe_inputs, find_inputs, is_held_out
+from ebwm_dist.data.files import sha256_of_file, write_json
+from ebwm_dist.data.tokenizer import train_tokenizer
+from ebwm_dist.errors import UserError
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl or .jsonl.gz files, or folders of them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/text/tokenizer.model"), help="model file to write")
+    parser.add_argument("--vocab-size", type=int, default=1000, help="number of tokens (default: 1000)")
+    parser.add_argument(
+        "--model-type", choices=("unigram", "bpe"), default="unigram", help="unigram (default) encodes faster"
+    )
+    parser.add_argument(
+        "--exclude-group", nargs="+", action="extend", default=[], metavar="GROUP", help="groups not to learn from"
+    )
+    parser.add_argument(
+        "--exclude-fraction", type=float, default=0.0, help="the --holdout-fraction of tokenize_text.py (default: 0)"
+    )
+    parser.add_argument("--text-field", default="text", help="JSON field of the text (default: text)")
+    parser.add_argument("--id-field", default="id", help="JSON field of the document's name (default: id)")
+    parser.add_argument("--group-field", default="group", help="JSON field of the group (default: group)")
+    parser.add_argument(
+        "--on-error", choices=("fail", "skip"), default="fail", help="malformed documents: stop (default) or leave out"
+    )
+    return parser.parse_args(arguments)
+
+
+def is_up_to_date(out: Path, sidecar: Path, source: dict[str, object]) -> bool:
+    """Tell whether `out` is there, unchanged, and made from `source`."""
+    try:
+        content = json.loads(sidecar.read_text("utf-8"))
+        return bool(content["source"] == source and content["sha256"] == sha256_of_file(out))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    options = parse_arguments(arguments)
+    files = find_inputs(options.input)
+    fields = Fields(options.text_field, options.id_field, options.group_field)
+    excluded = frozenset(options.exclude_group)
+    source: dict[str, object] = {
+        "inputs": describe_inputs(files),
+        "fields": [fields.text, fields.id, fields.group],
+        "on_error": options.on_error,
+        "vocab_size": options.vocab_size,
+        "model_type": options.model_type,
+        "exclude_group": sorted(excluded),
+        "exclude_fraction": options.exclude_fraction,
+    }
+    sidecar = options.out.with_name(options.out.name + ".json")
+    if is_up_to_date(options.out, sidecar, source):
+        print(f"{options.out}: up to date")
+        return
+
+    start = time.monotonic()
+    groups: set[str] = set()
+
+    def texts() -> object:
+        for document in reader:
+            groups.add(document.group)
+            if not is_held_out(document.group, excluded, options.exclude_fraction):
+                yield document.text
+
+    reader = DocumentReader(files, fields, options.on_error)
+    sidecar.unlink(missing_ok=True)
+    tokenizer = train_tokenizer(texts(), options.out, vocab_size=options.vocab_size, model_type=options.model_type)
+    write_json(sidecar, {"sha256": tokenizer.sha256, "source": source})
+    print(f"{options.out}: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,66 @@
+"""The order of the samples of an epoch: a pure function of (shard sizes, seed, epoch, window).
+
+Shards are permuted, then samples are permuted within windows of `window` consecutive shards of that order. The
+number of ranks and workers plays no part, which is why a run can go on with another number of either.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+_KEPT_WINDOWS = 2  # a global batch can lie across two windows
+
+
+def permutation(length: int, *key: int) -> np.ndarray:
+    """Return a permutation of `range(length)` that `key` alone fixes, on every version of numpy.
+
+    Sorts raw generator output, because numpy promises to keep that stream but not `Generator.permutation`.
+    """
+    raw = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(length)
+    return np.argsort(raw, kind="stable")
+
+
+class EpochOrder:
+    """Map positions in an epoch to (shard, row), working out only the windows that are asked for."""
+
+    def __init__(self, counts: Sequence[int], seed: int, epoch: int, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window must be at least 1, not {window}")
+        self._key = (seed, epoch)
+        self._shards = permutation(len(counts), *self._key, 0)
+        sizes = np.asarray(counts, dtype=np.int64)[self._shards]
+        self._shard_starts = np.concatenate([[0], np.cumsum(sizes)])  # position of each permuted shard, unshuffled
+        self._starts = np.append(self._shard_starts[:-1:window], self._shard_starts[-1])  # of each window, and the end
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, positions: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and row of each position, both `[n]` int64."""
+        if isinstance(positions, slice):
+            positions = np.arange(*positions.indices(len(self)))
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and not (positions.min() >= 0 and positions.max() < len(self)):
+            raise IndexError(f"positions must be in 0..{len(self) - 1}")
+        # side="right" also steps over empty shards, which share their start with the next one.
+        windows = np.searchsorted(self._starts, positions, side="right") - 1
+        unshuffled = np.empty_like(positions)
+        for window in np.unique(windows):
+            chosen = windows == window
+            start = self._starts[window]
+            unshuffled[chosen] = start + self._window_order(int(window))[positions[chosen] - start]
+        slots = np.searchsorted(self._shard_starts, unshuffled, side="right") - 1
+        return self._shards[slots], unshuffled - self._shard_starts[slots]
+
+    def _window_order(self, window: int) -> np.ndarray:
+        if window not in self._orders:
+            if len(self._orders) == _KEPT_WINDOWS:
+                self._orders.popitem(last=False)
+            length = int(self._starts[window + 1] - self._starts[window])
+            self._orders[window] = permutation(length, *self._key, 1 + window)
+        self._orders.move_to_end(window)
+        return self._orders[window]

@@ -1,0 +1,125 @@
+"""The sentencepiece tokenizer: lossless, so that text decodes to exactly what was encoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from ebwm_dist.data.files import sha256_of_bytes, write_atomically
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.errors import DataError, UserError
+
+PROBES = (
+    "Two  spaces,   three, a trailing one ",
+    " leading space\n\n\tand a tab\r\n    indented\n",
+    "accents é ü ñ, 漢字, emoji 🙂👩‍🚀, <s> </s> <pad> <0x0A>",
+)
+"""Texts that a lossy tokenizer would change."""
+
+_LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves out sentences beyond its limit without saying so
+_MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memory
+
+
+class Tokenizer:
+    """Encode and decode text with the model at `path`.
+
+    The one character that does not survive is U+2581, which sentencepiece uses for the space.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            raise DataError(
+                f"tokenizer {path} cannot be read; make one with data_tools/train_tokenizer.py --out {path}"
+            ) from None
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise DataError(f"tokenizer {path} is not a sentencepiece model") from None
+        self.sha256: str = sha256_of_bytes(content)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.pad_id: int = self._processor.pad_id()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        if min(self.pad_id, self.eos_id) < 0:
+            raise DataError(f"tokenizer {path} defines no pad or no end-of-sequence token; both are needed")
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of `text`, without begin or end tokens."""
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; pad, begin and end tokens have none."""
+        text: str = self._processor.decode([int(token) for token in ids])
+        return text
+
+
+def load_tokenizer(manifest: Manifest) -> Tokenizer:
+    """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
+    tokenizer = Tokenizer(manifest.folder / manifest.tokenizer)
+    manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
+    return tokenizer
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), _LONGEST_LINE):
+                yield line[start : start + _LONGEST_LINE]
+
+
+def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_type: str = "unigram") -> Tokenizer:
+    """Train a lossless tokenizer on `texts` and write it to `out` once its round trip is checked.
+
+    Small corpora can yield fewer pieces than `vocab_size`; the result's `vocab_size` is the true number.
+    """
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            hard_vocab_limit=False,
+            # Lossless: no normalisation, every space kept, and bytes for characters without a piece.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            max_sentence_length=4 * _LONGEST_LINE,
+            input_sentence_size=_MOST_LINES,
+            shuffle_input_sentence=True,
+            num_threads=4,  # fixed: the sums of training depend on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}; "
+            "change --vocab-size (260 plus the number of different characters at least) or add text"
+        ) from None
+    check_lossless(model.getvalue())
+    write_atomically(out, model.getvalue())
+    return Tokenizer(out)
+
+
+def check_lossless(model: bytes) -> None:
+    """Raise a DataError if the serialised model changes any of the probe texts."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in PROBES:
+        if processor.decode(processor.encode(text)) != text:
+            raise DataError(f"the tokenizer does not give back {text!r}")
