@@ -1,0 +1,59 @@
+# Needs python3 (3.10 or later) and a C++ compiler; everything else goes into .venv.
+# Another interpreter: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.setup-done
+SAMPLE := data/raw/sample.jsonl
+TOKENIZER := data/text/tokenizer.model
+SHARDS := data/text/manifest.json
+# Share of whole books that neither the tokenizer nor the model sees in training.
+HOLDOUT := 0.05
+
+# DeepSpeed builds an operator at the first start and looks for ninja on the PATH. The builds of one environment do
+# not suit another, so they are kept here and not in the home directory.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+# A package path meant for another interpreter would win over what is installed here.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: setup data train test check clean
+
+setup: $(STAMP)
+
+# The .pth file and its module are copied by the installation (see pyproject.toml), so their changes reinstall.
+$(STAMP): pyproject.toml constraints.txt ebwm_dist/torchvision_compat.py ebwm_dist_torchvision.pth
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is not Python 3.10 or later; name one: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wandb]'
+	touch $@
+
+data: $(SHARDS)
+
+train: setup data
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/quickstart.yaml
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_quickstart.yaml
+	$(VENV)/bin/python launchers/quickstart_report.py
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+check: setup
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar
+
+$(SAMPLE): | setup
+	$(VENV)/bin/python data_tools/fetch_text.py --out $@
+
+$(TOKENIZER): $(SAMPLE)
+	$(VENV)/bin/python data_tools/train_tokenizer.py --input $(SAMPLE) --vocab-size 1000 --out $@ \
+		--exclude-fraction $(HOLDOUT)
+
+$(SHARDS): $(TOKENIZER)
+	$(VENV)/bin/python data_tools/tokenize_text.py --input $(SAMPLE) --tokenizer $(TOKENIZER) --out $(dir $@) \
+		--sequence-length 128 --holdout-fraction $(HOLDOUT)
