@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from ebwm_dist.training.distributed import free_port
 
@@ -22,7 +22,7 @@ def run_distributed_test(
     variables only. An exception of a rank is raised here with that rank's traceback, and a run longer than `timeout`
     seconds fails. No process outlives the call.
     """
-    context = mp.start_processes(
+    context = start_processes(
         _run, (fn, world_size, args, backend, free_port()), nprocs=world_size, join=False, start_method="spawn"
     )
     deadline = time.monotonic() + timeout

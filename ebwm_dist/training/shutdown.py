@@ -1,0 +1,80 @@
+"""Notice that the run should stop: a signal arrived, or the launcher that started this rank has died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopSignal:
+    """Remember a request to stop until the trainer asks for it at the end of a step.
+
+    SIGTERM and the first SIGINT are such requests; a second SIGINT interrupts at once. So is the death of the launcher:
+    a SIGTERM to the `deepspeed` command ends it alone, and its ranks would train on with nobody to stop them. The
+    parent of a rank that was started without a launcher means nothing: `nohup python launchers/train.py &` outlives
+    its shell.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._launchers = _launchers()
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    @property
+    def requested(self) -> bool:
+        """Return whether this rank was asked to stop; `reason` then says by what."""
+        if self.reason is None and self._launchers != _ancestors(len(self._launchers)):
+            self.reason = "the launcher has ended"
+        return self.reason is not None
+
+    def close(self) -> None:
+        """Put back the signal handlers that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _launchers() -> list[int]:
+    """Return the processes above this one that must stay alive: none, torchrun, or DeepSpeed's one or two."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _ancestors(1)
+    ancestors = _ancestors(2)
+    if not ancestors or not _is_deepspeed(ancestors[0]):
+        return []
+    # `deepspeed` starts `deepspeed.launcher.launch` on each node, over pdsh or ssh on the others.
+    return [pid for position, pid in enumerate(ancestors) if position == 0 or _is_deepspeed(pid)]
+
+
+def _ancestors(count: int) -> list[int]:
+    """Return the ids of the parent, its parent and so on: `count` of them, fewer without /proc."""
+    pids = [os.getppid()][:count]
+    while pids and len(pids) < count:
+        try:
+            with open(f"/proc/{pids[-1]}/stat", encoding="utf-8", errors="replace") as stream:
+                # The second field is a name in brackets that may hold spaces; the parent is the second field after it.
+                pids.append(int(stream.read().rpartition(")")[2].split()[1]))
+        except OSError:
+            break
+    return pids
+
+
+def _is_deepspeed(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as stream:
+            arguments = stream.read().split("\0")
+    except OSError:
+        return False
+    return "deepspeed.launcher.launch" in arguments or any(
+        os.path.basename(argument) in ("deepspeed", "deepspeed.pt", "ds") for argument in arguments[:3]
+    )
