@@ -34,12 +34,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for origin, values in [*_read_chain(Path(path)), *(_read_override(text) for text in overrides)]:
         tree = OmegaConf.merge(tree, _checked_section(values, Config, "", origin))
     try:
-        values = OmegaConf.to_container(tree, resolve=True)
+        resolved = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from None
     # Interpolations (`${...}`) have a value, and so a type, only now.
-    values = _checked_section(values, Config, "", str(path))
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    checked = _checked_section(resolved, Config, "", str(path))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), checked))
     assert isinstance(config, Config)
     try:
         check_config(config)
@@ -93,7 +93,7 @@ def _read_yaml(path: Path, named_by: str) -> dict[str, Any]:
         raise ConfigError(f"{named_by}{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named_by}{path}: cannot be read: {_first_line(error)}") from None
-    with _yaml_errors(str(path)):
+    with _yaml_errors(str(path), in_file=True):
         # OmegaConf's YAML reads `1e-3` as a number and refuses a key given twice; plain PyYAML does neither.
         values = OmegaConf.to_container(OmegaConf.create(text))
     if not isinstance(values, dict):
@@ -103,26 +103,26 @@ def _read_yaml(path: Path, named_by: str) -> dict[str, Any]:
 
 def _read_override(text: str) -> tuple[str, dict[str, Any]]:
     expected = "expected key=value, as in optimizer.lr=1e-3"
-    key, equals, value = text.partition("=")
+    key, equals, _ = text.partition("=")
     if not equals:
         raise ConfigError(f"{COMMAND_LINE}: no '=' in {text!r}; {expected}")
-    names = key.split(".")
-    if not all(names):
+    if not all(key.split(".")):
         raise ConfigError(f"{COMMAND_LINE}: empty name in the key of {text!r}; {expected}")
-    with _yaml_errors(f"{COMMAND_LINE}: {text}"):
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
-    for name in reversed(names):
-        values = {name: values}
-    return COMMAND_LINE, values
+    with _yaml_errors(f"{COMMAND_LINE}: {text}", in_file=False):
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    assert isinstance(tree, dict)
+    return COMMAND_LINE, {str(name): value for name, value in tree.items()}
 
 
 @contextmanager
-def _yaml_errors(origin: str) -> Iterator[None]:
+def _yaml_errors(origin: str, in_file: bool) -> Iterator[None]:
     try:
         yield
     except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        line = f" line {error.problem_mark.line + 1}:" if in_file and error.problem_mark else ""
         raise ConfigError(f"{origin}:{line} not valid YAML: {error.problem}") from None
+    except AssertionError:  # What OmegaConf says of a document that is a mere number.
+        raise ConfigError(f"{origin}: expected `key: value` lines") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{origin}: not valid YAML: {_first_line(error)}") from None
 
@@ -132,13 +132,13 @@ def _checked_section(values: Any, section: type, prefix: str, origin: str) -> di
     if not isinstance(values, Mapping):
         raise ConfigError(f"{origin}: {prefix} = {values!r}: expected a section with the keys {_listed(section)}")
     known = {field.name: field for field in fields(section)}
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in known:
             raise ConfigError(f"{origin}: {key} = {value!r}: unknown key; {_suggestion(str(name), section, prefix)}")
         hint = _type_hints(section)[name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             result[name] = _checked_section(value, hint, key, origin)
         elif isinstance(value, str) and "${" in value:
             result[name] = value

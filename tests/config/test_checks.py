@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import pytest
+
+from ebwm_dist.config.checks import RANGES, check_config, check_world
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import ConfigError
+
+
+def changed(**values: Any) -> Config:
+    """Return the defaults with `section__name=value`."""
+    config = Config()
+    for key, value in values.items():
+        section, name = key.split("__")
+        assert hasattr(getattr(config, section), name)
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def numeric_keys(section: type, prefix: str = "") -> set[str]:
+    hints, keys = get_type_hints(section), set()
+    for field in fields(section):
+        hint, key = hints[field.name], prefix + field.name
+        if is_dataclass(hint):
+            keys |= numeric_keys(hint, f"{key}.")  # type: ignore[arg-type]
+        elif ("int" in str(hint) or "float" in str(hint)) and "choices" not in field.metadata:
+            keys.add(key)
+    return keys
+
+
+def test_every_number_has_a_range() -> None:
+    assert set(RANGES) == numeric_keys(Config)
+
+
+def test_defaults_pass() -> None:
+    check_config(Config())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model__dim": 96, "model__num_heads": 5},
+            "model.num_heads = 5: must divide model.dim = 96 into even head widths; "
+            "allowed are 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48",
+        ),
+        ({"model__dim": 6, "model__num_heads": 2}, "model.num_heads = 2: .* allowed are 1 or 3"),
+        ({"model__dim": 7, "model__num_heads": 7}, "model.num_heads = 7: .* model.dim must be even"),
+        (
+            {"model__num_landscapes": 2},
+            "model.num_landscapes = 2: model.variant = 'default' .* 'time_embed' or 'adaln'",
+        ),
+        (
+            {"model__variant": "adaln", "model__num_landscapes": 3},
+            "model.num_landscapes = 3: at most mcmc.num_steps = 2",
+        ),
+        (
+            {"training__max_steps": 10_000},
+            "optimizer.warmup_steps = 10000: must be less than training.max_steps = 10000",
+        ),
+        ({"optimizer__decay_steps": 10_000}, "optimizer.decay_steps = 10000: the cosine ends after .* = 10000"),
+        ({"optimizer__decay_steps": 2_000_000}, "optimizer.decay_steps = 2000000: .* training.max_steps = 1000000"),
+        (
+            {"optimizer__schedule": "wsd", "optimizer__decay_steps": 995_000},
+            "optimizer.decay_steps = 995000: the final decay .* must fit into training.max_steps = 1000000",
+        ),
+        ({"training__stop_after": 1_000_001}, "training.stop_after = 1000001: at most training.max_steps = 1000000"),
+        (
+            {"training__global_batch_size": 12},
+            "training.micro_batch_size = 8: must divide training.global_batch_size = 12; allowed are 1, 2, 3, 4, 6 or ",
+        ),
+        ({"training__micro_batch_size": 0}, "training.micro_batch_size = 0: must be at least 1"),
+    ],
+)
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(changed(**values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model__kind": "ar", "model__num_landscapes": 2, "model__variant": "time_embed", "mcmc__num_steps": 1},
+        {"optimizer__schedule": "wsd", "optimizer__decay_steps": 990_000},
+        {"optimizer__decay_steps": 1_000_000},
+        {"optimizer__warmup_steps": 0, "training__max_steps": 1},
+        {"training__stop_after": 1_000_000},
+        {"model__variant": "time_embed", "model__num_landscapes": 1},
+    ],
+)
+def test_accepted(values: dict[str, Any]) -> None:
+    check_config(changed(**values))
+
+
+def test_world_sizes_that_fit() -> None:
+    config = changed(training__global_batch_size=48, training__micro_batch_size=8)
+    for world_size in (1, 2, 3, 6):
+        check_world(config, world_size)
+
+
+def test_world_size_that_does_not_fit_lists_what_does() -> None:
+    config = changed(training__global_batch_size=48, training__micro_batch_size=8)
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, 4)
+    assert str(caught.value) == (
+        "training.global_batch_size = 48: 4 ranks with training.micro_batch_size = 8 need a multiple of 32; "
+        "use 32 or 64, or 1, 2, 3 or 6 ranks"
+    )
+    with pytest.raises(ConfigError, match=r"need a multiple of 80; use 80, or 1, 2, 3 or 6 ranks"):
+        check_world(config, 10)

@@ -1,0 +1,54 @@
+"""Every configuration in configs/ loads, survives saving, and an autoregressive twin differs in its kind only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from ebwm_dist.config.loading import load_config, save_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = {  # layers, heads, width, peak learning rate as published
+    "4xs": (2, 2, 128, 2.4e-3),
+    "3xs": (4, 4, 256, 1.8e-3),
+    "xxs": (6, 6, 384, 1.2e-3),
+    "xs": (12, 6, 384, 9e-4),
+    "small": (12, 12, 768, 6e-4),
+    "medium": (24, 16, 1024, 3e-4),
+    "large": (24, 16, 1536, 2.5e-4),
+    "xl": (24, 32, 2048, 2e-4),
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_loads_and_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(size: str) -> None:
+    config = load_config(CONFIGS / f"ebt_{size}.yaml")
+    model = config.model
+    assert (model.num_layers, model.num_heads, model.dim, config.optimizer.lr) == SIZES[size]
+    assert (model.variant, model.num_landscapes, config.mcmc.num_steps) == ("time_embed", 2, 2)
+    assert (config.mcmc.step_size, config.mcmc.step_size_lr_multiplier) == (500.0, 1500.0)
+    assert (config.training.global_batch_size, config.data.sequence_length) == (256, 256)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("ar_*.yaml")), ids=lambda path: path.stem)
+def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
+    other = "quickstart.yaml" if path.stem == "ar_quickstart" else path.name.replace("ar_", "ebt_")
+    twin, config = asdict(load_config(path)), asdict(load_config(CONFIGS / other))
+    assert (twin["model"].pop("kind"), config["model"].pop("kind")) == ("ar", "ebt")
+    assert twin.pop("run_dir") != config.pop("run_dir")
+    assert twin == config
+
+
+def test_every_run_has_a_folder_of_its_own() -> None:
+    folders = [load_config(path).run_dir for path in CONFIGS.glob("*.yaml") if path.stem != "ebt_base"]
+    assert len(set(folders)) == len(folders)
