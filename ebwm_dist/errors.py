@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the run; the message names it."""
+
+
+class PeerError(UserError):
+    """Another rank has died or hangs; the message names the step and the rank."""

@@ -1,0 +1,58 @@
+"""Parameters and floating-point operations of a model, counted from its configuration.
+
+Conventions: a multiply-add is 2 FLOPs; only matrix products count; hidden (future) keys do not count, so
+attention costs half of a dense one. These are the operations the method needs, without anything computed again.
+"""
+
+from __future__ import annotations
+
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
+
+
+def ffn_hidden_dim(config: ModelConfig) -> int:
+    """Return the hidden width of the feed-forward."""
+    return int(config.ffn_multiplier * config.dim)
+
+
+def stream_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Return the forward FLOPs per token of one pass of a stream through all blocks."""
+    matrices = 4 * config.dim**2 + 3 * config.dim * ffn_hidden_dim(config)
+    attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
+    return config.num_layers * 2.0 * (matrices + attention)
+
+
+def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_length: int) -> float:
+    """Return the FLOPs of a training step per predicted token.
+
+    With F one forward of a stream and 2VD one product with the vocabulary matrix:
+
+    * autoregressive: 3 (F + 2VD).
+    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) + 6 F (candidate and tangent,
+      forward and backward) + five vocabulary products (read-in, read-out, and their three gradients); and 3 F for
+      the context stream of each landscape, whose last block only makes keys and values.
+    """
+    forward = stream_flops(config, sequence_length)
+    vocabulary = 2.0 * config.vocab_size * config.dim
+    if config.kind == "ar":
+        return 3 * (forward + vocabulary)
+    last_block = forward / config.num_layers - 4.0 * config.dim**2
+    contexts = min(mcmc.num_steps, config.num_landscapes)
+    return mcmc.num_steps * (8 * forward + 5 * vocabulary) + contexts * 3 * (forward - last_block)
+
+
+# Dense bf16 peak of one accelerator, by a part of the name its driver reports.
+_PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device_name: str) -> float:
+    """Return the dense bf16 peak of an accelerator, or 0 for one that is not known: never a guess."""
+    return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), 0.0)

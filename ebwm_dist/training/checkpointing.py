@@ -1,0 +1,167 @@
+"""Save and load the whole state of a run: DeepSpeed's shards, every rank's random state, data position, counters.
+
+How a folder becomes a checkpoint is `ebwm_dist/checkpoints.py`; here is what goes into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ebwm_dist import checkpoints
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import CheckpointError
+from ebwm_dist.training.distributed import World, gather_objects, restricted_loading
+
+
+@dataclass
+class TrainingState:
+    """What a run knows besides weights and optimizer."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    skipped_steps: int = 0
+    """Steps whose gradient was not finite, in all."""
+    skipped_in_a_row: int = 0
+    """The same, since the last step that counted."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    seconds: float = 0.0
+    """Wall time spent in training steps, over all restarts."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Position in the data stream."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run, on all ranks together."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        self.root = Path(config.run_dir) / "checkpoints"
+
+    def save(self, engine: Any, state: TrainingState) -> Path:
+        """Commit a checkpoint of `state.step`. A rank that fails makes all ranks fail."""
+        world = self.world
+        self._together(lambda: checkpoints.prepare_staging(self.root, state.step) if world.rank == 0 else None)
+        staging = checkpoints.staging_path(self.root, state.step)
+        self._together(lambda: self._write(engine, staging, state))
+        shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
+
+        def commit() -> None:
+            if world.rank == 0:
+                checkpoints.commit(staging, shares, self._metadata())
+                checkpoints.prune(self.root, self.config.checkpoint.keep, latest=state.step)
+
+        self._together(commit)
+        return checkpoints.checkpoint_path(self.root, state.step)
+
+    def find(self, warn: Callable[[str], None]) -> Path | None:
+        """Return the checkpoint to continue from, the same on every rank, or None for a fresh run."""
+
+        def search() -> Path | None:
+            if self.world.rank != 0:
+                return None
+            self.root.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean_leftovers(self.root)
+            if self.config.checkpoint.resume == "never":
+                if checkpoints.list_checkpoints(self.root):
+                    raise CheckpointError(
+                        f"{self.config.run_dir} holds checkpoints and checkpoint.resume is 'never': "
+                        "choose another run_dir, or continue with checkpoint.resume=auto"
+                    )
+                return None
+            path = checkpoints.newest_intact(self.root, warn)
+            if path is not None:
+                self._check_fits(path)
+            return path
+
+        return self._together(search)[0]
+
+    def load(self, engine: Any, path: Path) -> TrainingState:
+        """Put the engine and this rank's random state back to what they were, and return the rest."""
+        with restricted_loading():
+            _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+            rank_state = torch.load(path / _rank_file(self.world.rank), weights_only=True)
+        _set_random_state(rank_state)
+        return TrainingState(**client_state["training_state"])
+
+    def _write(self, engine: Any, staging: Path, state: TrainingState) -> None:
+        client_state = {"training_state": dataclasses.asdict(state)}
+        engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=client_state, save_latest=False)
+        torch.save(_random_state(), staging / _rank_file(self.world.rank))
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "model": dataclasses.asdict(self.config.model),
+            "world_size": self.world.world_size,
+            "zero_stage": self.config.zero.stage,
+            "precision": self.config.training.precision,
+            "torch": torch.__version__,
+        }
+
+    def _check_fits(self, path: Path) -> None:
+        """Refuse a checkpoint of another model or layout, naming the first difference."""
+        saved, current = checkpoints.read_marker(path)["metadata"], self._metadata()
+        for key, now in current["model"].items():
+            before = saved["model"].get(key)
+            if before != now:
+                raise CheckpointError(
+                    f"{path} has model.{key} = {before}, the configuration has {now}: "
+                    f"set model.{key}={before}, or start a new run_dir"
+                )
+        for key, name in (("world_size", "ranks"), ("zero_stage", "zero.stage"), ("precision", "training.precision")):
+            if saved[key] != current[key]:
+                raise CheckpointError(
+                    f"{path} was written with {name} = {saved[key]}, this run has {current[key]}: "
+                    f"continue with {saved[key]}, or start a new run_dir"
+                )
+
+    def _together(self, action: Callable[[], Any]) -> list[Any]:
+        """Do `action` on every rank and return all results; a failure on one rank is raised on all."""
+        result, failure, own = None, None, None
+        try:
+            result = action()
+        except Exception as error:
+            own, failure = error, f"rank {self.world.rank} ({self.world.node}): {error}"
+        outcomes = gather_objects((result, failure), self.world)
+        failures = [text for _, text in outcomes if text is not None]
+        if own is not None:
+            raise own
+        if failures:
+            raise CheckpointError(failures[0])
+        return [result for result, _ in outcomes]
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.pt"
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+

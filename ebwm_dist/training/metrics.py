@@ -1,0 +1,165 @@
+"""Where figures go: metrics.jsonl always, Weights & Biases when configured, and one console line a person can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from tqdm import tqdm
+
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import ConfigError
+
+Record = Mapping[str, Any]
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one record a line, each step once, whatever was killed and resumed in between."""
+
+    def __init__(self, run_dir: Path, resumed_step: int):
+        """Open the log and drop what a previous process recorded after `resumed_step`, torn lines included."""
+        self.path = run_dir / "metrics.jsonl"
+        self._seen: set[tuple[str, int]] = set()
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if self._keep(line, resumed_step)]
+            partial = self.path.with_suffix(".jsonl.tmp")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def write(self, record: Record) -> None:
+        """Append `record`, numbers that JSON cannot hold as null; nothing stays in this process's buffers."""
+        self._seen.add((record["kind"], record["step"]))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+
+    def has(self, kind: str, step: int) -> bool:
+        """Return whether there is a record of `kind` for `step`."""
+        return (kind, step) in self._seen
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _keep(self, line: str, last_step: int) -> bool:
+        """Return whether `line` is whole, new, and not from after `last_step`."""
+        try:
+            record = json.loads(line)
+            key = (record["kind"], record["step"])
+            keep = record["step"] <= last_step and key not in self._seen
+        except (ValueError, KeyError, TypeError):
+            return False
+        if keep:
+            self._seen.add(key)
+        return keep
+
+
+class WandbLog:
+    """One Weights & Biases run per run folder, across restarts."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("wandb.mode is set but wandb is not installed: pip install 'ebwm_dist[wandb]'") from error
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        from ebwm_dist.config.loading import to_dict
+
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=config.wandb.mode,
+            project=config.wandb.project,
+            name=config.wandb.name or run_dir.name,
+            dir=str(run_dir),
+            config=to_dict(config),
+        )
+
+    def write(self, record: Record) -> None:
+        """Log the numbers of `record` under `train/` or `val/`."""
+        values = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish(quiet=True)
+
+
+class Console:
+    """Log lines of rank 0, and on a terminal a progress bar below them."""
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled
+        self._bar: tqdm[NoReturn] | None = None
+
+    def start_bar(self, max_steps: int, first_step: int) -> None:
+        """Show the progress bar, if this is a terminal."""
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def line(self, text: str, stream: TextIO | None = None) -> None:
+        """Print `text` on a line of its own."""
+        if self._enabled:
+            stream = stream or sys.stdout
+            tqdm.write(text, file=stream)
+            stream.flush()
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def train_line(record: Record, max_steps: int, eta_seconds: float) -> str:
+    """Return the console line of a training step."""
+    parts = [f"step {record['step']}/{max_steps}", f"loss {record['loss']:.4f}"]
+    if record["energy_first"] is not None:
+        parts.append(f"energy gap {record['energy_first'] - record['energy_last']:.3f}")
+        parts.append(f"alpha {record['mcmc_step_size']:.3g}")
+    parts += [
+        f"grad {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{_si(record['tokens_per_second'])} tok/s",
+        f"MFU {100 * record['mfu']:.1f} %",
+        f"mem {record['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"data {100 * record['data_wait']:.1f} %",
+        f"ETA {_duration(eta_seconds)}",
+    ]
+    return " | ".join(parts)
+
+
+def val_line(record: Record) -> str:
+    """Return the console line of a validation."""
+    line = f"step {record['step']} validation | loss {record['loss_first_step']:.4f}"
+    if record["energy_first"] is not None:
+        line += f" -> {record['loss_last_step']:.4f} | energy {record['energy_first']:.3f} -> {record['energy_last']:.3f}"
+    return f"{line} | perplexity {record['perplexity']:.2f}"
+
+
+def _si(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

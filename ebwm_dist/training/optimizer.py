@@ -1,0 +1,89 @@
+"""AdamW's parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ebwm_dist.config.schema import Config
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Return AdamW with two groups: the model, and alpha with its own learning rate and no weight decay.
+
+    Each group keeps its peak learning rate under `peak_lr`; `set_lr` scales them all alike, so alpha's multiple
+    of the model's learning rate survives the decay.
+    """
+    opt = config.optimizer
+    alpha = [p for name, p in model.named_parameters() if name.endswith("alpha")]
+    rest = [p for name, p in model.named_parameters() if not name.endswith("alpha")]
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": opt.lr, "weight_decay": opt.weight_decay}]
+    if alpha:
+        groups.append({"params": alpha, "lr": opt.lr * step_size_lr_multiplier(config), "weight_decay": 0.0})
+    # Under ZeRO, and in bf16, DeepSpeed clips and checks the gradients; in plain fp32 stage 0 it does not check.
+    checks_itself = config.zero.stage == 0 and config.training.precision == "fp32"
+    kind = CheckedAdamW if checks_itself else torch.optim.AdamW
+    optimizer = kind(groups, betas=tuple(opt.betas), eps=opt.eps, fused=True)
+    if isinstance(optimizer, CheckedAdamW):
+        optimizer.max_norm = opt.grad_clip
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
+
+
+def step_size_lr_multiplier(config: Config) -> float:
+    """Return alpha's learning rate as a multiple of the model's; unset, the published 3 x initial alpha."""
+    multiplier = config.mcmc.step_size_lr_multiplier
+    return 3 * config.mcmc.step_size if multiplier is None else multiplier
+
+
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW that clips to `max_norm` and leaves everything as it was when the gradient is not finite.
+
+    It reports through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer.
+    """
+
+    max_norm = 0.0
+    overflow = False
+    _global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters from gradients that all ranks hold alike, so all decide alike."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self._global_grad_norm = norm.item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        if self.max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        super().step(closure)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float:
+    """Set every group's learning rate for optimizer step `step`, counted from 1; return the model's."""
+    scale = lr_scale(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * scale
+    return optimizer.param_groups[0]["lr"]
+
+
+def lr_scale(config: Config, step: int) -> float:
+    """Return the learning rate of `step`, counted from 1, as a fraction of the peak."""
+    opt, max_steps = config.optimizer, config.training.max_steps
+    if step <= opt.warmup_steps:
+        return step / opt.warmup_steps
+    if opt.schedule == "wsd":
+        length = max_steps // 10 if opt.decay_steps is None else opt.decay_steps
+        progress = (step - (max_steps - length)) / max(1, length)
+        shape = 1 - min(1.0, max(0.0, progress))
+    else:
+        end = max_steps if opt.decay_steps is None else opt.decay_steps
+        progress = (step - opt.warmup_steps) / max(1, end - opt.warmup_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return opt.final_lr_ratio + (1 - opt.final_lr_ratio) * shape

@@ -1,0 +1,296 @@
+"""The training loop: from a configuration to a finished run, the same on one process and on many."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ebwm_dist.config.deepspeed import deepspeed_dict
+from ebwm_dist.config.loading import save_config
+from ebwm_dist.config.schema import Config
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
+from ebwm_dist.errors import ConfigError, PeerError, UserError
+from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.registry import build_model
+from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
+from ebwm_dist.training.distributed import World, from_rank_0, set_collective_timeout, setup_distributed, teardown
+from ebwm_dist.training.metrics import Console, MetricsLog, WandbLog, train_line, val_line
+from ebwm_dist.training.optimizer import build_optimizer, set_lr
+from ebwm_dist.training.shutdown import StopSignal
+from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
+
+
+def train(config: Config) -> TrainingState:
+    """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then."""
+    stop = StopSignal()
+    world = setup_distributed(config.training.startup_timeout)
+    watchdog = Watchdog(world, heartbeat_store(), config.training.startup_timeout, config.training.step_timeout)
+    failure = None
+    try:
+        return Trainer(config, world, stop, watchdog).run()
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        if is_communication_error(error):
+            # A failed collective says nothing of who failed it, or when; the heartbeats do.
+            raise PeerError(watchdog.explain(error)) from error
+        raise
+    finally:
+        watchdog.close(failure)
+        stop.close()
+        teardown()
+
+
+class Trainer:
+    """Holds the parts of a run together."""
+
+    def __init__(self, config: Config, world: World, stop: StopSignal, watchdog: Watchdog):
+        import deepspeed
+
+        self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
+        self.run_dir = Path(config.run_dir)
+        self.console = Console(world.rank == 0)
+        watchdog.beat(0, "loading")
+
+        self.manifest = Manifest.load(config.data.path)
+        check_data(config, self.manifest)
+        self.stream = TokenStream(
+            config.data,
+            self.manifest,
+            seed=config.seed,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            dp_rank=world.rank,
+            dp_world_size=world.world_size,
+        )
+        self.checkpointer = Checkpointer(config, world)
+        checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
+        if world.rank == 0:
+            save_config(config, self.run_dir / "config.yaml")
+            (self.run_dir / "logs").mkdir(exist_ok=True)
+
+        torch.manual_seed(config.seed)
+        model = build_model(config, self.manifest.pad_id).to(world.device)
+        self.optimizer = build_optimizer(model, config)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_dict(config, world.world_size)
+        )
+        self.state = TrainingState()
+        if checkpoint is not None:
+            self.state = self.checkpointer.load(self.engine, checkpoint)
+            self.stream.load_state_dict(self.state.data)
+            self._say(f"continuing from {checkpoint}")
+
+        self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+        self.peak_flops = peak_flops(name) * world.world_size
+        self.logs: list[MetricsLog | WandbLog] = []
+        if world.rank == 0:
+            self.logs.append(MetricsLog(self.run_dir, self.state.step))
+            if config.wandb.mode != "disabled":
+                self.logs.append(WandbLog(config, self.run_dir))
+        self.console.start_bar(config.training.max_steps, self.state.step)
+        parameters = sum(p.numel() for p in model.parameters())
+        self._say(
+            f"{config.model.kind} with {parameters / 1e6:.1f}M parameters, {world.world_size} x {name}, "
+            f"ZeRO {config.zero.stage}, {config.training.precision}; "
+            f"{self.manifest.train.samples} training sequences of {config.data.sequence_length} tokens"
+        )
+
+    def run(self) -> TrainingState:
+        """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""
+        config, state, training = self.config, self.state, self.config.training
+        last = training.max_steps if training.stop_after is None else min(training.stop_after, training.max_steps)
+        first = state.step
+        try:
+            if self._validation_due() and not self._validated(state.step):
+                self._validate()  # a kill or a stop came between a checkpoint and its validation
+            while state.step < last:
+                stop = self._train_step()
+                if state.step == first + 1:
+                    self.watchdog.first_step_done()
+                    set_collective_timeout(training.step_timeout)
+                if state.step % config.checkpoint.interval == 0 or state.step == last or stop:
+                    self._save()
+                if stop:
+                    self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
+                    return state
+                if self._validation_due():
+                    self._validate()
+            self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
+        finally:
+            self.console.close()
+            for log in self.logs:
+                log.close()
+        return state
+
+    def _train_step(self) -> bool:
+        """Do one optimizer step and record it; return whether any rank was asked to stop."""
+        config, state, engine = self.config, self.state, self.engine
+        step = state.step + 1
+        start, data_wait = time.perf_counter(), 0.0
+        lr = set_lr(self.optimizer, config, step)
+        step_size = self._step_size()
+        values = None
+        micro_steps = engine.gradient_accumulation_steps()
+        for _ in range(micro_steps):
+            self.watchdog.beat(step, "data")
+            waited = time.perf_counter()
+            batch: TextBatch = next(self.stream)
+            data_wait += time.perf_counter() - waited
+            self.watchdog.beat(step, "forward/backward")
+            tokens, ids = batch.tokens.to(self.world.device), batch.sample_ids.to(self.world.device)
+            output = engine(tokens, ids)
+            engine.backward(output.loss)
+            energies = output.step_energies[[0, -1]] if output.step_energies is not None else torch.zeros(2)
+            row = torch.cat((output.step_losses, energies.to(output.step_losses)))
+            values = row if values is None else values + row
+            self.watchdog.beat(step, "optimizer step")
+            engine.step()
+        assert values is not None
+
+        # One collective carries the figures of the step and the wish to stop.
+        packed = torch.cat((values / micro_steps, values.new_tensor([float(self.stop.requested)])))
+        if self.world.world_size > 1:
+            dist.all_reduce(packed)
+            packed[:-1] /= self.world.world_size
+        *losses, energy_first, energy_last, stop = packed.tolist()
+
+        seconds = time.perf_counter() - start
+        tokens_in_step = config.training.global_batch_size * config.data.sequence_length
+        state.step = step
+        state.tokens += tokens_in_step
+        state.seconds += seconds
+        state.data = self.stream.state_dict()
+        applied = engine.was_step_applied()
+        has_energy = config.model.kind == "ebt"
+        self._record(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": sum(losses) / len(losses),
+                "loss_first_step": losses[0],
+                "loss_last_step": losses[-1],
+                "energy_first": energy_first if has_energy else None,
+                "energy_last": energy_last if has_energy else None,
+                "grad_norm": float(engine.get_global_grad_norm()),
+                "lr": lr,
+                "mcmc_step_size": step_size,
+                "tokens": state.tokens,
+                "tokens_per_second": tokens_in_step / seconds,
+                "data_wait": data_wait / seconds,
+                "peak_memory_bytes": self._peak_memory(),
+                "mfu": self.flops_per_token * tokens_in_step / seconds / self.peak_flops if self.peak_flops else 0.0,
+            }
+        )
+        self._count_skipped(applied, losses)
+        return stop > 0
+
+    def _count_skipped(self, applied: bool, losses: list[float]) -> None:
+        """Keep count of steps that were left out because their gradient was not finite; stop after too many."""
+        state, limit = self.state, self.config.training.max_nonfinite_steps
+        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+        if applied:
+            return
+        state.skipped_steps += 1
+        self._say(
+            f"WARNING: step {state.step} skipped on all ranks: its gradient is not finite "
+            f"(losses {', '.join(f'{loss:.4g}' for loss in losses)}; {state.skipped_steps} skipped so far)",
+            sys.stderr,
+        )
+        if state.skipped_in_a_row >= limit:
+            raise UserError(
+                f"{limit} steps in a row had a gradient that is not finite, the last one step {state.step}: "
+                "lower optimizer.lr or mcmc.step_size; the newest checkpoint is from before them"
+            )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """Write the record of a step everywhere, and its line to the console every `log_interval` steps."""
+        for log in self.logs:
+            log.write(record)
+        self.console.advance()
+        step, training = record["step"], self.config.training
+        if step % training.log_interval == 0 or step in (1, training.max_steps):
+            remaining = (training.max_steps - step) * self.state.seconds / step
+            self._say(train_line(record, training.max_steps, remaining))
+
+    def _validation_due(self) -> bool:
+        step = self.state.step
+        return step > 0 and (step % self.config.validation.interval == 0 or step == self.config.training.max_steps)
+
+    def _validated(self, step: int) -> bool:
+        done = bool(self.logs) and isinstance(self.logs[0], MetricsLog) and self.logs[0].has("val", step)
+        return from_rank_0(done, self.world)
+
+    def _validate(self) -> None:
+        """Evaluate the held-out split at the trained number of steps; no second-order graph is built."""
+        config, step = self.config, self.state.step
+        batches = validation_batches(
+            config.data,
+            self.manifest,
+            batch_size=config.training.micro_batch_size,
+            max_sequences=config.validation.max_sequences,
+            dp_rank=self.world.rank,
+            dp_world_size=self.world.world_size,
+        )
+        result = evaluate(
+            self.engine.module,
+            batches,
+            config.mcmc.num_steps,
+            self.world.device,
+            on_batch=lambda: self.watchdog.beat(step, "validation"),
+        )
+        record = {
+            "kind": "val",
+            "step": step,
+            "loss": sum(result.step_losses) / len(result.step_losses),
+            "loss_first_step": result.step_losses[0],
+            "loss_last_step": result.step_losses[-1],
+            "energy_first": result.energies[0] if result.energies else None,
+            "energy_last": result.energies[-1] if result.energies else None,
+            "perplexity": result.perplexities[-1],
+            "mcmc_step_size": self._step_size(),
+            "tokens": self.state.tokens,
+        }
+        for log in self.logs:
+            log.write(record)
+        self._say(val_line(record))
+
+    def _save(self) -> None:
+        self.watchdog.beat(self.state.step, "checkpoint")
+        path = self.checkpointer.save(self.engine, self.state)
+        self._say(f"saved {path}")
+
+    def _step_size(self) -> float | None:
+        model = self.engine.module
+        return model.space.step_size().item() if isinstance(model, EnergyBasedTransformer) else None
+
+    def _peak_memory(self) -> int:
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.world.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _say(self, text: str, stream: Any = None) -> None:
+        if self.world.rank == 0:
+            self.console.line(text, stream)
+
+
+def check_data(config: Config, manifest: Manifest) -> None:
+    """Refuse shards that do not fit the configured model."""
+    for key, wanted, found in (
+        ("model.vocab_size", config.model.vocab_size, manifest.vocab_size),
+        ("data.sequence_length", config.data.sequence_length, manifest.sequence_length),
+    ):
+        if wanted != found:
+            raise ConfigError(
+                f"{key} is {wanted}, but the shards in {config.data.path} were made with {found}: "
+                f"set {key}={found}, or make shards that fit"
+            )

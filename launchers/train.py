@@ -1,0 +1,43 @@
+"""Train a model: `deepspeed launchers/train.py --config configs/quickstart.yaml [key=value ...]`.
+
+Plain `python` (one process) and `torchrun` start it as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.errors import UserError
+
+
+def main() -> int:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it takes; exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
+    args = parser.parse_intermixed_args()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            from ebwm_dist.training.dry_run import describe
+
+            if rank == 0:
+                print(describe(config))
+            return 0
+        from ebwm_dist.training.trainer import train
+
+        train(config)
+    except UserError as error:
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
