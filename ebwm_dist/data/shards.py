@@ -11,19 +11,17 @@ import io
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ebwm_dist.data.manifest import Manifest, Shard, Split
+from ebwm_dist.data.manifest import HOW_TO_REPAIR, Manifest, Shard, Split
 from ebwm_dist.data.writer import TAR_BLOCK, Member
 from ebwm_dist.errors import DataError
 
 _HEADER = 256  # bytes read for an npy header, which takes 128
-
-HOW_TO_REPAIR = "restore the file or run data_tools/tokenize_text.py again"
 
 
 def read_index(folder: Path, shard: Shard) -> list[Member]:
@@ -139,9 +137,9 @@ class ShardReader:
             keys.append(f"{shard.shard.name}/{shard.members[member].key}#{inside}")
         return found, keys
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """Yield all rows of the split in file order, one member `[R, S+1]` at a time."""
-        for number in range(len(self._split.shards)):
+    def blocks(self, shards: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Yield the rows of `shards` (all of them if None) in file order, one member `[R, S+1]` at a time."""
+        for number in range(len(self._split.shards)) if shards is None else shards:
             for member, entry in enumerate(self._shard(number).members):
                 yield self._shard(number).read(member, 0, entry.rows)
 

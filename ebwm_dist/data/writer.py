@@ -56,7 +56,7 @@ class ShardWriter:
         from webdataset.writer import TarWriter
 
         if self._file is None:
-            self._file = open(self._folder / self._name, "wb")
+            self._file = open(self._folder / self._name, "wb")  # noqa: SIM115 (closed with the shard)
             self._tar = TarWriter(self._file, user="ebwm", group="ebwm", mode=0o644, mtime=0, encoder=False)
         payload = npy_bytes(block.astype(self._dtype))
         key = f"{self._key:08d}"

@@ -1,0 +1,292 @@
+"""The endless, resumable stream of training micro-batches, and the finite one for validation.
+
+Everything follows from the number of a global batch. With N samples in the split, global batches of G, and
+`steps = N // G` of them in an epoch, global batch t consists of
+
+    the positions [b*G, (b+1)*G) of EpochOrder(epoch),      epoch, b = divmod(t, steps)
+
+and its samples are numbered t*G, t*G + 1, ... over the whole run (`sample_ids`: what a sample's noise is seeded
+with). The N % G samples that are left at the end of an epoch's order are dropped from that epoch.
+
+Rank r of W takes the r-th of W contiguous slices of every global batch and cuts it into micro-batches of B:
+
+    global batch t   | rank 0: micro 0, micro 1, ... | rank 1: micro 0, micro 1, ... | ...
+
+A rank's micro-batch m therefore belongs to t = m // (G / (W*B)), and any process can read it knowing m alone:
+worker w of N reads m = w, w + N, ... and the DataLoader takes from the workers in turn, so their number changes
+nothing. The position is the number of samples in the global batches handed out, counted in the training process where
+prefetched batches do not count. It does not mention ranks or workers, so a run resumes on any number of either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ebwm_dist.config.schema import DataConfig
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.order import EpochOrder
+from ebwm_dist.data.shards import ShardReader
+from ebwm_dist.errors import ConfigError, DataError
+
+RawBatch = tuple[np.ndarray, list[str]]
+"""Tokens `[B, S+1]` in the stored dtype, which is a quarter of int64 on its way between processes, and keys."""
+
+
+@dataclass
+class TextBatch:
+    """A micro-batch: tokens `[B, S+1]` and sample_ids `[B]`, both int64, and keys like `train-000000/00000012#5`.
+
+    Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`; targets equal to the pad token do not count.
+    """
+
+    tokens: torch.Tensor
+    sample_ids: torch.Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples make up micro-batch m of this rank: the arithmetic of the module's docstring."""
+
+    counts: tuple[int, ...]
+    seed: int
+    window: int
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of whole global batches in an epoch."""
+        return sum(self.counts) // self.global_batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches of this rank in a global batch."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_world_size)
+
+    def offset(self, micro: int) -> int:
+        """Return where micro-batch `micro` of this rank starts in its global batch."""
+        per_rank = self.global_batch_size // self.dp_world_size
+        return self.dp_rank * per_rank + micro % self.micro_batches * self.micro_batch_size
+
+    def sample_ids(self, micro: int) -> torch.Tensor:
+        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]`."""
+        first = micro // self.micro_batches * self.global_batch_size + self.offset(micro)
+        return torch.arange(first, first + self.micro_batch_size, dtype=torch.int64)
+
+
+class _MicroBatches(IterableDataset):
+    """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
+
+    def __init__(self, manifest: Manifest, plan: Plan, first: int) -> None:
+        self._manifest = manifest
+        self._plan = plan
+        self._first = first
+
+    def __iter__(self) -> Iterator[RawBatch | DataError]:
+        plan = self._plan
+        reader = ShardReader(self._manifest, "train", max_open=min(2 * plan.window, 256))
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        order: EpochOrder | None = None
+        order_epoch = -1
+        for micro in itertools.count(self._first + index, workers):
+            epoch, batch = divmod(micro // plan.micro_batches, plan.steps_per_epoch)
+            if order is None or epoch != order_epoch:
+                order, order_epoch = EpochOrder(plan.counts, plan.seed, epoch, plan.window), epoch
+            start = batch * plan.global_batch_size + plan.offset(micro)
+            try:
+                yield reader.read(*order[start : start + plan.micro_batch_size])
+            except DataError as error:
+                # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
+                yield error
+                return
+
+
+def _die_with_parent(_worker: int) -> None:
+    """End this worker as soon as the training process is gone, however it went and whatever we are blocked on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class TokenStream:
+    """Endless iterator over this rank's micro-batches of the train split; see the module's docstring."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        manifest: Manifest,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_world_size: int,
+    ) -> None:
+        _check_length(data, manifest)
+        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_world_size):
+            raise ConfigError(
+                f"training.global_batch_size={global_batch_size} is not a multiple of training.micro_batch_size="
+                f"{micro_batch_size} times {dp_world_size} data-parallel ranks"
+            )
+        samples = manifest.train.samples
+        if samples < global_batch_size:
+            raise DataError(
+                f"the train split of {manifest.folder} has {samples} samples, fewer than one global batch of "
+                f"{global_batch_size}; add text or lower training.global_batch_size"
+            )
+        manifest.check_files()
+        self._manifest = manifest
+        self._num_workers = data.num_workers
+        self._plan = Plan(
+            manifest.train.counts,
+            seed,
+            data.shuffle_window,
+            global_batch_size,
+            micro_batch_size,
+            dp_rank,
+            dp_world_size,
+        )
+        self._micro = 0  # number of the next micro-batch of this rank
+        self._raw: Iterator[RawBatch | DataError] | None = None
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Return how many samples of each epoch are left out because they do not fill a global batch."""
+        return self._manifest.train.samples % self._plan.global_batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of global batches in an epoch."""
+        return self._plan.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch that the next micro-batch belongs to."""
+        return self._micro // self._plan.micro_batches // self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        return self
+
+    def __next__(self) -> TextBatch:
+        if self._raw is None:
+            self._raw = iter(self._loader())
+        item = next(self._raw)
+        if isinstance(item, DataError):
+            self.close()
+            raise item
+        rows, keys = item
+        sample_ids = self._plan.sample_ids(self._micro)
+        self._micro += 1
+        return TextBatch(torch.from_numpy(rows.astype(np.int64)), sample_ids, keys)
+
+    def _loader(self) -> DataLoader[RawBatch | DataError]:
+        dataset = _MicroBatches(self._manifest, self._plan, self._micro)
+        if self._num_workers == 0:
+            return DataLoader(dataset, batch_size=None, collate_fn=_as_is)
+        # A fork server is safe although this process has threads, and importing torch there makes its forks fast.
+        # Each worker runs torch on one thread, as all DataLoader workers do.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self._num_workers,
+            multiprocessing_context=context,
+            worker_init_fn=_die_with_parent,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: how many samples of whole global batches were handed out, and of which data."""
+        assert self._micro % self._plan.micro_batches == 0, "the position is defined between global batches only"
+        step = self._micro // self._plan.micro_batches
+        return {"samples_consumed": step * self._plan.global_batch_size, "epoch": self.epoch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken, on any number of ranks and workers."""
+        for key, now in self._identity().items():
+            if state[key] != now:
+                raise DataError(
+                    f"cannot resume the data stream: its {key} was {state[key]}, now it is {now}; "
+                    "restore what it was, or start a new run"
+                )
+        self.close()
+        self._micro = state["samples_consumed"] // self._plan.global_batch_size * self._plan.micro_batches
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what the sequence of global batches depends on."""
+        return {
+            "fingerprint": self._manifest.fingerprint,
+            "seed": self._plan.seed,
+            "shuffle_window": self._plan.window,
+            "global_batch_size": self._plan.global_batch_size,
+        }
+
+    def close(self) -> None:
+        """Stop the workers; the next batch starts new ones."""
+        self._raw = None
+
+
+def validation_batches(
+    data: DataConfig,
+    manifest: Manifest,
+    *,
+    batch_size: int,
+    max_sequences: int,
+    dp_rank: int,
+    dp_world_size: int,
+) -> Iterator[TextBatch]:
+    """Yield this rank's batches of at most `max_sequences` samples of the held-out split, always the same ones.
+
+    They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Every
+    rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated with
+    all targets set to the pad token, so that they do not count.
+    """
+    _check_length(data, manifest)
+    manifest.check_files()
+    split = manifest.val
+    chosen = min(max_sequences, split.samples)
+    if chosen < 1:
+        raise DataError(f"the val split of {manifest.folder} has no samples; hold out more with --holdout")
+    ends = np.cumsum(split.counts)
+    reader = ShardReader(manifest, "val", max_open=4)
+    for start in range(0, chosen, batch_size * dp_world_size):
+        slots = start + dp_rank * batch_size + np.arange(batch_size)
+        ids = slots % chosen * split.samples // chosen
+        shards = np.searchsorted(ends, ids, side="right")
+        rows, keys = reader.read(shards, ids - (ends - split.counts)[shards])
+        tokens = rows.astype(np.int64)
+        tokens[slots >= chosen, 1:] = manifest.pad_id
+        yield TextBatch(torch.from_numpy(tokens), torch.from_numpy(ids), keys)
+
+
+def _check_length(data: DataConfig, manifest: Manifest) -> None:
+    if data.sequence_length != manifest.sequence_length:
+        raise DataError(
+            f"data.sequence_length={data.sequence_length}, but the shards in {manifest.folder} were packed with "
+            f"{manifest.sequence_length}; set it to that, or run data_tools/tokenize_text.py again"
+        )

@@ -1,0 +1,73 @@
+"""The tokenizer gives back exactly the text it was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.tokenizer import PROBES, Tokenizer, check_lossless, load_tokenizer, train_tokenizer
+from ebwm_dist.errors import DataError, UserError
+from tests.tiny_data import tiny_documents
+
+# U+2581 stands for the space inside sentencepiece; lone surrogates are no text.
+text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_round_trip_of_both_model_types(tmp_path: Path, model_type: str) -> None:
+    texts = [document["text"] for document in tiny_documents(20)]
+    tokenizer = train_tokenizer(texts, tmp_path / "t.model", vocab_size=310, model_type=model_type)
+    for probe in [*PROBES, *texts, "", " ", "\n"]:
+        assert tokenizer.decode(tokenizer.encode(probe)) == probe
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
+    assert len(special) == 3 and not special & set(tokenizer.encode("".join(PROBES)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text)
+def test_any_text_round_trips_and_special_tokens_have_no_text(tiny: Manifest, text: str) -> None:
+    tokenizer = load_tokenizer(tiny)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == text
+    assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
+
+
+def test_a_lossy_tokenizer_is_refused(tmp_path: Path) -> None:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    texts = iter([document["text"] for document in tiny_documents(20)])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=300, byte_fallback=True, hard_vocab_limit=False
+    )
+    with pytest.raises(DataError, match="does not give back"):
+        check_lossless(model.getvalue())
+
+
+def test_the_same_text_trains_the_same_tokenizer(tmp_path: Path) -> None:
+    texts = [document["text"] for document in tiny_documents(20)]
+    hashes = {train_tokenizer(texts, tmp_path / f"{i}.model", vocab_size=310).sha256 for i in range(2)}
+    assert len(hashes) == 1
+
+
+def test_impossible_vocabulary_missing_and_foreign_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--vocab-size"):
+        train_tokenizer(["some text"], tmp_path / "t.model", vocab_size=10)
+    assert not (tmp_path / "t.model").exists()
+    with pytest.raises(DataError, match=r"train_tokenizer\.py"):
+        Tokenizer(tmp_path / "t.model")
+    (tmp_path / "foreign.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path / "foreign.model")
+
+
+def test_a_tokenizer_that_the_shards_were_not_made_with_is_refused(copied: Manifest) -> None:
+    other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.tokenizer, vocab_size=280)
+    with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.tokenizer_sha256[:12]}"):
+        load_tokenizer(copied)

@@ -1,0 +1,47 @@
+"""A tiny data folder with a tokenizer trained on it, for every test that needs something to train on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from ebwm_dist.data.build import Layout, build
+from ebwm_dist.data.documents import DocumentReader, find_inputs
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.tokenizer import train_tokenizer
+
+SYLLABLES = ("ka", "lo", "mi", "ru", "ten", "vas", "sho", "bel", "dor", "fin")
+HELD_OUT = "book 0"
+
+
+def tiny_documents(count: int, words: int = 60) -> list[dict[str, str]]:
+    """Make up documents in five groups whose words follow each other by a rule, so that there is something to learn."""
+    generator = random.Random(0)
+    vocabulary = ["".join(generator.choices(SYLLABLES, k=generator.randint(1, 3))) for _ in range(80)]
+    successors = {word: generator.sample(vocabulary, 3) for word in vocabulary}
+    documents = []
+    for number in range(count):
+        text = [generator.choice(vocabulary)]
+        while len(text) < words:
+            text.append(generator.choice(successors[text[-1]]))
+        lines = "\n".join(" ".join(text[i : i + 10]) for i in range(0, words, 10))
+        documents.append({"id": f"text {number}", "group": f"book {number % 5}", "text": lines})
+    return documents
+
+
+def make_tiny_data(
+    folder: Path, *, sequence_length: int = 16, vocab_size: int = 320, documents: int = 60, workers: int = 0
+) -> Manifest:
+    """Make a whole data folder in `folder` with the code of the tools: many small shards, `book 0` held out.
+
+    The manifest's `vocab_size` is exactly the one asked for.
+    """
+    source = folder.parent / f"{folder.name}.jsonl"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(documents)))
+    texts = (document.text for document in DocumentReader(find_inputs([source])) if document.group != HELD_OUT)
+    tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=vocab_size)
+    assert tokenizer.vocab_size == vocab_size, f"ask for at most {tokenizer.vocab_size} tokens, or more documents"
+    layout = Layout(sequence_length, samples_per_member=8, members_per_shard=4, holdout=(HELD_OUT,))
+    return build([source], tokenizer, folder, layout, workers=workers).manifest
