@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 from ebwm_dist.training.distributed import free_port
+from ebwm_dist.training.watchdog import is_communication_error
 
 
 def run_distributed_test(
@@ -48,6 +49,10 @@ def _run(rank: int, fn: Callable[..., None], world_size: int, args: tuple[Any, .
         torch.distributed.init_process_group(backend)
     try:
         fn(rank, world_size, *args)
+    except Exception as error:
+        if is_communication_error(error):
+            time.sleep(3)  # the rank that caused it is about to report the cause, and only the first report is shown
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -32,21 +32,23 @@ _TIME_TO_LEAVE = 60.0
 _NAMED_RANKS = 8
 _LIBRARIES = {"torch", "deepspeed"} | sys.stdlib_module_names - {"__main__"}
 
+Store = Any
+"""A `torch.distributed.Store` (whose `clone` torch's type stubs leave out)."""
 Report = dict[str, Any]
 """What a rank publishes: `beat, time, host, step, phase, count` (of phases in the step), `place, in_collective`, and
 when it leaves, `end` (why) and `blames` (its own verdict, if other ranks are the reason)."""
 
 
-def heartbeat_store() -> dist.Store | None:
+def heartbeat_store() -> Store | None:
     """Return a connection of its own to the process group's store, or None without one.
 
     Calls on one connection queue behind each other, and collectives must not queue behind a heartbeat.
     """
     try:
-        store = dist.distributed_c10d._get_default_store().clone()
+        default: Store = dist.distributed_c10d._get_default_store()
+        return dist.distributed_c10d.PrefixStore("ebwm_heartbeat", default.clone())
     except (AttributeError, RuntimeError, ValueError):  # private names of torch; no process group
         return None
-    return dist.PrefixStore("ebwm_heartbeat", store)
 
 
 def is_communication_error(error: BaseException) -> bool:
@@ -60,7 +62,7 @@ def is_communication_error(error: BaseException) -> bool:
 class Watchdog:
     """Watch this rank, and explain a failure by what the others last reported."""
 
-    def __init__(self, world: World, store: dist.Store | None, startup_timeout: float, step_timeout: float) -> None:
+    def __init__(self, world: World, store: Store | None, startup_timeout: float, step_timeout: float) -> None:
         self.world = world
         self.store = store if world.world_size > 1 else None
         self.step_timeout = step_timeout
@@ -174,7 +176,7 @@ class Watchdog:
         result: dict[int, Report] = {}
         done = threading.Event()
 
-        def read(store: dist.Store) -> None:
+        def read(store: Store) -> None:
             ranks = [rank for rank in range(self.world.world_size) if store.check([str(rank)])]
             values = store.multi_get([str(rank) for rank in ranks])
             result.update({rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)})
@@ -206,7 +208,7 @@ class Watchdog:
         self.store.set(str(self.world.rank), json.dumps({**self._current(), "beat": self._beats, "time": time.time()}))
 
 
-def diagnose(reports: dict[int, Report | None], earlier: dict[int, Report]) -> str:
+def diagnose(reports: Mapping[int, Report | None], earlier: Mapping[int, Report]) -> str:
     """Name the ranks that keep the others waiting, given the reports of all and those of some seconds `earlier`.
 
     Return nothing if all of them are at the same point.
@@ -275,7 +277,7 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[\S+\] ", "", text).split(". ")[0].rstrip(".")
 
 
-def _start(function: Any, store: dist.Store) -> threading.Thread:
+def _start(function: Any, store: Store) -> threading.Thread:
     def run() -> None:
         try:
             function(store)

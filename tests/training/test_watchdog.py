@@ -185,4 +185,4 @@ time.sleep(60)
     process.send_signal(signal.SIGCONT)
     _, text = process.communicate(timeout=30)
     assert process.returncode == EXIT_CODE
-    assert "in step 1 (phase data, <string>:9). If it may take this long, raise training.step_timeout." in text
+    assert "in step 1 (phase data, <string>:10). If it may take this long, raise training.step_timeout." in text
