@@ -33,9 +33,7 @@ class EnergyBasedTransformer(nn.Module):
         """Return the training loss of `tokens` [B, S+1]; `sample_ids` [B] seed each sample's initial noise."""
         context, targets = tokens[:, :-1], tokens[:, 1:]
         state = self.space.start(sample_ids, self.seed, context.shape[1])
-        return refinement_loss(
-            self.transformer, self.space, self.embeddings(context), state, targets, self.num_steps
-        )
+        return refinement_loss(self.transformer, self.space, self.embeddings(context), state, targets, self.num_steps)
 
     @torch.no_grad()
     def refine(self, context: Tensor, state: Tensor, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,9 +26,7 @@ from ebwm_dist.models.energy_transformer import ContextCache, EnergyTransformer
 from ebwm_dist.models.output import TrainingOutput
 
 
-def energy_and_gradient(
-    transformer: EnergyTransformer, embedded: Tensor, cache: ContextCache
-) -> tuple[Tensor, Tensor]:
+def energy_and_gradient(transformer: EnergyTransformer, embedded: Tensor, cache: ContextCache) -> tuple[Tensor, Tensor]:
     """Return the energies [B, S] of embedded candidates and their gradient dE/de [B, S, D], both detached.
 
     Positions do not interact, so the gradient of the sum holds each position's own.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.initialization import initialize
-from ebwm_dist.models.layers import Block, RMSNorm, rotary_table
+from ebwm_dist.models.layers import Block, Blocks, RMSNorm, rotary_table
 from ebwm_dist.models.output import Evaluation, TrainingOutput, summed_cross_entropy
 
 
@@ -23,7 +23,7 @@ class AutoregressiveTransformer(nn.Module):
         self.pad_id = pad_id
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
         self.embeddings = nn.Embedding(config.vocab_size, dim)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(dim, config.num_heads, int(config.ffn_multiplier * dim), config.norm_eps)
             for _ in range(config.num_layers)
         )
@@ -56,5 +56,3 @@ class AutoregressiveTransformer(nn.Module):
     def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:
         """Return the logits [B, V] of the token after `tokens` [B, S]."""
         return self.logits(tokens)[:, -1].float()
-
-

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import (
     Block,
+    Blocks,
     Modulation,
     RMSNorm,
     Rotary,
@@ -53,9 +54,7 @@ class EnergyTransformer(nn.Module):
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
         hidden_dim = int(config.ffn_multiplier * dim)
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
-        self.blocks = nn.ModuleList(
-            Block(dim, config.num_heads, hidden_dim, eps, adaln) for _ in range(config.num_layers)
-        )
+        self.blocks = Blocks(Block(dim, config.num_heads, hidden_dim, eps, adaln) for _ in range(config.num_layers))
         self.norm = RMSNorm(dim, eps)
         self.modulation = Modulation(dim, 2) if adaln else None
         self.head = nn.Linear(dim, 1, bias=False)
@@ -75,10 +74,11 @@ class EnergyTransformer(nn.Module):
                 condition = time
         rotary = self._rotary(torch.arange(x.shape[1], device=x.device), x)
         keys_values = []
-        for block in self.blocks[:-1]:
+        *body, last = self.blocks
+        for block in body:
             x, pair = block.context(x, rotary, condition)
             keys_values.append(pair)
-        keys_values.append(self.blocks[-1].context_keys_values(x, rotary, condition))
+        keys_values.append(last.context_keys_values(x, rotary, condition))
         return ContextCache(landscape, tuple(keys_values))
 
     def energy(self, candidate: Tensor, cache: ContextCache) -> Tensor:

@@ -16,7 +16,8 @@ Every weight is used inside the forward of the module that owns it, which is wha
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +117,7 @@ class Attention(nn.Module):
         p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, hidden))
         return self._output(p[..., :-1] @ values + p[..., -1:] * v)
 
-    def candidate_with_tangent(
-        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor
-    ) -> Tensor:
+    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
         (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in self._qkv(h, rotary))
         # Candidate and tangent meet the same keys and values: stacked along the positions, one matmul each.
@@ -185,9 +184,7 @@ class Block(nn.Module):
         x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
         return x, (k, v)
 
-    def context_keys_values(
-        self, x: Tensor, rotary: Rotary, condition: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def context_keys_values(self, x: Tensor, rotary: Rotary, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return only keys and values of the context stream: all that is needed of the last block."""
         attention_mod, _ = self._modulation(condition)
         return self.attention.keys_values(modulate(self.attention_norm(x), attention_mod), rotary)
@@ -224,6 +221,13 @@ class Block(nn.Module):
         y = self.feed_forward.with_tangent(h)
         x, tangent = (a + b for a, b in zip((x, tangent), gate(y, ffn_mod).chunk(2), strict=True))
         return x, tangent
+
+
+class Blocks(nn.ModuleList):
+    """The stack of a model's blocks."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", super().__iter__())
 
 
 def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:

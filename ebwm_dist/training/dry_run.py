@@ -22,22 +22,20 @@ def describe(config: Config) -> str:
     flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
     training = config.training
     tokens_per_step = training.global_batch_size * config.data.sequence_length
+    tokens = tokens_per_step * training.max_steps
     activations = activation_bytes(config)
     lines = [
         OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(),
         "---",
         f"parameters: {parameters:,}",
         f"training FLOPs per token: {flops:.4g} ({flops / parameters:.1f} per parameter)",
-        f"tokens: {tokens_per_step:,} a step, {tokens_per_step * training.max_steps:.4g} in {training.max_steps:,} steps"
-        f" ({flops * tokens_per_step * training.max_steps:.3g} FLOPs)",
+        f"tokens: {tokens_per_step:,} a step, {tokens:.4g} in {training.max_steps:,} steps ({flops * tokens:.3g} FLOPs)",
         f"memory per GPU in GiB ({training.precision}, micro-batch {training.micro_batch_size}: "
         f"{activations / GIB:.2f} of activations, the rest weights, gradients and optimizer state):",
         "  GPUs  " + "".join(f"{f'ZeRO {stage}':>10}" for stage in (0, 1, 2)),
     ]
     for world_size in WORLD_SIZES:
-        row = [
-            state_bytes(parameters, stage, world_size, training.precision) + activations for stage in (0, 1, 2)
-        ]
+        row = [state_bytes(parameters, stage, world_size, training.precision) + activations for stage in (0, 1, 2)]
         lines.append(f"  {world_size:4}  " + "".join(f"{size / GIB:10.2f}" for size in row))
     lines.append(f"  (this configuration: ZeRO {config.zero.stage}; CUDA's own context and fragmentation come on top)")
     return "\n".join(lines)
@@ -86,4 +84,3 @@ def activation_bytes(config: Config) -> int:
     total = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
     del output
     return total
-

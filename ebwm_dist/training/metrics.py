@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO, cast
 
 from tqdm import tqdm
 
@@ -71,16 +72,15 @@ class WandbLog:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex)
-        from ebwm_dist.config.loading import to_dict
-
         self._run = wandb.init(
             id=id_file.read_text().strip(),
             resume="allow",
-            mode=config.wandb.mode,
+            mode=cast("Literal['online', 'offline']", config.wandb.mode),
+            settings=wandb.Settings(console="off", silent=True),
             project=config.wandb.project,
             name=config.wandb.name or run_dir.name,
             dir=str(run_dir),
-            config=to_dict(config),
+            config=dataclasses.asdict(config),
         )
 
     def write(self, record: Record) -> None:
@@ -90,7 +90,7 @@ class WandbLog:
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Console:
@@ -145,7 +145,9 @@ def val_line(record: Record) -> str:
     """Return the console line of a validation."""
     line = f"step {record['step']} validation | loss {record['loss_first_step']:.4f}"
     if record["energy_first"] is not None:
-        line += f" -> {record['loss_last_step']:.4f} | energy {record['energy_first']:.3f} -> {record['energy_last']:.3f}"
+        line += (
+            f" -> {record['loss_last_step']:.4f} | energy {record['energy_first']:.3f} -> {record['energy_last']:.3f}"
+        )
     return f"{line} | perplexity {record['perplexity']:.2f}"
 
 

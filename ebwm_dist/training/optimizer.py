@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     # Under ZeRO, and in bf16, DeepSpeed clips and checks the gradients; in plain fp32 stage 0 it does not check.
     checks_itself = config.zero.stage == 0 and config.training.precision == "fp32"
     kind = CheckedAdamW if checks_itself else torch.optim.AdamW
-    optimizer = kind(groups, betas=tuple(opt.betas), eps=opt.eps, fused=True)
+    optimizer = kind(groups, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps, fused=True)
     if isinstance(optimizer, CheckedAdamW):
         optimizer.max_norm = opt.grad_clip
     for group in optimizer.param_groups:

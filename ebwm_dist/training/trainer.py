@@ -18,8 +18,8 @@ from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
 from ebwm_dist.errors import ConfigError, PeerError, UserError
 from ebwm_dist.evaluation.perplexity import evaluate
-from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.registry import build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import World, from_rank_0, set_collective_timeout, setup_distributed, teardown

@@ -1,0 +1,203 @@
+"""An energy-based model beside its autoregressive twin: does it predict better when it thinks longer?"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ebwm_dist.config.schema import Config
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.data.unigram import unigram_perplexity
+from ebwm_dist.evaluation.perplexity import Result, evaluate
+from ebwm_dist.inference.generate import generate
+from ebwm_dist.inference.load import load_run
+from ebwm_dist.registry import Model
+
+THINKING_STEPS = (1, 2, 3, 4, 8)
+BATCH_SIZE = 32
+PROMPT_TOKENS, GENERATED_TOKENS, TEMPERATURE = 24, 48, 0.7
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run and what its metrics tell."""
+
+    folder: Path
+    model: Model
+    config: Config
+    manifest: Manifest
+    records: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> Run:
+        """Read the newest checkpoint and the metrics of `folder`."""
+        model, config, manifest = load_run(folder, device)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return cls(folder, model, config, manifest, records)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def train_records(self) -> list[dict[str, Any]]:
+        """Return the records of training steps."""
+        return [record for record in self.records if record["kind"] == "train"]
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens trained on."""
+        return self.train_records()[-1]["tokens"]
+
+    @property
+    def seconds(self) -> float:
+        """Return the time spent in training steps."""
+        before, total = 0, 0.0
+        for record in self.train_records():
+            total += (record["tokens"] - before) / record["tokens_per_second"]
+            before = record["tokens"]
+        return total
+
+    def evaluate(self, num_steps: int, device: torch.device) -> Result:
+        """Evaluate the held-out split at 1 to `num_steps` MCMC steps."""
+        validation = self.config.validation
+        with tqdm(desc=f"evaluate {self.config.model.kind}", unit="batch", disable=None, leave=False) as bar:
+            batches = validation_batches(
+                self.config.data,
+                self.manifest,
+                batch_size=BATCH_SIZE,
+                max_sequences=validation.max_sequences,
+                dp_rank=0,
+                dp_world_size=1,
+            )
+            return evaluate(self.model, batches, num_steps, device, on_batch=bar.update)
+
+    def sample(self, num_texts: int, num_steps: int) -> list[tuple[str, str]]:
+        """Return (held-out prompt, generated continuation) pairs."""
+        tokenizer = load_tokenizer(self.manifest)
+        batches = validation_batches(
+            self.config.data, self.manifest, batch_size=1, max_sequences=num_texts, dp_rank=0, dp_world_size=1
+        )
+        texts = []
+        for number, batch in enumerate(islice(batches, num_texts)):
+            prompt = batch.tokens[0, :PROMPT_TOKENS].tolist()
+            tokens = generate(
+                self.model,
+                prompt,
+                num_tokens=GENERATED_TOKENS,
+                num_steps=num_steps,
+                temperature=TEMPERATURE,
+                max_context=self.config.data.sequence_length,
+                seed=number,
+            )
+            texts.append((tokenizer.decode(prompt), tokenizer.decode(tokens)))
+        return texts
+
+
+def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
+    """Evaluate both runs; print the comparison, write summary.json and thinking.png into `ebt_folder`."""
+    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ebt, ar = Run.load(ebt_folder, device), Run.load(ar_folder, device)
+    thinking, baseline = ebt.evaluate(max(THINKING_STEPS), device), ar.evaluate(1, device)
+    unigram = unigram_perplexity(ebt.manifest)
+    energies = thinking.energies or []
+    summary = {
+        "ebt": {
+            "val_perplexity_by_steps": {str(n): thinking.perplexities[n - 1] for n in THINKING_STEPS},
+            "val_energy_by_steps": {str(n): energies[n] for n in (0, *THINKING_STEPS)},
+            "trained_steps": ebt.config.mcmc.num_steps,
+            "parameters": ebt.parameters,
+            "tokens": ebt.tokens,
+        },
+        "ar": {"val_perplexity": baseline.perplexities[0], "parameters": ar.parameters, "tokens": ar.tokens},
+        "unigram_perplexity": unigram,
+        "val_tokens": thinking.tokens,
+        "seconds": ebt.seconds + ar.seconds + time.perf_counter() - started,
+    }
+    print(_table(summary))
+    print("\nHeld-out text continued by the EBT (after |):")
+    for prompt, continuation in ebt.sample(3, ebt.config.mcmc.num_steps):
+        print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
+    plot(ebt, ar, thinking, baseline, unigram, ebt_folder / "thinking.png")
+    partial = ebt_folder / "summary.json.tmp"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, ebt_folder / "summary.json")
+    print(f"\nsummary: {ebt_folder / 'summary.json'}, plots: {ebt_folder / 'thinking.png'}")
+    return summary
+
+
+def _table(summary: dict[str, Any]) -> str:
+    ebt, ar, unigram = summary["ebt"], summary["ar"], summary["unigram_perplexity"]
+    trained = ebt["trained_steps"]
+    lines = [
+        "",
+        f"Held-out perplexity over {summary['val_tokens']:,} tokens",
+        f"  unigram model                       {unigram:8.1f}",
+    ]
+    for steps, perplexity in ebt["val_perplexity_by_steps"].items():
+        energy = ebt["val_energy_by_steps"][steps]
+        note = "  (trained)" if int(steps) == trained else ""
+        lines.append(
+            f"  EBT, {steps} MCMC step{'s' if steps != '1' else ' '}                  {perplexity:8.1f}"
+            f"   energy {energy:8.3f}{note}"
+        )
+    lines.append(f"  autoregressive twin                 {ar['val_perplexity']:8.1f}")
+    best = min(ebt["val_perplexity_by_steps"], key=ebt["val_perplexity_by_steps"].__getitem__)
+    one, at_best = (ebt["val_perplexity_by_steps"][n] for n in ("1", best))
+    if best == "1":
+        lines.append("Thinking longer did not help: one step predicts best.")
+    else:
+        lines.append(f"Thinking helps: {best} steps give {100 * (1 - at_best / one):.1f} % less perplexity than 1.")
+    at_trained = ebt["val_perplexity_by_steps"].get(str(trained))
+    if at_trained is not None:
+        lines.append(
+            f"At the trained {trained} steps the EBT is at {100 * at_trained / unigram:.1f} % of the unigram perplexity."
+        )
+    return "\n".join(lines)
+
+
+def plot(ebt: Run, ar: Run, thinking: Result, baseline: Result, unigram: float, path: Path) -> None:
+    """Draw the loss curves of both runs, and perplexity and energy against the number of MCMC steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, steps = figure.subplots(1, 2)
+    for run, color in ((ebt, "tab:blue"), (ar, "tab:orange")):
+        records = run.train_records()
+        name = run.config.model.kind.upper()
+        curves.plot(
+            [r["tokens"] for r in records], [r["loss_last_step"] for r in records], color=color, alpha=0.3, linewidth=1
+        )
+        val = [r for r in run.records if r["kind"] == "val"]
+        curves.plot(
+            [r["tokens"] for r in val], [r["loss_last_step"] for r in val], "o-", color=color, label=f"{name}, held out"
+        )
+    curves.set(title="Loss of the last step (thin: training)", xlabel="tokens", ylabel="cross-entropy (nats)")
+    top = max(r["loss_last_step"] for run in (ebt, ar) for r in run.records if r["kind"] == "val")
+    curves.set_ylim(top=top * 1.15)
+    curves.legend()
+
+    count = len(thinking.perplexities)
+    steps.plot(range(1, count + 1), thinking.perplexities, "o-", color="tab:blue", label="EBT")
+    steps.axhline(baseline.perplexities[0], color="tab:orange", label="autoregressive twin")
+    steps.axvline(ebt.config.mcmc.num_steps, color="gray", linestyle=":", label="trained number of steps")
+    if unigram < 2 * max(thinking.perplexities):
+        steps.axhline(unigram, color="gray", linestyle="--", label="unigram")
+    steps.set(title="Thinking longer", xlabel="MCMC steps", ylabel="held-out perplexity")
+    if thinking.energies is not None:
+        energy = steps.twinx()
+        energy.plot(range(count + 1), thinking.energies, ".--", color="tab:green", label="energy")
+        energy.set_ylabel("mean energy", color="tab:green")
+    steps.legend()
+    figure.savefig(path, dpi=120)
