@@ -12,7 +12,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -115,10 +115,8 @@ def from_rank_0(value: Any, world: World) -> Any:
 def teardown() -> None:
     """Leave the process group, without a word even if the other ranks are gone."""
     if dist.is_initialized():
-        try:
+        with suppress(RuntimeError):
             dist.destroy_process_group()
-        except RuntimeError:
-            pass
 
 
 @contextmanager

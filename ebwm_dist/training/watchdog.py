@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -279,10 +280,8 @@ def _reason(error: BaseException) -> str:
 
 def _start(function: Any, store: Store) -> threading.Thread:
     def run() -> None:
-        try:
+        with suppress(RuntimeError, OSError):  # the store has gone
             function(store)
-        except (RuntimeError, OSError):  # the store has gone
-            pass
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -19,7 +19,7 @@ from ebwm_dist.errors import DataError
 from ebwm_dist.training.distributed import World, free_port, teardown
 from ebwm_dist.training.watchdog import EXIT_CODE, Watchdog, diagnose, heartbeat_store, is_communication_error
 
-STEP_TIMEOUT = 5.0
+STEP_TIMEOUT = 3.0
 COMMUNICATION_FAILED = 3
 
 FAULTS = {
@@ -169,7 +169,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
 import os, time, torch
 from ebwm_dist.training.distributed import World
 from ebwm_dist.training.watchdog import Watchdog
-watchdog = Watchdog(World(0, 0, 1, torch.device("cpu"), "h"), None, 60, 4)
+watchdog = Watchdog(World(0, 0, 1, torch.device("cpu"), "h"), None, 60, 3)
 watchdog.first_step_done()
 print("ready", flush=True)
 time.sleep(1)
@@ -181,7 +181,7 @@ time.sleep(60)
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(4)
     process.send_signal(signal.SIGCONT)
     _, text = process.communicate(timeout=30)
     assert process.returncode == EXIT_CODE
