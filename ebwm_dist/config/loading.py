@@ -67,13 +67,11 @@ def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return (file, values) of `path` and the files it extends, the most basic one first."""
     chain: list[tuple[str, dict[str, Any]]] = []
     visited: list[Path] = []
-    current, base, named_by = path, None, ""
+    current, named_by = path, ""
     while True:
         if current.resolve() in visited:
-            cycle = " -> ".join(name for name, _ in reversed(chain))
-            raise ConfigError(
-                f"{chain[0][0]}: extends = {current.name!r}: files extend each other: {cycle} -> {current}"
-            )
+            cycle = " -> ".join([*(name for name, _ in reversed(chain)), str(current)])
+            raise ConfigError(f"{named_by}files extend each other: {cycle}")
         visited.append(current.resolve())
         values = _read_yaml(current, named_by)
         base = values.pop("extends", None)
