@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def warn_of_leak(tokenizer: Path, layout: Layout) -> None:
+    """Warn if the record beside the tokenizer says that it was trained on groups that are held out now."""
+    try:
+        source = json.loads(tokenizer.with_name(tokenizer.name + ".json").read_text("utf-8"))["source"]
+        learned = sorted(set(layout.holdout) - set(source["exclude_group"]))
+        leaks = bool(learned) or layout.holdout_fraction > source["exclude_fraction"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a tokenizer from elsewhere has no record
+    if leaks:
+        print(
+            f"WARNING: {tokenizer} was also trained on text that is held out now; for a clean split train it with "
+            "--exclude-group and --exclude-fraction equal to --holdout and --holdout-fraction",
+            file=sys.stderr,
+        )
+
+
 def describe(report: Report) -> str:
     """Return what was made, as a few lines for a person."""
     manifest = report.manifest
@@ -96,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         workers=options.workers,
         progress=True,
     )
+    warn_of_leak(options.tokenizer, layout)
     print(describe(report))
 
 

@@ -57,6 +57,25 @@ def test_epochs_and_seeds_differ_and_samples_are_really_shuffled() -> None:
 def test_the_order_stays_what_it_was_in_earlier_releases() -> None:
     assert permutation(10, 0, 0, 1).tolist() == [7, 6, 4, 5, 3, 9, 1, 0, 2, 8]
     assert len(permutation(0, 3)) == 0
+    shards, rows = EpochOrder([3, 2, 4], seed=1, epoch=2, window=2)[:]
+    assert list(zip(shards.tolist(), rows.tolist(), strict=True)) == [
+        (1, 1),
+        (2, 1),
+        (2, 3),
+        (1, 0),
+        (2, 2),
+        (2, 0),
+        (0, 1),
+        (0, 0),
+        (0, 2),
+    ]
+
+
+def test_windows_of_one_size_are_shuffled_differently_and_epochs_permute_the_shards() -> None:
+    epochs = [EpochOrder([40] * 8, 0, epoch, 1)[:] for epoch in range(3)]
+    rows = epochs[0][1].reshape(8, 40)
+    assert len({tuple(window) for window in rows.tolist()}) == 8
+    assert len({tuple(dict.fromkeys(shards.tolist())) for shards, _ in epochs}) == 3
 
 
 def test_positions_outside_are_refused() -> None:

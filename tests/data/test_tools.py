@@ -30,10 +30,12 @@ def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     encode = ("tokenize_text", "--input", source, "--tokenizer", model, "--out", out, "--sequence-length", "16")
     encode = (*encode, "--holdout", "book 0")
     assert "310 tokens" in run(*train).stdout
-    assert "8 documents in 1 groups" in run(*encode).stdout
+    made = run(*encode)
+    assert "8 documents in 1 groups" in made.stdout and made.stderr == ""
     assert "up to date" in run(*train).stdout and "up to date" in run(*encode).stdout
     assert Manifest.load(out).held_out_groups == ("book 0",)
 
+    assert "also trained on text that is held out" in run(*encode, "book 1", "--out", tmp_path / "leak").stderr
     checked = run("verify", out, "--deep")
     assert checked.returncode == 0 and "0 problems" in checked.stdout
     shard = out / "train-000000.tar"
