@@ -205,8 +205,9 @@ class TokenStream:
 
     def _loader(self) -> DataLoader[RawBatch | DataError]:
         dataset = _MicroBatches(self._manifest, self._plan, self._micro)
+        own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
-            return DataLoader(dataset, batch_size=None, collate_fn=_as_is)
+            return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
         # A fork server is safe although this process has threads, and importing torch there makes its forks fast.
         # Each worker runs torch on one thread, as all DataLoader workers do.
         context = multiprocessing.get_context("forkserver")
@@ -215,6 +216,7 @@ class TokenStream:
             dataset,
             batch_size=None,
             collate_fn=_as_is,
+            generator=own,
             num_workers=self._num_workers,
             multiprocessing_context=context,
             worker_init_fn=_die_with_parent,

@@ -100,7 +100,7 @@ class Trainer:
         self.console.start_bar(config.training.max_steps, self.state.step)
         parameters = sum(p.numel() for p in model.parameters())
         self._say(
-            f"{config.model.kind} with {parameters / 1e6:.1f}M parameters, {world.world_size} x {name}, "
+            f"{config.model.kind} with {parameters:,} parameters, {world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
             f"{self.manifest.train.samples} training sequences of {config.data.sequence_length} tokens"
         )
