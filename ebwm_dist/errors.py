@@ -4,9 +4,14 @@
 class UserError(ValueError):
     """Something the user can put right; the message says what and how."""
 
+    same_on_all_ranks = False
+    """Whether every rank raises it alike, so that rank 0 can tell it for all."""
+
 
 class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key, the value and what is allowed."""
+
+    same_on_all_ranks = True
 
 
 class DataError(UserError):

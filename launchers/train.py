@@ -34,7 +34,8 @@ def main() -> int:
 
         train(config)
     except UserError as error:
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not error.same_on_all_ranks:
+            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -34,14 +34,15 @@ def train_in_turn(rank: int, world_size: int, config: Path, runs: Sequence[Seque
     """Train with each list of overrides in turn, in one process group."""
     from ebwm_dist.training.distributed import setup_distributed
     from ebwm_dist.training.shutdown import StopSignal
-    from ebwm_dist.training.trainer import Trainer
+    from ebwm_dist.training.trainer import Trainer, load_data
     from ebwm_dist.training.watchdog import Watchdog
 
     world = setup_distributed(60)
     for overrides in runs:
         watchdog = Watchdog(world, None, 60, 60)
         try:
-            Trainer(load_config(config, overrides), world, StopSignal(), watchdog).run()
+            loaded = load_config(config, overrides)
+            Trainer(loaded, load_data(loaded), world, StopSignal(), watchdog).run()
         finally:
             watchdog.close()
 

@@ -161,9 +161,8 @@ def _table(summary: dict[str, Any]) -> str:
         lines.append(f"Thinking helps: {best} steps give {100 * (1 - at_best / one):.1f} % less perplexity than 1.")
     at_trained = ebt["val_perplexity_by_steps"].get(str(trained))
     if at_trained is not None:
-        lines.append(
-            f"At the trained {trained} steps the EBT is at {100 * at_trained / unigram:.1f} % of the unigram perplexity."
-        )
+        share = 100 * at_trained / unigram
+        lines.append(f"At the trained {trained} steps the EBT is at {share:.1f} % of the unigram perplexity.")
     return "\n".join(lines)
 
 

@@ -135,7 +135,9 @@ class Checkpointer:
         if own is not None:
             raise own
         if failures:
-            raise CheckpointError(failures[0])
+            elsewhere = CheckpointError(failures[0])
+            elsewhere.same_on_all_ranks = True  # the rank that failed tells it too
+            raise elsewhere
         return [result for result, _ in outcomes]
 
 

@@ -29,7 +29,7 @@ def describe(config: Config) -> str:
         "---",
         f"parameters: {parameters:,}",
         f"training FLOPs per token: {flops:.4g} ({flops / parameters:.1f} per parameter)",
-        f"tokens: {tokens_per_step:,} a step, {tokens:.4g} in {training.max_steps:,} steps ({flops * tokens:.3g} FLOPs)",
+        f"tokens: {tokens_per_step:,} per step, {tokens:.4g} in {training.max_steps:,} ({flops * tokens:.3g} FLOPs)",
         f"memory per GPU in GiB ({training.precision}, micro-batch {training.micro_batch_size}: "
         f"{activations / GIB:.2f} of activations, the rest weights, gradients and optimizer state):",
         "  GPUs  " + "".join(f"{f'ZeRO {stage}':>10}" for stage in (0, 1, 2)),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,9 +95,11 @@ class WandbLog:
 
 
 class Console:
-    """Log lines of rank 0, and on a terminal a progress bar below them."""
+    """What a rank has to say: into its log file, and that of rank 0 on the console, above a progress bar."""
 
-    def __init__(self, enabled: bool):
+    def __init__(self, log_file: Path, enabled: bool):
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log_file.open("a", buffering=1)
         self._enabled = enabled
         self._bar: tqdm[NoReturn] | None = None
 
@@ -106,11 +109,16 @@ class Console:
             self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
 
     def line(self, text: str, stream: TextIO | None = None) -> None:
-        """Print `text` on a line of its own."""
+        """Print `text` on a line of its own, and record it."""
+        self.record(text)
         if self._enabled:
             stream = stream or sys.stdout
             tqdm.write(text, file=stream)
             stream.flush()
+
+    def record(self, text: str) -> None:
+        """Write `text` to the log file only."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -118,9 +126,10 @@ class Console:
             self._bar.update()
 
     def close(self) -> None:
-        """Remove the progress bar."""
+        """Remove the progress bar and close the log file."""
         if self._bar is not None:
             self._bar.close()
+        self._log.close()
 
 
 def train_line(record: Record, max_steps: int, eta_seconds: float) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import deepspeed_dict
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
-from ebwm_dist.errors import ConfigError, PeerError, UserError
+from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.errors import ConfigError, DataError, PeerError, UserError
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
@@ -28,15 +32,20 @@ from ebwm_dist.training.optimizer import build_optimizer, set_lr
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
 
+COLLECTIVE_MARGIN = 30.0
+"""Seconds by which collectives outlast the watchdog."""
+
 
 def train(config: Config) -> TrainingState:
     """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then."""
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    manifest = load_data(config)
     stop = StopSignal()
     world = setup_distributed(config.training.startup_timeout)
     watchdog = Watchdog(world, heartbeat_store(), config.training.startup_timeout, config.training.step_timeout)
     failure = None
     try:
-        return Trainer(config, world, stop, watchdog).run()
+        return Trainer(config, manifest, world, stop, watchdog).run()
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
         if is_communication_error(error):
@@ -52,16 +61,15 @@ def train(config: Config) -> TrainingState:
 class Trainer:
     """Holds the parts of a run together."""
 
-    def __init__(self, config: Config, world: World, stop: StopSignal, watchdog: Watchdog):
+    def __init__(self, config: Config, manifest: Manifest, world: World, stop: StopSignal, watchdog: Watchdog):
         import deepspeed
 
-        self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
+        self.config, self.manifest, self.world = config, manifest, world
+        self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
-        self.console = Console(world.rank == 0)
+        self.console = Console(self.run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
         watchdog.beat(0, "loading")
 
-        self.manifest = Manifest.load(config.data.path)
-        check_data(config, self.manifest)
         self.stream = TokenStream(
             config.data,
             self.manifest,
@@ -75,7 +83,6 @@ class Trainer:
         checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
         if world.rank == 0:
             save_config(config, self.run_dir / "config.yaml")
-            (self.run_dir / "logs").mkdir(exist_ok=True)
 
         torch.manual_seed(config.seed)
         model = build_model(config, self.manifest.pad_id).to(world.device)
@@ -117,7 +124,8 @@ class Trainer:
                 stop = self._train_step()
                 if state.step == first + 1:
                     self.watchdog.first_step_done()
-                    set_collective_timeout(training.step_timeout)
+                    # Longer than the watchdog's, whose message says more than a failed collective's.
+                    set_collective_timeout(training.step_timeout + COLLECTIVE_MARGIN)
                 if state.step % config.checkpoint.interval == 0 or state.step == last or stop:
                     self._save()
                 if stop:
@@ -126,7 +134,11 @@ class Trainer:
                 if self._validation_due():
                     self._validate()
             self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
+        except BaseException:
+            self.console.record(traceback.format_exc())
+            raise
         finally:
+            self.stream.close()
             self.console.close()
             for log in self.logs:
                 log.close()
@@ -279,12 +291,18 @@ class Trainer:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _say(self, text: str, stream: Any = None) -> None:
-        if self.world.rank == 0:
-            self.console.line(text, stream)
+        self.console.line(text, stream)
 
 
-def check_data(config: Config, manifest: Manifest) -> None:
-    """Refuse shards that do not fit the configured model."""
+def load_data(config: Config) -> Manifest:
+    """Return the manifest of the configured shards, if they are there and fit the configured model."""
+    try:
+        manifest = Manifest.load(config.data.path)
+        manifest.check_files()
+        load_tokenizer(manifest)
+    except DataError as error:
+        error.same_on_all_ranks = True
+        raise
     for key, wanted, found in (
         ("model.vocab_size", config.model.vocab_size, manifest.vocab_size),
         ("data.sequence_length", config.data.sequence_length, manifest.sequence_length),
@@ -294,3 +312,4 @@ def check_data(config: Config, manifest: Manifest) -> None:
                 f"{key} is {wanted}, but the shards in {config.data.path} were made with {found}: "
                 f"set {key}={found}, or make shards that fit"
             )
+    return manifest
