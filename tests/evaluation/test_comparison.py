@@ -1,0 +1,62 @@
+"""From two trained runs to the comparison that `make train` ends with."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebwm_dist.data.unigram import unigram_perplexity
+from ebwm_dist.errors import CheckpointError
+from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
+from ebwm_dist.inference.load import load_run
+from tests.distributed import run_distributed_test
+from tests.runs import metrics, train_in_turn, write_config
+from tests.tiny_data import make_tiny_data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the runs `ebt` and `ar`, trained on the same tokens."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_tiny_data(folder / "text")
+    common = [f"data.path={folder / 'text'}", "training.micro_batch_size=12", "validation.max_sequences=1000"]
+    overrides = [[*common, f"model.kind={kind}", f"run_dir={folder / kind}"] for kind in ("ebt", "ar")]
+    run_distributed_test(train_in_turn, 1, write_config(folder), overrides)
+    return folder
+
+
+def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(runs / "ebt", runs / "ar")
+    summary = json.loads((runs / "ebt" / "summary.json").read_text())
+    ebt, ar = summary["ebt"], summary["ar"]
+    assert list(ebt["val_perplexity_by_steps"]) == [str(n) for n in THINKING_STEPS]
+    assert ebt["tokens"] == ar["tokens"] == 10 * 12 * 16
+    # The trainer's last validation evaluated the same model on the same text.
+    (ebt_val,), (ar_val,) = metrics(runs / "ebt", "val"), metrics(runs / "ar", "val")
+    assert ebt["val_perplexity_by_steps"]["2"] == pytest.approx(ebt_val["perplexity"], rel=1e-5)
+    assert math.log(ebt["val_perplexity_by_steps"]["1"]) == pytest.approx(ebt_val["loss_first_step"], rel=1e-5)
+    assert ebt["val_energy_by_steps"]["0"] == pytest.approx(ebt_val["energy_first"], rel=1e-4, abs=1e-5)
+    assert ebt["val_energy_by_steps"]["2"] == pytest.approx(ebt_val["energy_last"], rel=1e-4, abs=1e-5)
+    assert ar["val_perplexity"] == pytest.approx(ar_val["perplexity"], rel=1e-5)
+    model, _, manifest = load_run(runs / "ebt")
+    assert ebt["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["unigram_perplexity"] == unigram_perplexity(manifest)
+    assert (runs / "ebt" / "thinking.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "autoregressive twin" in printed and "Thinking" in printed and "|" in printed
+
+
+def test_a_run_without_a_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((runs / "ebt" / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_run(tmp_path)
+
+
+def test_loaded_weights_are_the_trained_ones(runs: Path) -> None:
+    model, config, _ = load_run(runs / "ar")
+    assert config.model.kind == "ar"
+    assert all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters())
