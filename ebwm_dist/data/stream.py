@@ -23,9 +23,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -128,6 +130,20 @@ def _die_with_parent(_worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _start_fork_server() -> None:
+    """Start the fork server and so the workers deaf to what asks a run to stop, which is the trainer's to decide.
+
+    A Ctrl-C, the DeepSpeed launcher and batch systems signal all processes of a run at once. Workers that obeyed would
+    be missing in the step that the trainer still finishes before it saves.
+    """
+    resource_tracker.ensure_running()  # first, because it ends with all these signals let through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -212,6 +228,7 @@ class TokenStream:
         # Each worker runs torch on one thread, as all DataLoader workers do.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        _start_fork_server()
         return DataLoader(
             dataset,
             batch_size=None,
