@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import UserError
@@ -22,6 +24,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
     args = parser.parse_intermixed_args()
     rank = int(os.environ.get("RANK", "0"))
+    # Torch reads it when it is imported: stack traces from C++ would bury the line that says what has happened.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
@@ -36,7 +40,13 @@ def main() -> int:
     except UserError as error:
         if rank == 0 or not error.same_on_all_ranks:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        else:
+            # A launcher ends all ranks as soon as one has failed; rank 0 must have spoken by then.
+            time.sleep(10)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted" if rank == 0 else f"rank {rank} interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
