@@ -1,0 +1,73 @@
+"""Every command in the README is run: here, by `make`, or (where it needs many GPUs) as far as a dry run goes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_data import tiny_documents
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+# What `make` targets do is seen by whoever runs them; `make test` is running this.
+MAKE = [command for command in COMMANDS if command.startswith("make ")]
+OWN_TEXT = [command for command in COMMANDS if "mine" in command]
+LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command of the README in `folder`, in this environment."""
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a folder that looks like the repository's, where commands may write."""
+    for name in ("launchers", "data_tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_all_kinds_of_commands_are_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
+    assert len(OWN_TEXT) == 4 and len(LARGE) == 4
+
+
+def test_own_text_can_be_trained_on(checkout: Path) -> None:
+    """The commands as they stand, with a vocabulary and a model small enough for a test."""
+    (checkout / "my_text").mkdir()
+    for number, document in enumerate(tiny_documents(60, words=200)):
+        (checkout / "my_text" / f"document-{number}.txt").write_text(document["text"])
+    small = "training.max_steps=2 optimizer.warmup_steps=1 training.global_batch_size=4 training.micro_batch_size=4"
+    for command in OWN_TEXT:
+        command = command.replace("8000", "300")
+        if "launchers/train.py" in command:
+            command = command.replace("deepspeed", "deepspeed --num_accelerators 1") + f" {small}"
+            command = command.replace("ebt_xxs", "ebt_4xs")
+        run(shlex.split(command), checkout)
+    assert (checkout / "runs" / "mine" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.parametrize("command", LARGE)
+def test_large_runs_are_described(command: str, checkout: Path) -> None:
+    """What needs GPUs is started as a dry run by plain python: the launcher, file and overrides are those told."""
+    arguments = shlex.split(command)
+    assert arguments[0] in ("deepspeed", "torchrun", "python")
+    script = arguments[arguments.index("launchers/train.py") :]
+    dry = script if "--dry-run" in script else [*script, "--dry-run"]
+    assert "parameters: 1,145," in run([sys.executable, *dry], checkout)
