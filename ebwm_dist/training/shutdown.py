@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any
-
-_ONE_CTRL_C = 3.0
-"""Seconds in which further SIGINTs are the same Ctrl-C: torchrun passes it on to ranks that the terminal has told."""
 
 
 class StopSignal:
     """Remember a request to stop until the trainer asks for it at the end of a step.
 
-    SIGTERM and the first SIGINT are such requests; a later SIGINT interrupts at once. So is the death of the launcher:
+    SIGTERM and the first SIGINT are such requests; a second SIGINT interrupts at once. So is the death of the launcher:
     a SIGTERM to the `deepspeed` command ends it alone, and its ranks would train on with nobody to stop them. The
     parent of a rank that was started without a launcher means nothing: `nohup python launchers/train.py &` outlives
     its shell.
@@ -26,7 +22,6 @@ class StopSignal:
         self.reason: str | None = None
         self._launchers = _launchers()
         self._previous: dict[int, Any] = {}
-        self._interrupted: float | None = None
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._on_signal)
@@ -45,12 +40,9 @@ class StopSignal:
         self._previous = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            self._interrupted = self._interrupted or now
-            if now - self._interrupted > _ONE_CTRL_C:
-                raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _launchers() -> list[int]:
