@@ -18,6 +18,8 @@ Shapes: B batch, S positions, D width, K steps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,21 @@ def energy_and_gradient(transformer: EnergyTransformer, embedded: Tensor, cache:
         energy = transformer.energy(leaf, cache.detach())
         (gradient,) = torch.autograd.grad(energy.sum(), leaf)
     return energy.detach(), gradient
+
+
+class WithGradients(torch.autograd.Function):
+    """A value whose gradients are known already: they are handed on in the backward, and nothing is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
+        """Return `value`; `gradients` are its gradients with respect to `weights`."""
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, scaled as the loss is."""
+        return None, None, *(upstream[0] * gradient for gradient in ctx.saved_tensors)
 
 
 def refinement_loss(
@@ -69,11 +86,13 @@ def refinement_loss(
         gradient.requires_grad_()
         state = space.update(state, normalized, gradient)
         loss = space.summed_loss(state, targets) / (targets.numel() * num_steps)
-        (direction,) = torch.autograd.grad(loss, gradient, retain_graph=True)
+        weights = [weight for weight in space.parameters() if weight.requires_grad]
+        direction, *first_order = torch.autograd.grad(loss, [gradient, *weights])
 
         _, derivative = transformer.energy_with_tangent(embedded, direction, cache)
         second_order = derivative.sum()
-        total = total + loss + (second_order - second_order.detach())  # adds its gradient, not its value
+        total = total + WithGradients.apply(loss.detach(), first_order, *weights)
+        total = total + (second_order - second_order.detach())  # adds its gradient, not its value
 
         state = state.detach()
         losses.append(loss.detach() * num_steps)

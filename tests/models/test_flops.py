@@ -27,7 +27,7 @@ class FlopCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["ebt", "ar"])
 def test_formula_counts_what_a_step_needs(kind: str) -> None:
-    """Executed on top of the formula: the hidden half of the attention, and one vocabulary product done twice.
+    """Executed on top of the formula is the hidden half of the attention.
 
     Fused attention on the CPU, 1 % of this model, is not counted when executed.
     """
@@ -41,7 +41,7 @@ def test_formula_counts_what_a_step_needs(kind: str) -> None:
         model(tokens, torch.arange(4)).loss.backward()
     executed = counter.total / (4 * 8)
     formula = training_flops_per_token(config.model, config.mcmc, 8)
-    assert 0.98 * formula <= executed <= 1.15 * formula
+    assert 0.98 * formula <= executed <= 1.05 * formula
 
 
 def test_an_unknown_device_has_no_peak() -> None:
