@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import sys
 import time
@@ -10,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -85,6 +87,8 @@ class Trainer:
             save_config(config, self.run_dir / "config.yaml")
 
         torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
         model = build_model(config, self.manifest.pad_id).to(world.device)
         self.optimizer = build_optimizer(model, config)
         self.engine, *_ = deepspeed.initialize(
