@@ -165,24 +165,41 @@ def test_verdicts() -> None:
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
+    """The newline lies ready when the process goes on, so that no time of this test's counts as its silence."""
     program = """
-import os, time, torch
+import sys, time, torch
 from ebwm_dist.training.distributed import World
 from ebwm_dist.training.watchdog import Watchdog
 watchdog = Watchdog(World(0, 0, 1, torch.device("cpu"), "h"), None, 60, 3)
 watchdog.first_step_done()
 print("ready", flush=True)
-time.sleep(1)
+sys.stdin.readline()
+time.sleep(0.7)
 watchdog.beat(1, "data")
+print("still here", flush=True)
 time.sleep(60)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
-    process.send_signal(signal.SIGCONT)
-    _, text = process.communicate(timeout=30)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        # The watchdog looks every 0.3 s: had it counted the stop, it would have spoken by now.
+        assert process.stdout.readline() == "still here\n"
+        _, text = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == EXIT_CODE
-    assert "in step 1 (phase data, <string>:10). If it may take this long, raise training.step_timeout." in text
+    line = program.splitlines().index("time.sleep(60)") + 1
+    assert f"in step 1 (phase data, <string>:{line}). If it may take this long, raise training.step_timeout." in text
