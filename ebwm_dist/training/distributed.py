@@ -65,6 +65,10 @@ def setup_distributed(startup_timeout: float) -> World:
                 "start at most one process per GPU"
             )
         torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take all cores wait for one another far longer than they compute.
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     deepspeed.init_distributed(
         "nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=startup_timeout), auto_mpi_discovery=False
