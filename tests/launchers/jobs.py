@@ -1,0 +1,129 @@
+"""Training commands as a user starts them, whose processes are all found again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ebwm_dist.training.distributed import free_port
+from tests.runs import assert_same, metrics, newest_state
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = "launchers/train.py"
+BESIDE_PYTHON = Path(sys.executable).parent
+MARK = "EBWM_TEST_JOB"
+VOLATILE = {"tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
+
+Start = Callable[..., "Job"]
+"""`start(launcher, arguments, **environment)`."""
+
+
+def command(launcher: str) -> list[str]:
+    """Return how a user starts the program: alone with `python`, on two ranks with `torchrun` or `deepspeed`."""
+    return {
+        "python": [sys.executable],
+        "torchrun": [str(BESIDE_PYTHON / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()],
+        "deepspeed": [str(BESIDE_PYTHON / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()],
+    }[launcher] + [PROGRAM]
+
+
+class Job:
+    """A running command. Its processes bear a mark in their environment, as torchrun's ranks leave its session."""
+
+    def __init__(self, launcher: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+        self.mark = uuid.uuid4().hex
+        self.output = output
+        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        inherited = {name: value for name, value in os.environ.items() if name not in launched}
+        own = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", MARK: self.mark}
+        with output.open("w") as stream:
+            self.process = subprocess.Popen(
+                [*command(launcher), *arguments],
+                cwd=REPOSITORY,
+                env={**inherited, **own, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        """Return what the job has printed so far."""
+        return self.output.read_text()
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Return the environments of all processes of the job that run, by process id."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                pairs = (folder / "environ").read_text(errors="replace").split("\0")
+                zombie = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z"
+            except OSError:  # it has ended, or belongs to somebody else
+                continue
+            if f"{MARK}={self.mark}" in pairs and not zombie:
+                found[int(folder.name)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        return found
+
+    def rank(self, rank: int) -> int:
+        """Return the process of a rank that a launcher has started."""
+        (pid,) = [pid for pid, environment in self.processes().items() if environment.get("RANK") == str(rank)]
+        return pid
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the command and all that have stayed in its session, as a terminal does on Ctrl-C."""
+        os.killpg(self.process.pid, number)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+        """Wait for something that the running job will bring about."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the job ended before {what}:\n{self.text}"
+            assert time.monotonic() < deadline, f"{what} never came:\n{self.text}"
+            time.sleep(0.005)
+
+    def end(self, seconds: float = 120) -> int:
+        """Wait for the end of the command and of all its processes, and return the command's exit code."""
+        code = self.process.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"processes {list(left)} outlive their command:\n{self.text}"
+            time.sleep(0.05)
+        return code
+
+    def kill(self, known: Iterable[int] = ()) -> None:
+        """Kill everything that is left of the job, at once what is `known` of it."""
+        left: Iterable[int] = known
+        while left := left or self.processes():
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            left = ()
+            time.sleep(0.05)
+        self.process.wait()
+
+
+def steps_done(run_dir: Path) -> int:
+    """Return the number of whole training records so far."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b'{"kind": "train"') if path.exists() else 0
+
+
+def assert_equal_runs(got: Path, wanted: Path) -> None:
+    """Fail unless two finished runs have the same records and the same last checkpoint, to the last bit."""
+    for kind in ("train", "val"):
+        records = [
+            [{key: value for key, value in record.items() if key not in VOLATILE} for record in metrics(run, kind)]
+            for run in (got, wanted)
+        ]
+        assert records[0] == records[1]
+    assert [record["step"] for record in metrics(got)] == list(range(1, len(metrics(wanted)) + 1))
+    assert_same(newest_state(got), newest_state(wanted), skip=lambda where: where.endswith("training_state/seconds"))
