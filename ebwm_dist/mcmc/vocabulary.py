@@ -82,12 +82,13 @@ class VocabularySpace(nn.Module):
         logits:        z' = z - alpha dE/dz, gradient descent on the logits, as the papers write it.
         mirror:        z' = z - alpha dE/dp, mirror descent on the simplex: p' is p times exp(-alpha dE/dp).
         """
-        g = self.vocab_to_embed(gradient, read_out=True).to(state.dtype)  # dE/dp
+        # Scaled before it is read out: alpha then multiplies D numbers a position, not V.
+        move = self.vocab_to_embed(self.step_size() * gradient, read_out=True).to(state.dtype)  # alpha dE/dp
         if self.update_rule == "probabilities":
-            return probabilities - self.step_size() * g
+            return probabilities - move
         if self.update_rule == "logits":
-            g = probabilities * (g - (probabilities * g).sum(-1, keepdim=True))
-        return state - self.step_size() * g
+            move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
+        return state - move
 
     def summed_loss(self, state: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of logits [B, S, V] summed over targets [B, S] that are not padding."""

@@ -113,7 +113,8 @@ class Trainer:
         self._say(
             f"{config.model.kind} with {parameters:,} parameters, {world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
-            f"{self.manifest.train.samples} training sequences of {config.data.sequence_length} tokens"
+            f"{self.manifest.train.samples:,} training sequences of {config.data.sequence_length} tokens, "
+            f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
 
     def run(self) -> TrainingState:
