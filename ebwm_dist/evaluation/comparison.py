@@ -71,16 +71,18 @@ class Run:
     def evaluate(self, num_steps: int, device: torch.device) -> Result:
         """Evaluate the held-out split at 1 to `num_steps` MCMC steps."""
         validation = self.config.validation
-        with tqdm(desc=f"evaluate {self.config.model.kind}", unit="batch", disable=None, leave=False) as bar:
-            batches = validation_batches(
-                self.config.data,
-                self.manifest,
-                batch_size=BATCH_SIZE,
-                max_sequences=validation.max_sequences,
-                dp_rank=0,
-                dp_world_size=1,
-            )
-            return evaluate(self.model, batches, num_steps, device, on_batch=bar.update)
+        batches = validation_batches(
+            self.config.data,
+            self.manifest,
+            batch_size=BATCH_SIZE,
+            max_sequences=validation.max_sequences,
+            dp_rank=0,
+            dp_world_size=1,
+        )
+        name = f"evaluate {self.config.model.kind}"
+        result = evaluate(self.model, tqdm(batches, name, unit="batch", disable=None, leave=False), num_steps, device)
+        assert result is not None
+        return result
 
     def sample(self, num_texts: int, num_steps: int) -> list[tuple[str, str]]:
         """Return (held-out prompt, generated continuation) pairs."""

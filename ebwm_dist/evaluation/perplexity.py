@@ -38,16 +38,18 @@ def evaluate(
     batches: Iterable[TextBatch],
     num_steps: int,
     device: torch.device,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Result:
+    proceed: Callable[[], bool] = lambda: True,
+) -> Result | None:
     """Evaluate `model` at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
 
-    Every rank must have the same number of batches. `on_batch` is called before each, to report progress.
+    Every rank must have the same number of batches. `proceed` is called before each; where it returns False, on all
+    ranks alike, there is no result.
     """
     total: torch.Tensor | None = None
     has_energy = False
     for batch in batches:
-        on_batch()
+        if not proceed():
+            return None
         sums = model.evaluate(batch.tokens.to(device), batch.sample_ids.to(device), num_steps)
         has_energy = sums.energies is not None
         parts = [sums.tokens[None], sums.step_losses] + ([] if sums.energies is None else [sums.energies])

@@ -89,6 +89,15 @@ def set_collective_timeout(seconds: float) -> None:
         warnings.warn(f"collectives keep the start-up timeout, this torch cannot change it ({error})", stacklevel=2)
 
 
+def any_rank(flag: bool, world: World) -> bool:
+    """Return on every rank whether `flag` is true on at least one of them."""
+    if world.world_size == 1:
+        return flag
+    value = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
 def gather_objects(value: Any, world: World) -> list[Any]:
     """Return on every rank the values of all ranks, in the order of the ranks."""
     if world.world_size == 1:

@@ -28,7 +28,14 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.registry import build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import World, from_rank_0, set_collective_timeout, setup_distributed, teardown
+from ebwm_dist.training.distributed import (
+    World,
+    any_rank,
+    from_rank_0,
+    set_collective_timeout,
+    setup_distributed,
+    teardown,
+)
 from ebwm_dist.training.metrics import Console, MetricsLog, WandbLog, train_line, val_line
 from ebwm_dist.training.optimizer import build_optimizer, set_lr
 from ebwm_dist.training.shutdown import StopSignal
@@ -99,6 +106,7 @@ class Trainer:
             self.state = self.checkpointer.load(self.engine, checkpoint)
             self.stream.load_state_dict(self.state.data)
             self._say(f"continuing from {checkpoint}")
+        self.saved_step = self.state.step
 
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
@@ -122,10 +130,11 @@ class Trainer:
         config, state, training = self.config, self.state, self.config.training
         last = training.max_steps if training.stop_after is None else min(training.stop_after, training.max_steps)
         first = state.step
+        stop = False
         try:
             if self._validation_due() and not self._validated(state.step):
-                self._validate()  # a kill or a stop came between a checkpoint and its validation
-            while state.step < last:
+                stop = self._validate()  # a kill or a stop came between a checkpoint and its validation
+            while state.step < last and not stop:
                 stop = self._train_step()
                 if state.step == first + 1:
                     self.watchdog.first_step_done()
@@ -133,12 +142,14 @@ class Trainer:
                     set_collective_timeout(training.step_timeout + COLLECTIVE_MARGIN)
                 if state.step % config.checkpoint.interval == 0 or state.step == last or stop:
                     self._save()
-                if stop:
-                    self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
-                    return state
-                if self._validation_due():
-                    self._validate()
-            self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
+                if self._validation_due() and not stop:
+                    stop = self._validate()
+                    if stop and self.saved_step != state.step:
+                        self._save()
+            if stop:
+                self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
+            else:
+                self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
         except BaseException:
             self.console.record(traceback.format_exc())
             raise
@@ -247,8 +258,11 @@ class Trainer:
         done = bool(self.logs) and isinstance(self.logs[0], MetricsLog) and self.logs[0].has("val", step)
         return from_rank_0(done, self.world)
 
-    def _validate(self) -> None:
-        """Evaluate the held-out split at the trained number of steps; no second-order graph is built."""
+    def _validate(self) -> bool:
+        """Evaluate the held-out split at the trained number of steps; no second-order graph is built.
+
+        Return whether any rank was asked to stop meanwhile: the rest is then left out, and done by the next start.
+        """
         config, step = self.config, self.state.step
         batches = validation_batches(
             config.data,
@@ -258,13 +272,14 @@ class Trainer:
             dp_rank=self.world.rank,
             dp_world_size=self.world.world_size,
         )
-        result = evaluate(
-            self.engine.module,
-            batches,
-            config.mcmc.num_steps,
-            self.world.device,
-            on_batch=lambda: self.watchdog.beat(step, "validation"),
-        )
+
+        def proceed() -> bool:
+            self.watchdog.beat(step, "validation")
+            return not any_rank(self.stop.requested, self.world)
+
+        result = evaluate(self.engine.module, batches, config.mcmc.num_steps, self.world.device, proceed)
+        if result is None:
+            return True
         record = {
             "kind": "val",
             "step": step,
@@ -280,10 +295,12 @@ class Trainer:
         for log in self.logs:
             log.write(record)
         self._say(val_line(record))
+        return False
 
     def _save(self) -> None:
         self.watchdog.beat(self.state.step, "checkpoint")
         path = self.checkpointer.save(self.engine, self.state)
+        self.saved_step = self.state.step
         self._say(f"saved {path}")
 
     def _step_size(self) -> float | None:

@@ -16,6 +16,7 @@ from ebwm_dist.checkpoints import commit, hash_share, load_module_state, prepare
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.distributed import (
     World,
+    any_rank,
     from_rank_0,
     gather_objects,
     remove_stale_locks,
@@ -65,6 +66,8 @@ def test_half_a_launcher_environment_is_refused() -> None:
 
 def collectives(rank: int, world_size: int) -> None:
     world = World(rank, rank, world_size, torch.device("cpu"), "here")
+    assert any_rank(rank == 1, world)
+    assert not any_rank(False, world)
     assert gather_objects({"rank": rank}, world) == [{"rank": 0}, {"rank": 1}]
     assert from_rank_0(f"from {rank}", world) == "from 0"
     dist.new_group([0, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         newest_state(tmp_path / "whole"),
         skip=lambda where: where.endswith("training_state/seconds"),
     )
+
+
+def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:
+    """Train, with a SIGTERM to the last rank during the first validation; then start again."""
+    from ebwm_dist.training import trainer
+
+    evaluate, calls = trainer.evaluate, iter(range(10))
+
+    def interrupted(*args):
+        if next(calls) == 0 and rank == world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    trainer.evaluate = interrupted
+    train_in_turn(rank, world_size, config, [overrides])
+    if rank == 0:
+        run_dir = Path(overrides[1].partition("=")[2])
+        assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-000004"]
+        assert not metrics(run_dir, "val")
+    train_in_turn(rank, world_size, config, [overrides])
+
+
+def test_a_stop_during_validation_does_not_wait_for_its_end(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [f"data.path={tiny_data}", f"run_dir={run_dir}", "validation.interval=4", "training.max_steps=6"]
+    run_distributed_test(stopped_in_validation, 2, tiny_config, overrides)
+    assert [r["step"] for r in metrics(run_dir, "val")] == [4, 6]
+    assert [r["step"] for r in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
 
 
 def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad_steps: set[int]) -> None:
