@@ -13,7 +13,16 @@ from ebwm_dist.data.manifest import Manifest
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 
-LOSSES = ("loss", "loss_first_step", "loss_last_step", "energy_first", "energy_last", "grad_norm", "mcmc_step_size")
+TOLERANCES = {
+    "loss": 2e-5,
+    "loss_first_step": 2e-5,
+    "loss_last_step": 2e-5,
+    "energy_first": 1e-4,
+    "energy_last": 1e-3,  # near zero
+    "grad_norm": 1e-4,
+    "mcmc_step_size": 1e-6,
+}
+"""Relative differences that float32 rounding explains over ten steps; some ten times what is seen."""
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -39,11 +48,10 @@ def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: 
     assert len(expected) == 10
     for name in names:
         for got, want in zip(metrics(tmp_path / name), expected, strict=True):
-            for key in LOSSES:
-                assert got[key] == pytest.approx(want[key], rel=2e-4, abs=2e-4), f"{name}: {key} of step {got['step']}"
+            for key, rounding in TOLERANCES.items():
+                assert got[key] == pytest.approx(want[key], rel=rounding), f"{name}: {key} of step {got['step']}"
         for key, value in weights(tmp_path / name).items():
-            # Adam turns rounding of tiny gradients into steps of up to lr; the sum of 10 steps' lr is 2e-2.
-            torch.testing.assert_close(value, expected_weights[key], rtol=1e-3, atol=1e-3, msg=f"{name}: {key}")
+            torch.testing.assert_close(value, expected_weights[key], rtol=0, atol=2e-5, msg=f"{name}: {key}")
     alpha = [record["mcmc_step_size"] for record in expected]
     assert alpha[0] == 0.5 and len(set(alpha)) == 10
 
