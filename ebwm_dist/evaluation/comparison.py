@@ -158,9 +158,9 @@ def _table(summary: dict[str, Any]) -> str:
     best = min(ebt["val_perplexity_by_steps"], key=ebt["val_perplexity_by_steps"].__getitem__)
     one, at_best = (ebt["val_perplexity_by_steps"][n] for n in ("1", best))
     if best == "1":
-        lines.append("Thinking longer did not help: one step predicts best.")
+        lines.append("Thinking longer does not help here: one step predicts best.")
     else:
-        lines.append(f"Thinking helps: {best} steps give {100 * (1 - at_best / one):.1f} % less perplexity than 1.")
+        lines.append(f"Thinking longer helps up to {best} steps: {100 * (1 - at_best / one):.1f} % less than after 1.")
     at_trained = ebt["val_perplexity_by_steps"].get(str(trained))
     if at_trained is not None:
         share = 100 * at_trained / unigram
@@ -200,5 +200,7 @@ def plot(ebt: Run, ar: Run, thinking: Result, baseline: Result, unigram: float, 
         energy = steps.twinx()
         energy.plot(range(count + 1), thinking.energies, ".--", color="tab:green", label="energy")
         energy.set_ylabel("mean energy", color="tab:green")
+        steps.set_zorder(energy.get_zorder() + 1)  # so that the legend is on top
+        steps.patch.set_visible(False)
     steps.legend()
     figure.savefig(path, dpi=120)
