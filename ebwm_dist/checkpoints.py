@@ -1,10 +1,10 @@
 """Checkpoints on disk: how a folder of files becomes a checkpoint all at once, and how a damaged one is noticed.
 
-All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and one of them calls `commit`: flush,
-rename to `step-000100/`, and last of all the marker `COMMITTED.json` with the size and SHA-256 of every file. A folder
-is a checkpoint if and only if it holds the marker; deleting takes the marker first. When a step is saved again, the
-checkpoint that was there waits as `step-000100.old/` until the new one is committed, so that one of the two counts
-at every moment.
+All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and one of them calls `commit`: flush, write
+the marker `COMMITTED.json` with the size and SHA-256 of every file last of all, and rename to `step-000100/`. A folder
+is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`; deleting one gives it such a
+name first. When a step is saved again, the checkpoint that was there waits as `step-000100.old/` until the new one is
+committed, so that one of the two counts at every moment.
 
 The run folder must be on a file system that all ranks share.
 """
@@ -167,8 +167,14 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     step, root = step_of(staging), staging.parent
     marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
     text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
+    draft = staging / f"{MARKER}.tmp"
+    with open(draft, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     for folder in {path.parent for path in _files(staging)} | {staging}:
         _flush(folder)
+    _rename(draft, staging / MARKER)
 
     final, old = checkpoint_path(root, step), root / f"step-{step:06d}.old"
     if (final / MARKER).exists():
@@ -178,12 +184,6 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     elif final.exists():
         _delete(final)
     _rename(staging, final)
-    draft = final / f"{MARKER}.tmp"
-    with open(draft, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _rename(draft, final / MARKER)
     if old.exists():
         _delete(old)
     return final
@@ -200,12 +200,24 @@ def prune(root: Path, keep: int, latest: int | None = None) -> None:
         _delete(path)
 
 
-def clean_leftovers(root: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted. One rank calls this, while nobody is saving."""
+def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
+    """Put away what a killed run left half-written or half-deleted. One rank calls this, while nobody is saving.
+
+    A folder that was being written or replaced is deleted. One that has a checkpoint's name and no marker may have
+    lost it in some other way, so it is only moved aside, and `warn` is told.
+    """
     committed = set(list_checkpoints(root))
     for path in _folders(root):
-        if path not in committed:
+        if path in committed:
+            continue
+        if path.name.endswith((".tmp", ".old")):
             _delete(path)
+        else:
+            aside = path.with_name(f"{path.name}.incomplete")
+            if aside.exists():
+                shutil.rmtree(aside)
+            _rename(path, aside)
+            warn(f"checkpoint passed over: {path} has no {MARKER}, so it is not complete; moved to {aside.name}")
     for path in committed:
         if path.name.endswith(".old"):
             _rename(path, path.with_suffix(""))
@@ -265,9 +277,12 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    if (folder / MARKER).exists():
-        os.unlink(folder / MARKER)
-        _flush(folder)
+    if not folder.name.endswith(".tmp"):
+        doomed = folder.parent / f"{folder.name.removesuffix('.old')}.tmp"
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        _rename(folder, doomed)
+        folder = doomed
     shutil.rmtree(folder)
 
 

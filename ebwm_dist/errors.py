@@ -1,5 +1,8 @@
 """Errors whose message is all a user needs: launchers print it as one line, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something the user can put right; the message says what and how."""
@@ -24,3 +27,13 @@ class CheckpointError(UserError):
 
 class PeerError(UserError):
     """Another rank has died or hangs; the message names the step and the rank."""
+
+
+@contextmanager
+def same_on_all_ranks() -> Iterator[None]:
+    """Mark the errors of a block that every rank runs on the same input."""
+    try:
+        yield
+    except UserError as error:
+        error.same_on_all_ranks = True
+        raise

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 # Set while pytest loads, so that the subprocesses and ranks that tests start inherit it.
-os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="agg")
+os.environ.update(
+    DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="agg"
+)
 # Builds of DeepSpeed's operators look for ninja, which lies beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 torch.set_num_threads(1)

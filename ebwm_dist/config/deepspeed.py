@@ -19,14 +19,11 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     check_world(config, world_size)
     check_passthrough(config.deepspeed)
     training = config.training
-    # DeepSpeed's plain fp32 optimizer step (ZeRO 0) does not look for infinite gradients before it applies them, so
-    # there the training step measures and clips the norm itself.
-    clips_itself = config.zero.stage == 0 and training.precision == "fp32"
     derived = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world_size),
-        "gradient_clipping": 0.0 if clips_itself else config.optimizer.grad_clip,
+        "gradient_clipping": 0.0 if optimizer_checks(config) else config.optimizer.grad_clip,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {"stage": config.zero.stage},
         "zero_allow_untested_optimizer": True,
@@ -35,6 +32,14 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     return _merged(derived, config.deepspeed)
+
+
+def optimizer_checks(config: Config) -> bool:
+    """Return whether our optimizer measures, checks and clips the gradient itself.
+
+    DeepSpeed does all that, but for ZeRO 0 in fp32: there it does not look for infinite gradients.
+    """
+    return config.zero.stage == 0 and config.training.precision == "fp32"
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

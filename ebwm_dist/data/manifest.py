@@ -21,11 +21,7 @@ FORMAT = "ebwm-token-shards"
 VERSION = 1
 SPLITS = ("train", "val")
 
-HOW_TO_MAKE = (
-    "make it with `python data_tools/fetch_text.py --out data/raw/sample.jsonl`, `python data_tools/train_tokenizer.py "
-    "--input data/raw/sample.jsonl --out {folder}/tokenizer.model` and `python data_tools/tokenize_text.py "
-    "--input data/raw/sample.jsonl --tokenizer {folder}/tokenizer.model --out {folder}`"
-)
+HOW_TO_MAKE = "`make data` makes the sample's; for your own text use data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
 
 HOW_TO_REPAIR = "restore the file or run data_tools/tokenize_text.py again"
 
@@ -122,13 +118,12 @@ class Manifest:
         folder = Path(path)
         file = folder / FILE_NAME
         if not folder.is_dir():
-            raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE.format(folder=folder)}")
+            raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE}")
         try:
             content = json.loads(file.read_text("utf-8"))
         except FileNotFoundError:
             raise DataError(
-                f"data folder {folder} has no {FILE_NAME}, so it is empty or unfinished; "
-                f"{HOW_TO_MAKE.format(folder=folder)}"
+                f"data folder {folder} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
             ) from None
         except ValueError as error:
             raise DataError(f"{file} is not valid JSON ({error}); run data_tools/tokenize_text.py again") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.data.unigram import unigram_perplexity
+from ebwm_dist.devices import use_cuda
+from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.inference.generate import generate
 from ebwm_dist.inference.load import load_run
@@ -69,13 +72,12 @@ class Run:
         return total
 
     def evaluate(self, num_steps: int, device: torch.device) -> Result:
-        """Evaluate the held-out split at 1 to `num_steps` MCMC steps."""
-        validation = self.config.validation
+        """Evaluate the whole held-out split at 1 to `num_steps` MCMC steps."""
         batches = validation_batches(
             self.config.data,
             self.manifest,
             batch_size=BATCH_SIZE,
-            max_sequences=validation.max_sequences,
+            max_sequences=self.manifest.val.samples,
             dp_rank=0,
             dp_world_size=1,
         )
@@ -109,8 +111,9 @@ class Run:
 def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     """Evaluate both runs; print the comparison, write summary.json and thinking.png into `ebt_folder`."""
     started = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_cuda() else "cpu")
     ebt, ar = Run.load(ebt_folder, device), Run.load(ar_folder, device)
+    check_comparable(ebt, ar)
     thinking, baseline = ebt.evaluate(max(THINKING_STEPS), device), ar.evaluate(1, device)
     unigram = unigram_perplexity(ebt.manifest)
     energies = thinking.energies or []
@@ -118,6 +121,10 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
         "ebt": {
             "val_perplexity_by_steps": {str(n): thinking.perplexities[n - 1] for n in THINKING_STEPS},
             "val_energy_by_steps": {str(n): energies[n] for n in (0, *THINKING_STEPS)},
+            "val_loss_change_by_steps": {
+                str(n): [thinking.step_losses[n - 1] - thinking.step_losses[0], thinking.standard_errors[n - 1]]
+                for n in THINKING_STEPS
+            },
             "trained_steps": ebt.config.mcmc.num_steps,
             "parameters": ebt.parameters,
             "tokens": ebt.tokens,
@@ -139,6 +146,19 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     return summary
 
 
+def check_comparable(ebt: Run, ar: Run) -> None:
+    """Refuse to compare runs that are not finished, or have not seen the same."""
+    for run in (ebt, ar):
+        step, last = run.train_records()[-1]["step"], run.config.training.max_steps
+        if step < last:
+            raise UserError(f"{run.folder} has done {step} of {last} steps: run the command that trains it again")
+    if ebt.manifest.fingerprint != ar.manifest.fingerprint or ebt.tokens != ar.tokens:
+        raise UserError(
+            f"{ebt.folder} saw {ebt.tokens:,} tokens of {ebt.manifest.folder}, {ar.folder} {ar.tokens:,} of "
+            f"{ar.manifest.folder}: train both on the same"
+        )
+
+
 def _table(summary: dict[str, Any]) -> str:
     ebt, ar, unigram = summary["ebt"], summary["ar"], summary["unigram_perplexity"]
     trained = ebt["trained_steps"]
@@ -156,11 +176,12 @@ def _table(summary: dict[str, Any]) -> str:
         )
     lines.append(f"  autoregressive twin                 {ar['val_perplexity']:8.1f}")
     best = min(ebt["val_perplexity_by_steps"], key=ebt["val_perplexity_by_steps"].__getitem__)
-    one, at_best = (ebt["val_perplexity_by_steps"][n] for n in ("1", best))
-    if best == "1":
-        lines.append("Thinking longer does not help here: one step predicts best.")
+    change, error = ebt["val_loss_change_by_steps"][best]
+    if best == "1" or -change < 2 * error:
+        lines.append("Thinking longer than one step makes no measurable difference for the better here.")
     else:
-        lines.append(f"Thinking longer helps up to {best} steps: {100 * (1 - at_best / one):.1f} % less than after 1.")
+        less = f"{-100 * math.expm1(change):.1f} % (+- {100 * error:.1f})"
+        lines.append(f"Thinking longer helps: after {best} steps the perplexity is {less} lower than after 1.")
     at_trained = ebt["val_perplexity_by_steps"].get(str(trained))
     if at_trained is not None:
         share = 100 * at_trained / unigram
@@ -185,8 +206,8 @@ def plot(ebt: Run, ar: Run, thinking: Result, baseline: Result, unigram: float, 
             [r["tokens"] for r in val], [r["loss_last_step"] for r in val], "o-", color=color, label=f"{name}, held out"
         )
     curves.set(title="Loss of the last step (thin: training)", xlabel="tokens", ylabel="cross-entropy (nats)")
-    top = max(r["loss_last_step"] for run in (ebt, ar) for r in run.records if r["kind"] == "val")
-    curves.set_ylim(top=top * 1.15)
+    losses = [r["loss_last_step"] for run in (ebt, ar) for r in run.records if r["kind"] == "val"]
+    curves.set_ylim(top=1.15 * max(loss for loss in losses if loss is not None))
     curves.legend()
 
     count = len(thinking.perplexities)

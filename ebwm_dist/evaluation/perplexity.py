@@ -15,6 +15,9 @@ import torch.distributed as dist
 from ebwm_dist.data.stream import TextBatch
 from ebwm_dist.registry import Model
 
+_LARGEST_EXPONENT = 709.0
+"""exp of more than this is no float64."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -24,13 +27,15 @@ class Result:
     """Cross-entropy in nats after each MCMC step [K]; one value for an autoregressive model."""
     energies: list[float] | None
     """Energy of the initial state and after each step [K + 1]; None for an autoregressive model."""
+    standard_errors: list[float]
+    """Standard error of each step's loss minus the first step's [K], from the spread over sequences."""
     tokens: int
     """Number of predicted tokens."""
 
     @property
     def perplexities(self) -> list[float]:
-        """Return exp of the mean loss after each step."""
-        return [math.exp(loss) for loss in self.step_losses]
+        """Return exp of the mean loss after each step, infinite where it is too large to write."""
+        return [math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf for loss in self.step_losses]
 
 
 def evaluate(
@@ -46,19 +51,28 @@ def evaluate(
     ranks alike, there is no result.
     """
     total: torch.Tensor | None = None
-    has_energy = False
+    steps = energies = 0
     for batch in batches:
         if not proceed():
             return None
         sums = model.evaluate(batch.tokens.to(device), batch.sample_ids.to(device), num_steps)
-        has_energy = sums.energies is not None
-        parts = [sums.tokens[None], sums.step_losses] + ([] if sums.energies is None else [sums.energies])
-        values = torch.cat([part.to(device, torch.float64) for part in parts])
+        steps, energies = len(sums.step_losses), 0 if sums.energies is None else len(sums.energies)
+        losses, counts = sums.step_losses.to(device, torch.float64), sums.tokens.to(device, torch.float64)
+        # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
+        moved = (losses - losses[0]) / counts.clamp(min=1)
+        parts = [counts.sum()[None], (counts > 0).sum()[None], losses.sum(-1), moved.sum(-1), moved.square().sum(-1)]
+        if sums.energies is not None:
+            parts.append(sums.energies.to(device, torch.float64).sum(-1))
+        values = torch.cat([part.to(torch.float64) for part in parts])
         total = values if total is None else total + values
     assert total is not None, "no validation batch"
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
-    tokens, *means = (total / total[0]).tolist()
-    tokens = round(total[0].item())
-    count = (len(means) - 1) // 2 if has_energy else len(means)
-    return Result(means[:count], means[count:] if has_energy else None, tokens)
+    tokens, sequences, loss, moved, squares, energy = total.split([1, 1, steps, steps, steps, energies])
+    variance = (squares / sequences - (moved / sequences).square()).clamp(min=0) / (sequences - 1).clamp(min=1)
+    return Result(
+        step_losses=(loss / tokens).tolist(),
+        energies=(energy / tokens).tolist() if energies else None,
+        standard_errors=variance.sqrt().tolist(),
+        tokens=round(tokens.item()),
+    )

@@ -65,10 +65,10 @@ class EnergyBasedTransformer(nn.Module):
         losses, energies = [], []
         state = self.space.start(sample_ids, self.seed, context.shape[1])
         for step, (energy, refined) in enumerate(self.refine(context, state, num_steps)):
-            energies.append((energy * counted).sum())
+            energies.append((energy * counted).sum(-1))
             if step:
                 losses.append(self.space.summed_loss(refined, targets))
-        return Evaluation(torch.stack(losses), torch.stack(energies), counted.sum())
+        return Evaluation(torch.stack(losses), torch.stack(energies), counted.sum(-1))
 
     def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:
         """Return the refined logits [B, V] of the token after `tokens` [B, S]."""

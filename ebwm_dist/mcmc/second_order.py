@@ -85,7 +85,7 @@ def refinement_loss(
 
         gradient.requires_grad_()
         state = space.update(state, normalized, gradient)
-        loss = space.summed_loss(state, targets) / (targets.numel() * num_steps)
+        loss = space.summed_loss(state, targets).sum() / (targets.numel() * num_steps)
         weights = [weight for weight in space.parameters() if weight.requires_grad]
         direction, *first_order = torch.autograd.grad(loss, [gradient, *weights])
 

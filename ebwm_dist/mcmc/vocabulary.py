@@ -91,7 +91,7 @@ class VocabularySpace(nn.Module):
         return state - move
 
     def summed_loss(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of logits [B, S, V] summed over targets [B, S] that are not padding."""
+        """Return the cross-entropy [B] of logits [B, S, V], summed over the targets [B, S] that are not padding."""
         return summed_cross_entropy(state, targets, self.pad_id)
 
 

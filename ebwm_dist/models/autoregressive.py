@@ -42,7 +42,7 @@ class AutoregressiveTransformer(nn.Module):
     def forward(self, tokens: Tensor, sample_ids: Tensor) -> TrainingOutput:
         """Return the training loss of `tokens` [B, S+1]; `sample_ids` are not needed: nothing is drawn."""
         loss = summed_cross_entropy(self.logits(tokens[:, :-1]), tokens[:, 1:], self.pad_id)
-        loss = loss / tokens[:, 1:].numel()
+        loss = loss.sum() / tokens[:, 1:].numel()
         return TrainingOutput(loss, loss.detach()[None], None)
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class AutoregressiveTransformer(nn.Module):
         """Return summed losses of `tokens` [B, S+1]; there are no steps, so `num_steps` is not used."""
         targets = tokens[:, 1:]
         loss = summed_cross_entropy(self.logits(tokens[:, :-1]), targets, self.pad_id)
-        return Evaluation(loss[None], None, (targets != self.pad_id).sum())
+        return Evaluation(loss[None], None, (targets != self.pad_id).sum(-1))
 
     @torch.no_grad()
     def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:

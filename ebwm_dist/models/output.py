@@ -24,17 +24,18 @@ class TrainingOutput(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sums over the predicted tokens of a batch; padding does not count."""
+    """Sums over the predicted tokens of each sequence; padding does not count."""
 
     step_losses: Tensor
-    """Summed cross-entropy after each MCMC step [K]."""
+    """Summed cross-entropy after each MCMC step [K, B]."""
     energies: Tensor | None
-    """Summed energy of the initial state and of the state after each step [K + 1]; None without an energy."""
+    """Summed energy of the initial state and of the state after each step [K + 1, B]; None without an energy."""
     tokens: Tensor
-    """Number of predicted tokens, scalar."""
+    """Number of predicted tokens [B]."""
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
-    """Return the cross-entropy of `logits` [B, S, V] summed over `targets` [B, S] other than `pad_id`."""
+    """Return the cross-entropy [B] of `logits` [B, S, V], summed over the `targets` [B, S] other than `pad_id`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="sum")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="none")
+    return losses.view_as(targets).sum(-1)

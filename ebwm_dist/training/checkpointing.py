@@ -46,12 +46,17 @@ class Checkpointer:
         self.config, self.world = config, world
         self.root = Path(config.run_dir) / "checkpoints"
 
-    def save(self, engine: Any, state: TrainingState) -> Path:
-        """Commit a checkpoint of `state.step`. A rank that fails makes all ranks fail."""
+    def save(self, engine: Any, state: TrainingState, progress: Callable[[], None] = lambda: None) -> Path:
+        """Commit a checkpoint of `state.step`. A rank that fails makes all ranks fail.
+
+        `progress` is called before each part of it, on every rank.
+        """
         world = self.world
         self._together(lambda: checkpoints.prepare_staging(self.root, state.step) if world.rank == 0 else None)
         staging = checkpoints.staging_path(self.root, state.step)
+        progress()
         self._together(lambda: self._write(engine, staging, state))
+        progress()
         shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
 
         def commit() -> None:
@@ -59,6 +64,7 @@ class Checkpointer:
                 checkpoints.commit(staging, shares, self._metadata())
                 checkpoints.prune(self.root, self.config.checkpoint.keep, latest=state.step)
 
+        progress()
         self._together(commit)
         return checkpoints.checkpoint_path(self.root, state.step)
 
@@ -69,7 +75,6 @@ class Checkpointer:
             if self.world.rank != 0:
                 return None
             self.root.mkdir(parents=True, exist_ok=True)
-            checkpoints.clean_leftovers(self.root)
             if self.config.checkpoint.resume == "never":
                 if checkpoints.list_checkpoints(self.root):
                     raise CheckpointError(
@@ -77,9 +82,10 @@ class Checkpointer:
                         "choose another run_dir, or continue with checkpoint.resume=auto"
                     )
                 return None
+            checkpoints.clean_leftovers(self.root, warn)
             path = checkpoints.newest_intact(self.root, warn)
             if path is not None:
-                self._check_fits(path)
+                self._check_fits(path, warn)
             return path
 
         return self._together(search)[0]
@@ -89,25 +95,26 @@ class Checkpointer:
         with restricted_loading():
             _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
             rank_state = torch.load(path / _rank_file(self.world.rank), weights_only=True)
-        _set_random_state(rank_state)
+        _set_random_state(rank_state, self.world.device)
         return TrainingState(**client_state["training_state"])
 
     def _write(self, engine: Any, staging: Path, state: TrainingState) -> None:
         client_state = {"training_state": dataclasses.asdict(state)}
         engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=client_state, save_latest=False)
-        torch.save(_random_state(), staging / _rank_file(self.world.rank))
+        torch.save(_random_state(self.world.device), staging / _rank_file(self.world.rank))
 
     def _metadata(self) -> dict[str, Any]:
         return {
             "model": dataclasses.asdict(self.config.model),
+            "mcmc": dataclasses.asdict(self.config.mcmc),
             "world_size": self.world.world_size,
             "zero_stage": self.config.zero.stage,
             "precision": self.config.training.precision,
             "torch": torch.__version__,
         }
 
-    def _check_fits(self, path: Path) -> None:
-        """Refuse a checkpoint of another model or layout, naming the first difference."""
+    def _check_fits(self, path: Path, warn: Callable[[str], None]) -> None:
+        """Refuse a checkpoint of another model or layout, naming the first difference; tell of other MCMC settings."""
         saved, current = checkpoints.read_marker(path)["metadata"], self._metadata()
         for key, now in current["model"].items():
             before = saved["model"].get(key)
@@ -116,6 +123,10 @@ class Checkpointer:
                     f"{path} has model.{key} = {before}, the configuration has {now}: "
                     f"set model.{key}={before}, or start a new run_dir"
                 )
+        for key, now in current["mcmc"].items():
+            if saved["mcmc"].get(key) != now:
+                note = " (the initial value only: alpha goes on from the checkpoint)" if key == "step_size" else ""
+                warn(f"mcmc.{key} was {saved['mcmc'].get(key)} when {path} was written, now it is {now}{note}")
         for key, name in (("world_size", "ranks"), ("zero_stage", "zero.stage"), ("precision", "training.precision")):
             if saved[key] != current[key]:
                 raise CheckpointError(
@@ -145,7 +156,7 @@ def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.pt"
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
     state: dict[str, Any] = {
@@ -153,16 +164,16 @@ def _random_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

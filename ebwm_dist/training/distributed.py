@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import CheckpointError, UserError
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,7 +41,7 @@ class World:
 def setup_distributed(startup_timeout: float) -> World:
     """Join the process group, or make one of this process alone if no launcher has set the variables."""
     _complete_environment()
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    cuda = use_cuda()
     # Set before DeepSpeed is imported: it then neither probes for devices nor remarks on finding none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     extensions = _extensions_folder()
@@ -65,6 +66,7 @@ def setup_distributed(startup_timeout: float) -> World:
                 "start at most one process per GPU"
             )
         torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # the published fp32 recipes multiply in TF32
     elif "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take all cores wait for one another far longer than they compute.
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

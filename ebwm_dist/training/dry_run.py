@@ -51,12 +51,12 @@ def state_bytes(parameters: int, stage: int, world_size: int, precision: str) ->
     """Return the bytes of weights, gradients and optimizer state on one rank.
 
     fp32: weights 4, gradients 4, AdamW 8 per parameter; ZeRO adds its own 4-byte copy of the weights it owns. bf16:
-    weights 2, gradients 2, and in fp32 a master copy 4 and AdamW 8; stage 0 accumulates gradients in fp32 as well.
+    weights 2, gradients 2, and in fp32 a master copy 4 and AdamW 8.
     """
     shards = world_size if stage >= 1 else 1
     gradient_shards = world_size if stage >= 2 else 1
     if precision == "bf16":
-        per_parameter = 2 + 2 / gradient_shards + 12 / shards + (4 if stage == 0 else 0)
+        per_parameter = 2 + 2 / gradient_shards + 12 / shards
     else:
         per_parameter = 4 + 4 / gradient_shards + (8 if stage == 0 else 12 / shards)
     return parameters * per_parameter

@@ -136,7 +136,8 @@ def train_line(record: Record, max_steps: int, eta_seconds: float) -> str:
     """Return the console line of a training step."""
     parts = [f"step {record['step']}/{max_steps}", f"loss {record['loss']:.4f}"]
     if record["energy_first"] is not None:
-        parts.append(f"energy gap {record['energy_first'] - record['energy_last']:.3f}")
+        if record["energy_first"] != record["energy_last"]:  # with a single step they are of the same state
+            parts.append(f"energy gap {record['energy_first'] - record['energy_last']:.3f}")
         parts.append(f"alpha {record['mcmc_step_size']:.3g}")
     parts += [
         f"grad {record['grad_norm']:.3f}",

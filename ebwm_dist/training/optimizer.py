@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ebwm_dist.config.deepspeed import optimizer_checks
 from ebwm_dist.config.schema import Config
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """Return AdamW with two groups: the model, and alpha with its own learning rate and no weight decay.
 
-    Each group keeps its peak learning rate under `peak_lr`; `set_lr` scales them all alike, so alpha's multiple
-    of the model's learning rate survives the decay.
+    `set_lr` scales both learning rates alike, so alpha's multiple of the model's survives the decay.
     """
     opt = config.optimizer
     alpha = [p for name, p in model.named_parameters() if name.endswith("alpha")]
@@ -24,14 +24,10 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [{"params": rest, "lr": opt.lr, "weight_decay": opt.weight_decay}]
     if alpha:
         groups.append({"params": alpha, "lr": opt.lr * step_size_lr_multiplier(config), "weight_decay": 0.0})
-    # Under ZeRO, and in bf16, DeepSpeed clips and checks the gradients; in plain fp32 stage 0 it does not check.
-    checks_itself = config.zero.stage == 0 and config.training.precision == "fp32"
-    kind = CheckedAdamW if checks_itself else torch.optim.AdamW
+    kind = CheckedAdamW if optimizer_checks(config) else torch.optim.AdamW
     optimizer = kind(groups, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps, fused=True)
     if isinstance(optimizer, CheckedAdamW):
         optimizer.max_norm = opt.grad_clip
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
     return optimizer
 
 
@@ -66,11 +62,17 @@ class CheckedAdamW(torch.optim.AdamW):
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float:
-    """Set every group's learning rate for optimizer step `step`, counted from 1; return the model's."""
-    scale = lr_scale(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * scale
-    return optimizer.param_groups[0]["lr"]
+    """Set every group's learning rate for optimizer step `step`, counted from 1; return the model's.
+
+    The other settings are taken from the configuration again as well: a resume brings the groups of the checkpoint.
+    """
+    opt = config.optimizer
+    lr = opt.lr * lr_scale(config, step)
+    for group, multiplier, decay in zip(
+        optimizer.param_groups, (1.0, step_size_lr_multiplier(config)), (opt.weight_decay, 0.0), strict=False
+    ):
+        group.update(lr=lr * multiplier, weight_decay=decay, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps)
+    return lr
 
 
 def lr_scale(config: Config, step: int) -> float:

@@ -22,7 +22,7 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
-from ebwm_dist.errors import ConfigError, DataError, PeerError, UserError
+from ebwm_dist.errors import ConfigError, PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
@@ -64,7 +64,8 @@ def train(config: Config) -> TrainingState:
     finally:
         watchdog.close(failure)
         stop.close()
-        teardown()
+        if failure is None:  # else the others may sit in a collective, which a clean end of NCCL would wait for
+            teardown()
 
 
 class Trainer:
@@ -79,15 +80,16 @@ class Trainer:
         self.console = Console(self.run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
         watchdog.beat(0, "loading")
 
-        self.stream = TokenStream(
-            config.data,
-            self.manifest,
-            seed=config.seed,
-            global_batch_size=config.training.global_batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            dp_rank=world.rank,
-            dp_world_size=world.world_size,
-        )
+        with same_on_all_ranks():
+            self.stream = TokenStream(
+                config.data,
+                self.manifest,
+                seed=config.seed,
+                global_batch_size=config.training.global_batch_size,
+                micro_batch_size=config.training.micro_batch_size,
+                dp_rank=world.rank,
+                dp_world_size=world.world_size,
+            )
         self.checkpointer = Checkpointer(config, world)
         checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
         if world.rank == 0:
@@ -104,7 +106,8 @@ class Trainer:
         self.state = TrainingState()
         if checkpoint is not None:
             self.state = self.checkpointer.load(self.engine, checkpoint)
-            self.stream.load_state_dict(self.state.data)
+            with same_on_all_ranks():
+                self.stream.load_state_dict(self.state.data)
             self._say(f"continuing from {checkpoint}")
         self.saved_step = self.state.step
 
@@ -185,6 +188,7 @@ class Trainer:
             engine.step()
         assert values is not None
 
+        self.watchdog.beat(step, "waiting for all ranks")
         # One collective carries the figures of the step and the wish to stop.
         packed = torch.cat((values / micro_steps, values.new_tensor([float(self.stop.requested)])))
         if self.world.world_size > 1:
@@ -235,10 +239,12 @@ class Trainer:
             sys.stderr,
         )
         if state.skipped_in_a_row >= limit:
-            raise UserError(
-                f"{limit} steps in a row had a gradient that is not finite, the last one step {state.step}: "
-                "lower optimizer.lr or mcmc.step_size; the newest checkpoint is from before them"
+            error = UserError(
+                f"{limit} steps in a row had a gradient that is not finite, the last one step {state.step}: lower "
+                "optimizer.lr and start the same command again, or a new run_dir with a lower mcmc.step_size"
             )
+            error.same_on_all_ranks = True
+            raise error
 
     def _record(self, record: dict[str, Any]) -> None:
         """Write the record of a step everywhere, and its line to the console every `log_interval` steps."""
@@ -299,7 +305,9 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.beat(self.state.step, "checkpoint")
-        path = self.checkpointer.save(self.engine, self.state)
+        path = self.checkpointer.save(
+            self.engine, self.state, lambda: self.watchdog.beat(self.state.step, "checkpoint")
+        )
         self.saved_step = self.state.step
         self._say(f"saved {path}")
 
@@ -318,13 +326,10 @@ class Trainer:
 
 def load_data(config: Config) -> Manifest:
     """Return the manifest of the configured shards, if they are there and fit the configured model."""
-    try:
+    with same_on_all_ranks():
         manifest = Manifest.load(config.data.path)
         manifest.check_files()
         load_tokenizer(manifest)
-    except DataError as error:
-        error.same_on_all_ranks = True
-        raise
     for key, wanted, found in (
         ("model.vocab_size", config.model.vocab_size, manifest.vocab_size),
         ("data.sequence_length", config.data.sequence_length, manifest.sequence_length),

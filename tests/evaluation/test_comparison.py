@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from ebwm_dist.data.stream import TextBatch
 from ebwm_dist.data.unigram import unigram_perplexity
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
+from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.inference.load import load_run
+from ebwm_dist.models.output import Evaluation
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn, write_config
 from tests.tiny_data import make_tiny_data
@@ -48,6 +52,34 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (runs / "ebt" / "thinking.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "autoregressive twin" in printed and "Thinking" in printed and "|" in printed
+
+
+def test_unfinished_runs_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    """SIGTERM ends a run with exit code 0, so the report after it has to look."""
+    shutil.copytree(runs / "ar", tmp_path / "ar")
+    lines = (tmp_path / "ar" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "ar" / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n")
+    with pytest.raises(UserError, match=r"ar has done 7 of 10 steps: run the command"):
+        compare(runs / "ebt", tmp_path / "ar")
+
+
+def test_errors_of_the_difference_are_those_over_sequences() -> None:
+    """Against the textbook formula, sequence by sequence; a loss too large for exp is an infinite perplexity."""
+    generator = torch.Generator().manual_seed(0)
+    losses, tokens = torch.rand(3, 10, generator=generator) * 20, torch.randint(1, 9, (10,), generator=generator)
+    losses[2] += 1e5
+
+    class Fixed:
+        def evaluate(self, batch: torch.Tensor, ids: torch.Tensor, num_steps: int) -> Evaluation:
+            return Evaluation(losses[:, ids], None, tokens[ids])
+
+    ids = torch.arange(10).split(4)
+    batches = [TextBatch(torch.zeros(len(part), 2), part, []) for part in ids]
+    result = evaluate(Fixed(), batches, 3, torch.device("cpu"))
+    difference = ((losses[1] - losses[0]) / tokens).double()
+    assert result.standard_errors[1] == pytest.approx((difference.std() / math.sqrt(10)).item(), rel=1e-5)
+    assert result.step_losses[1] == pytest.approx((losses[1].sum() / tokens.sum()).item(), rel=1e-6)
+    assert result.standard_errors[0] == 0 and result.perplexities[2] == math.inf and result.tokens == tokens.sum()
 
 
 def test_a_run_without_a_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def launch_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """
     folder = tmp_path_factory.mktemp("launchers")
     make_tiny_data(folder / "text")
-    overrides = ("training.max_steps=20", "training.micro_batch_size=2", "validation.interval=10")
+    overrides = ("training.max_steps=60", "training.micro_batch_size=2", "validation.interval=30")
     return ["--config", str(write_config(folder)), f"data.path={folder / 'text'}", *overrides]
 
 

@@ -57,16 +57,16 @@ def test_run_folder(one_rank: tuple[Path, str], launch_arguments: list[str]) -> 
     assert all(record.keys() == TRAIN_KEYS for record in metrics(run_dir))
     assert all(record.keys() == {*KEYS, "perplexity"} for record in metrics(run_dir, "val"))
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, 21))
-    assert [record["step"] for record in metrics(run_dir, "val")] == [10, 20]
+    assert [record["step"] for record in metrics(run_dir, "val")] == [30, 60]
     assert metrics(run_dir)[-1]["loss"] < metrics(run_dir)[0]["loss"]
-    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-000020"]
-    assert "done: step 20 of 20" in (run_dir / "logs" / "rank_00000.log").read_text()
-    assert f"done: step 20 of 20, in {run_dir}" in text and "a build of an extension was killed" in text
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-000060"]
+    assert "done: step 60 of 60" in (run_dir / "logs" / "rank_00000.log").read_text()
+    assert f"done: step 60 of 60, in {run_dir}" in text and "a build of an extension was killed" in text
 
 
 def test_torchrun_trains_as_python_does(one_rank: tuple[Path, str], two_ranks: tuple[Path, str]) -> None:
     one, two = metrics(one_rank[0]), metrics(two_ranks[0])
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == 60
     for got, wanted in zip(two, one, strict=True):
         for key in LOSSES:
             assert got[key] == pytest.approx(wanted[key], rel=2e-4, abs=2e-4), f"{key} of step {got['step']}"
@@ -84,7 +84,7 @@ def test_deepspeed_stops_when_one_rank_is_asked_to_and_continues(
     os.kill(job.rank(1), signal.SIGTERM)
     assert job.end() == 0, job.text
     step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 20 and f"asked to stop (another rank): saved step {step}, leaving" in job.text
+    assert 3 <= step < 60 and f"asked to stop (another rank): saved step {step}, leaving" in job.text
 
     job = start("deepspeed", arguments)
     assert job.end() == 0, job.text
@@ -105,7 +105,7 @@ def test_python_stops_on_a_signal_to_its_group_and_continues(
     job.signal_group(number)
     assert job.end() == 0, job.text
     step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 20 and f"asked to stop ({number.name}): saved step {step}, leaving" in job.text
+    assert 3 <= step < 60 and f"asked to stop ({number.name}): saved step {step}, leaving" in job.text
 
     job = start("python", arguments)
     assert job.end() == 0, job.text
@@ -123,7 +123,7 @@ def test_torchrun_stops_when_one_rank_is_asked_to_and_continues(
     os.kill(job.rank(0), signal.SIGTERM)
     assert job.end() == 0, job.text
     step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 20 and f"asked to stop (SIGTERM): saved step {step}, leaving" in job.text
+    assert 3 <= step < 60 and f"asked to stop (SIGTERM): saved step {step}, leaving" in job.text
     assert start("torchrun", arguments).end() == 0
     assert_equal_runs(tmp_path / "run", two_ranks[0])
 
@@ -143,7 +143,7 @@ def test_a_launcher_asked_to_stop_leaves_a_saved_run_and_no_process(
         job.signal_group(number)
     job.end()
     step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 20 and f": saved step {step}, leaving" in job.text
+    assert 3 <= step < 60 and f": saved step {step}, leaving" in job.text
     assert not re.search(r"(?m)^(error|\[rank)", job.text), job.text
 
 
@@ -163,7 +163,7 @@ def copied_data(launch_arguments: list[str], tmp_path: Path) -> Path:
     ("overrides", "message"),
     [
         (["training.micro_batch_sze=3"], "training.micro_batch_sze = 3: unknown key; did you mean 'micro_batch_size'?"),
-        (["data.path=/nowhere/text"], "data folder /nowhere/text does not exist; make it with `python data_tools/"),
+        (["data.path=/nowhere/text"], "data folder /nowhere/text does not exist; `make data` makes the sample's"),
         (["model.vocab_size=400"], "model.vocab_size is 400, but the shards in "),
         (["data.sequence_length=8"], "data.sequence_length is 8, but the shards in "),
         (["data.path=COPY/without-shard"], "missing shard: COPY/without-shard/train-000001.tar does not exist"),
@@ -232,13 +232,13 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays(
         timeout=100,
     )
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    saved = f"{one_rank[0] / 'checkpoints' / 'step-000020'}"
+    saved = f"{one_rank[0] / 'checkpoints' / 'step-000060'}"
     wanted = [
         f"error: {saved} has model.dim = 32, the configuration has 64: ",
         f"error: {saved} was written with zero.stage = 1, this run has 2: ",
         f"error: {saved} was written with training.precision = fp32, this run has bf16: ",
         f"error: {one_rank[0]} holds checkpoints and checkpoint.resume is 'never': ",
-        f"error: {two_ranks[0] / 'checkpoints' / 'step-000020'} was written with ranks = 2, this run has 1: ",
+        f"error: {two_ranks[0] / 'checkpoints' / 'step-000060'} was written with ranks = 2, this run has 1: ",
     ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(wanted) and all(map(str.startswith, lines, wanted)), result.stderr

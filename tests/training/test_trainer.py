@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from pathlib import Path
 
@@ -90,6 +91,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         newest_state(tmp_path / "whole"),
         skip=lambda where: where.endswith("training_state/seconds"),
     )
+
+
+def test_changed_optimizer_settings_count_after_a_resume(
+    tiny_data: Path, tiny_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The configuration of the restart holds, not the groups in the checkpoint; alpha itself goes on as it was."""
+    run_dir = tmp_path / "run"
+    common = [f"data.path={tiny_data}", f"run_dir={run_dir}", "training.micro_batch_size=12", "training.max_steps=6"]
+    lower = ["optimizer.lr=1e-6", "optimizer.weight_decay=0.5", "mcmc.step_size=0.25", "optimizer.warmup_steps=0"]
+    run_distributed_test(
+        train_in_turn, 1, tiny_config, [[*common, "training.stop_after=4"], [*common, *lower, "zero.stage=1"]]
+    )
+    records = metrics(run_dir)
+    assert [r["lr"] < 2e-6 for r in records] == [False] * 4 + [True] * 2
+    moved = [abs(b["mcmc_step_size"] - a["mcmc_step_size"]) for a, b in itertools.pairwise(records)]
+    assert min(moved[:3]) > 1e-4 and moved[-1] < 1e-5 and records[-1]["mcmc_step_size"] > 0.4
+    assert "mcmc.step_size was 0.5" in capfd.readouterr().err
 
 
 def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:
