@@ -21,7 +21,7 @@ FORMAT = "ebwm-token-shards"
 VERSION = 1
 SPLITS = ("train", "val")
 
-HOW_TO_MAKE = "`make data` makes the sample's; for your own text use data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
+HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
 
 HOW_TO_REPAIR = "restore the file or run data_tools/tokenize_text.py again"
 
