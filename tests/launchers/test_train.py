@@ -56,7 +56,7 @@ def test_run_folder(one_rank: tuple[Path, str], launch_arguments: list[str]) -> 
     assert load_config(run_dir / "config.yaml") == expected
     assert all(record.keys() == TRAIN_KEYS for record in metrics(run_dir))
     assert all(record.keys() == {*KEYS, "perplexity"} for record in metrics(run_dir, "val"))
-    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 21))
+    assert [record["step"] for record in metrics(run_dir)] == list(range(1, 61))
     assert [record["step"] for record in metrics(run_dir, "val")] == [30, 60]
     assert metrics(run_dir)[-1]["loss"] < metrics(run_dir)[0]["loss"]
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-000060"]
