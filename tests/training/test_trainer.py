@@ -170,7 +170,9 @@ def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad
             assert moved == (step not in bad_steps), f"step {step} on rank {rank}: moved is {moved}"
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+)
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
     tiny_data: Path, tiny_config: Path, tmp_path: Path, stage: int, precision: str
 ) -> None:
