@@ -10,10 +10,8 @@ SHARDS := data/text/manifest.json
 # Share of whole books that neither the tokenizer nor the model sees in training.
 HOLDOUT := 0.05
 
-# DeepSpeed builds an operator at the first start and looks for ninja on the PATH. The builds of one environment do
-# not suit another, so they are kept here and not in the home directory.
+# What the environment installs comes first, also for the processes that launchers start.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 # A package path meant for another interpreter would win over what is installed here.
 unexport PYTHONPATH PYTHONHOME
 
