@@ -41,6 +41,11 @@ class ModelConfig:
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
 
+    @property
+    def ffn_hidden_dim(self) -> int:
+        """Hidden width of the feed-forward."""
+        return int(self.ffn_multiplier * self.dim)
+
 
 @dataclass
 class MCMCConfig:

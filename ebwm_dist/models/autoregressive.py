@@ -24,8 +24,7 @@ class AutoregressiveTransformer(nn.Module):
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
         self.embeddings = nn.Embedding(config.vocab_size, dim)
         self.blocks = Blocks(
-            Block(dim, config.num_heads, int(config.ffn_multiplier * dim), config.norm_eps)
-            for _ in range(config.num_layers)
+            Block(dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(dim, config.norm_eps)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)

@@ -52,9 +52,10 @@ class EnergyTransformer(nn.Module):
         adaln = config.variant == "adaln"
         self.variant, self.num_landscapes = config.variant, config.num_landscapes
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
-        hidden_dim = int(config.ffn_multiplier * dim)
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
-        self.blocks = Blocks(Block(dim, config.num_heads, hidden_dim, eps, adaln) for _ in range(config.num_layers))
+        self.blocks = Blocks(
+            Block(dim, config.num_heads, config.ffn_hidden_dim, eps, adaln) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(dim, eps)
         self.modulation = Modulation(dim, 2) if adaln else None
         self.head = nn.Linear(dim, 1, bias=False)

@@ -9,14 +9,9 @@ from __future__ import annotations
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 
 
-def ffn_hidden_dim(config: ModelConfig) -> int:
-    """Return the hidden width of the feed-forward."""
-    return int(config.ffn_multiplier * config.dim)
-
-
 def stream_flops(config: ModelConfig, sequence_length: int) -> float:
     """Return the forward FLOPs per token of one pass of a stream through all blocks."""
-    matrices = 4 * config.dim**2 + 3 * config.dim * ffn_hidden_dim(config)
+    matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_hidden_dim
     attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
     return config.num_layers * 2.0 * (matrices + attention)
 
