@@ -1,36 +1,66 @@
 """An independent energy-based transformer in the plainest form: one dense attention, one double backward.
 
 It shares no code with the package: context and candidates are concatenated along the sequence and meet in a single
-masked attention of all with all, the energy is differentiated with `create_graph=True`, and the loss by `backward`.
-It reads its weights from the state dict of the package's model, so that gradients can be compared by name.
+masked attention of all with all, the energy is differentiated with `create_graph=True`, and the loss by `backward`,
+through one step at a time or through the whole chain. It reads its weights from the state dict of the package's model,
+so that gradients can be compared by name, and it is given every random number.
 
-Shapes: B batch, S positions, V vocabulary, D width, H heads.
+Shapes: B batch, S positions, V vocabulary, E width of an observed embedding, D width, H heads, K steps.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Refined(NamedTuple):
+    """What one refinement of a batch gives, all with its graph."""
+
+    loss: Tensor
+    """The objective."""
+    step_losses: Tensor
+    """Loss after each step [K]."""
+    step_energies: Tensor
+    """Mean energy of the state that enters each step [K]."""
+    step_gradient_norms: Tensor
+    """Mean norm of the energy's gradient with respect to the embedded candidate at each step [K]."""
+    state: Tensor
+    """Final states [B, S, V or E]."""
+
+
 class DenseOracle:
     """The same mathematics from leaf tensors `w`, by the names of the package's state dict."""
 
-    def __init__(self, state_dict: dict[str, Tensor], *, num_heads: int, variant: str, eps: float = 1e-5):
-        self.w = {name: value.clone().requires_grad_() for name, value in state_dict.items()}
-        self.num_heads, self.variant, self.eps = num_heads, variant, eps
+    def __init__(
+        self, state_dict: dict[str, Tensor], *, num_heads: int, variant: str, pad_id: int = -100, eps: float = 1e-5
+    ):
+        self.w = {name: value.detach().clone().requires_grad_() for name, value in state_dict.items()}
+        self.num_heads, self.variant, self.pad_id, self.eps = num_heads, variant, pad_id, eps
         self.num_layers = 1 + max(int(name.split(".")[2]) for name in self.w if name.startswith("transformer.blocks."))
         self.num_landscapes = 1 if variant == "default" else self.w["transformer.time_embeddings.weight"].shape[0]
+        self.text = "space.embeddings.weight" in self.w
 
-    def energy(self, tokens: Tensor, candidate: Tensor, step: int) -> Tensor:
-        """Return the energies [B, S] of embedded candidates [B, S, D] after each of `tokens` [B, S]."""
-        w = self.w
-        batch, size = tokens.shape
+    def embed_context(self, observed: Tensor) -> Tensor:
+        """Return the embedded context [B, S, D] of tokens [B, S] or embeddings [B, S, E]."""
+        return F.embedding(observed, self.w["space.embeddings.weight"]) if self.text else self._project(observed)
+
+    def embed_candidate(self, prediction: Tensor) -> Tensor:
+        """Return the embedding [B, S, D] of probabilities [B, S, V], a mixture of W's rows, or of states [B, S, E]."""
+        if not self.text:
+            return self._project(prediction)
+        tied = "space.vocab_to_embed.weight" not in self.w
+        return prediction @ self.w["space.embeddings.weight" if tied else "space.vocab_to_embed.weight"]
+
+    def energy(self, context: Tensor, candidate: Tensor, step: int) -> Tensor:
+        """Return the energies [B, S] of embedded candidates [B, S, D] after each embedded `context` [B, S, D]."""
+        w, x = self.w, context
+        batch, size = x.shape[:2]
         landscape = min(step, self.num_landscapes - 1)
-        x = F.embedding(tokens, w["embeddings.weight"])
         condition, offset = None, 0
         if self.variant == "time_embed":
             time = w["transformer.time_embeddings.weight"][landscape].expand(batch, 1, -1)
@@ -61,22 +91,62 @@ class DenseOracle:
         h = self._norm(x, "transformer.norm.weight") * (1 + scale) + shift
         return (h @ w["transformer.head.weight"].T)[:, length:, 0]
 
-    def loss(self, tokens: Tensor, state: Tensor, num_steps: int, update: str) -> Tensor:
-        """Return the mean loss of `num_steps` detached steps from `state` [B, S, V], with the graph of it all."""
-        context, targets = tokens[:, :-1], tokens[:, 1:]
-        total = torch.zeros((), dtype=state.dtype)
-        alpha, matrix = self.w["space.step_size.alpha"].clamp(min=1e-4), self.w["space.vocab_to_embed.weight"]
+    def refine(
+        self,
+        observed: Tensor,
+        state: Tensor,
+        num_steps: int,
+        *,
+        update: str = "probabilities",
+        gradient: str = "step",
+        loss: str = "mean",
+        factor: Tensor | float = 1.0,
+        noise: Tensor | None = None,
+    ) -> Refined:
+        """Refine `state` [B, S, V or E] after each of `observed` [B, S+1(, E)] but the last.
+
+        Args:
+            observed: the data; position i + 1 is what position i predicts.
+            state: initial states.
+            num_steps: number of steps K.
+            update, gradient, loss: as in the package's configuration.
+            factor: what alpha is multiplied by [B, S, 1].
+            noise: what is added to the state before each step [K, B, S, V or E].
+        """
+        context, targets = self.embed_context(observed[:, :-1]), observed[:, 1:]
+        alpha = self.w["space.step_size.alpha"].clamp(min=1e-4) * factor
+        losses, energies, norms = [], [], []
         for step in range(num_steps):
-            z = state.detach().requires_grad_()
-            p = z.softmax(-1)
-            if update != "logits":
-                p = p.detach().requires_grad_()
-            wrt = z if update == "logits" else p
-            energy = self.energy(context, p @ matrix.T, step).sum()
-            (gradient,) = torch.autograd.grad(energy, wrt, create_graph=True)
-            state = (p if update == "probabilities" else z.detach()) - alpha * gradient
-            total = total + F.cross_entropy(state.flatten(0, 1), targets.flatten()) / num_steps
-        return total
+            if gradient == "step" or step == 0:
+                state = state.detach().requires_grad_()
+            if noise is not None:
+                state = state + noise[step]
+            prediction = state.softmax(-1) if self.text else state
+            candidate = self.embed_candidate(prediction)
+            energy = self.energy(context, candidate, step)
+            wrt = state if update == "logits" else prediction
+            embedded_slope, slope = torch.autograd.grad(energy.sum(), (candidate, wrt), create_graph=True)
+            # Every rule steps from the state, but for the published one, which steps from its probabilities.
+            state = (prediction if update == "probabilities" else state) - alpha * slope
+            losses.append(self._loss(state, targets))
+            energies.append(energy.mean())
+            norms.append(embedded_slope.norm(dim=-1).mean())
+        step_losses = torch.stack(losses)
+        objective = step_losses.mean() if loss == "mean" else step_losses[-1]
+        return Refined(objective, step_losses, torch.stack(energies), torch.stack(norms), state)
+
+    def _loss(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy over all targets, padding counting as 0, or the smooth L1 loss."""
+        if self.text:
+            summed = F.cross_entropy(state.mT, targets, ignore_index=self.pad_id, reduction="sum")
+            return summed / targets.numel()
+        error = (state - targets).abs()
+        return torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+
+    def _project(self, x: Tensor) -> Tensor:
+        if "space.projection.weight" not in self.w:
+            return x
+        return x @ self.w["space.projection.weight"].T + self.w["space.projection.bias"]
 
     def _modulation(self, name: str, condition: Tensor | None, parts: int) -> list[Tensor]:
         if condition is None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ebwm_dist.data.stream import TextBatch
-from ebwm_dist.registry import Model
+from ebwm_dist.models.output import Evaluation, Forward
 
 _LARGEST_EXPONENT = 709.0
 """exp of more than this is no float64."""
@@ -39,23 +39,23 @@ class Result:
 
 
 def evaluate(
-    model: Model,
+    forward: Forward,
     batches: Iterable[TextBatch],
     num_steps: int,
     device: torch.device,
     proceed: Callable[[], bool] = lambda: True,
 ) -> Result | None:
-    """Evaluate `model` at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
+    """Evaluate a model at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
 
-    Every rank must have the same number of batches. `proceed` is called before each; where it returns False, on all
-    ranks alike, there is no result.
+    `forward` is the model, or an engine around it. Every rank must have the same number of batches. `proceed` is called
+    before each; where it returns False, on all ranks alike, there is no result.
     """
     total: torch.Tensor | None = None
     steps = energies = 0
     for batch in batches:
         if not proceed():
             return None
-        sums = model.evaluate(batch.tokens.to(device), batch.sample_ids.to(device), num_steps)
+        sums: Evaluation = forward("evaluate", batch.tokens.to(device), batch.sample_ids, num_steps)
         steps, energies = len(sums.step_losses), 0 if sums.energies is None else len(sums.energies)
         losses, counts = sums.step_losses.to(device, torch.float64), sums.tokens.to(device, torch.float64)
         # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.

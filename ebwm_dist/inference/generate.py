@@ -23,7 +23,7 @@ def generate(
     for position in range(num_tokens):
         context = torch.tensor([tokens[-max_context:]], device=device)
         # Noise that a prediction may start from is drawn anew for every token.
-        sample_ids = torch.tensor([position], device=device)
+        sample_ids = torch.tensor([position])
         logits = model.next_token_logits(context, num_steps, sample_ids)[0].float()
         if temperature == 0:
             tokens.append(int(logits.argmax()))

@@ -1,78 +1,209 @@
-"""The energy-based transformer for text: context embedding, energy, and predictions refined in token space.
+"""The energy-based transformer: predictions refined by descending a learned energy, in training and afterwards.
 
-Shapes: B batch, S positions, V vocabulary, D width, K steps.
+Shapes: B batch, S observed positions, C positions refined together, D width, K steps. States and observations are
+[B, S, ...] as the space has them: tokens [B, S] and logits [B, S, V], or embeddings [B, S, E].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
-from ebwm_dist.mcmc.second_order import energy_and_gradient, refinement_loss
-from ebwm_dist.mcmc.vocabulary import VocabularySpace
-from ebwm_dist.models.energy_transformer import EnergyTransformer
-from ebwm_dist.models.initialization import initialize
-from ebwm_dist.models.output import Evaluation, TrainingOutput
+from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.mcmc.replay import Compact, ReplayBuffer
+from ebwm_dist.mcmc.schedule import StepPlan, plan_at
+from ebwm_dist.mcmc.second_order import Refinement, energy_and_gradient
+from ebwm_dist.mcmc.space import Space
+from ebwm_dist.models.energy_transformer import EnergyTransformer, KeysValues
+from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput
 
 
-class EnergyBasedTransformer(nn.Module):
-    """Predicts the next token by descending a learned energy."""
+class EnergyBasedTransformer(PassModule):
+    """Predicts the next state by descending a learned energy."""
 
-    def __init__(self, model: ModelConfig, mcmc: MCMCConfig, pad_id: int, seed: int):
+    def __init__(
+        self,
+        model: ModelConfig,
+        mcmc: MCMCConfig,
+        space: Space,
+        seed: int,
+        positions_per_pass: int = 128,
+        activation_checkpointing: str = "none",
+    ):
         super().__init__()
-        self.num_steps, self.seed = mcmc.num_steps, seed
-        self.embeddings = nn.Embedding(model.vocab_size, model.dim)
+        self.mcmc, self.seed, self.positions_per_pass = mcmc, seed, positions_per_pass
+        self.space = space
         self.transformer = EnergyTransformer(model)
-        self.space = VocabularySpace(model.vocab_size, model.dim, mcmc, pad_id)
-        initialize(self)
+        self.transformer.blocks.checkpointing = activation_checkpointing == "block"
+        self.replay = ReplayBuffer(mcmc.replay_size) if mcmc.replay_size else None
 
-    def forward(self, tokens: Tensor, sample_ids: Tensor) -> TrainingOutput:
-        """Return the training loss of `tokens` [B, S+1]; `sample_ids` [B] seed each sample's initial noise."""
-        context, targets = tokens[:, :-1], tokens[:, 1:]
-        state = self.space.start(sample_ids, self.seed, context.shape[1])
-        return refinement_loss(self.transformer, self.space, self.embeddings(context), state, targets, self.num_steps)
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks, each stream when it is first run."""
+        self.transformer.blocks.compile_streams()
 
-    @torch.no_grad()
-    def refine(self, context: Tensor, state: Tensor, num_steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (energy [B, S'], state [B, S', V]) of the initial state and after each step, without a graph.
+    def plan(self, step: int, micro_step: int) -> StepPlan:
+        """Return the MCMC steps of a micro-batch of optimizer step `step`, counted from 1; the same on all ranks."""
+        return plan_at(self.mcmc, self.seed, step, micro_step)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the replay buffer of this rank."""
+        return {} if self.replay is None else {"replay": self.replay.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Put the replay buffer back; a run that had none starts with an empty one."""
+        if self.replay is not None:
+            self.replay.load_state_dict(state.get("replay", {}))
+
+    def training_step(
+        self,
+        observed: Tensor,
+        sample_ids: Tensor,
+        plan: StepPlan,
+        *,
+        weight: float = 1.0,
+        forward: Forward | None = None,
+        backward: Backward = Tensor.backward,
+    ) -> TrainingOutput:
+        """Do the forwards and backwards of a micro-batch.
 
         Args:
-            context: observed tokens [B, S].
-            state: initial logits [B, S', V] for the tokens after each of the last S' of them.
-            num_steps: number of steps, trained or more: later steps repeat the last landscape.
+            observed: observed states [B, S+1, ...]: each is the target of those before it.
+            sample_ids: ids [B] on the CPU, which seed each sample's noise.
+            plan: its MCMC steps.
+            weight: factor of the loss, 1 / number of micro-batches whose gradients are added up.
+            forward: what runs a pass by name; unset, this module.
+            backward: what adds the gradients of a scalar to those of the parameters, unscaled: some of them enter
+                later passes of the same step.
         """
-        embedded_context, cache = self.embeddings(context), None
-        for step in range(num_steps + 1):
-            landscape = self.transformer.landscape(min(step, num_steps - 1))
-            if cache is None or cache.landscape != landscape:
-                cache = self.transformer.context(embedded_context, landscape)
-            normalized = self.space.normalize(state)
-            embedded = self.space.embed(normalized)
-            if step == num_steps:
-                yield self.transformer.energy(embedded, cache), state
-                return
-            energy, gradient = energy_and_gradient(self.transformer, embedded, cache)
-            yield energy, state
-            state = self.space.update(state, normalized, gradient)
+        replayed = self._replayed(observed, sample_ids)
+        fresh = len(observed)
+        if replayed is not None:
+            observed = torch.cat((observed, replayed[0].to(observed.device)))
+            sample_ids = torch.cat((sample_ids, replayed[1]))
+        context, targets = observed[:, :-1], observed[:, 1:]
+        refinement = Refinement(
+            self.transformer,
+            self.space,
+            self.mcmc,
+            plan,
+            context,
+            targets,
+            sample_ids,
+            self.seed,
+            weight,
+            forward or self,
+            backward,
+        )
+        final = []
+        for start, stop in self._slices(context.shape[1]):
+            state = self.space.start(sample_ids[:fresh], self.seed, start, stop, context[:fresh])
+            if replayed is not None:
+                rest = {name: x[:, start:stop].to(context.device) for name, x in replayed[2].items()}
+                state = torch.cat((state, self.space.expand(rest)))
+            state = refinement.refine(state, start)
+            if self.replay is not None:
+                final.append(self.space.compress(state))
+        if self.replay is not None:
+            self.replay.push(observed, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
+        return refinement.finish()
 
-    def evaluate(self, tokens: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
-        """Return summed losses and energies of `tokens` [B, S+1] over `num_steps` steps."""
-        context, targets = tokens[:, :-1], tokens[:, 1:]
-        counted = targets != self.space.pad_id
-        losses, energies = [], []
-        state = self.space.start(sample_ids, self.seed, context.shape[1])
-        for step, (energy, refined) in enumerate(self.refine(context, state, num_steps)):
-            energies.append((energy * counted).sum(-1))
-            if step:
-                losses.append(self.space.summed_loss(refined, targets))
-        return Evaluation(torch.stack(losses), torch.stack(energies), counted.sum(-1))
+    # The passes of a training step. They are run through `forward`.
+
+    def context_stream(self, observed: Tensor, landscape: int) -> KeysValues:
+        """Return the keys and values of every block for the observed states [B, S, ...]."""
+        return self.transformer.context(self.space.embed_context(observed), landscape)
+
+    def descend(self, state: Tensor, context: KeysValues, landscape: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
+        embedded = self.space.read_in(state)
+        return embedded, *energy_and_gradient(self.transformer, embedded, context, landscape, start)
+
+    def advance(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Return the next state and its summed loss, without a graph: see `Space.advance`."""
+        return self.space.advance(*args)
+
+    def objective(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a step is good for, to differentiate, and what `advance` returns: see `Space.objective`."""
+        return self.space.objective(*args)
+
+    def tangent(
+        self, state: Tensor, embedded: Tensor, direction: Tensor, context: KeysValues, landscape: int, start: int
+    ) -> Tensor:
+        """Return the summed derivative of the energies along `direction` [B, C, D], a scalar to differentiate."""
+        embedded = self.space.read_in_again(state, embedded)
+        _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start)
+        return derivative.sum()
+
+    # After training.
+
+    @torch.no_grad()
+    def refine(
+        self, context: Tensor, state: Tensor, num_steps: int, sample_ids: Tensor, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (energy [B, C], state [B, C, ...]) of the initial state and after each step, without a graph.
+
+        With Langevin noise the energy is that of the state with the noise of its step.
+
+        Args:
+            context: observed states [B, S, ...].
+            state: initial predictions [B, C, ...] of what follows the observed states `start` to `start` + C.
+            num_steps: number of steps, trained or more: later steps repeat the last landscape.
+            sample_ids: ids [B] on the CPU, which seed the Langevin noise.
+            start: first observed state whose successor is predicted.
+        """
+        yield from self._refine(self._contexts(context, num_steps), state, num_steps, sample_ids, start)
+
+    @torch.no_grad()
+    def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
+        """Return summed losses and energies of `observed` [B, S+1, ...] over `num_steps` steps."""
+        context, targets = observed[:, :-1], observed[:, 1:]
+        contexts, counted = self._contexts(context, num_steps), self.space.counted(targets)
+        losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
+        energies = losses.new_zeros(num_steps + 1, len(observed))
+        for start, stop in self._slices(context.shape[1]):
+            initial = self.space.start(sample_ids, self.seed, start, stop, context)
+            for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, start)):
+                energies[step] += (energy * counted[:, start:stop]).sum(-1)
+                if step:
+                    losses[step - 1] += self.space.sequence_losses(state, targets[:, start:stop])
+        return Evaluation(losses, energies, counted.sum(-1))
 
     def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:
         """Return the refined logits [B, V] of the token after `tokens` [B, S]."""
-        state = self.space.start(sample_ids, self.seed, positions=1)
-        for _, refined in self.refine(tokens, state, num_steps):
+        last = tokens.shape[1] - 1
+        state = self.space.start(sample_ids, self.seed, last, last + 1, tokens)
+        for _, refined in self.refine(tokens, state, num_steps, sample_ids, last):
             state = refined
         return state[:, -1]
+
+    def _refine(
+        self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, start: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(num_steps):
+            landscape = self.transformer.landscape(step)
+            noisy = self.space.perturb(state, self.seed, sample_ids, step, start)
+            _, energy, gradient = self.descend(noisy, contexts[landscape], landscape, start)
+            yield energy, state
+            state = self.space.update(noisy, gradient)
+        landscape = self.transformer.landscape(num_steps - 1)
+        yield self.transformer.energy(self.space.read_in(state), contexts[landscape], landscape, start), state
+
+    def _contexts(self, observed: Tensor, num_steps: int) -> dict[int, KeysValues]:
+        landscapes = {self.transformer.landscape(step) for step in range(num_steps)}
+        return {landscape: self.context_stream(observed, landscape) for landscape in sorted(landscapes)}
+
+    def _replayed(self, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor, Compact] | None:
+        """Draw the rows that this micro-batch replays, if the buffer holds as many."""
+        if self.replay is None:
+            return None
+        # A sample's id is its number in the run: the draw is another one for each micro-batch, and the same again.
+        seed = mix_seed(self.seed, int(sample_ids[0]))
+        return self.replay.sample(self.mcmc.replayed_rows(len(observed)), seed)
+
+    def _slices(self, positions: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, positions, self.positions_per_pass):
+            yield start, min(start + self.positions_per_pass, positions)

@@ -1,100 +1,190 @@
-"""Second-order gradients of a refinement loss from first-order passes alone.
+"""Second-order gradients of a refinement from first-order passes alone, in memory that does not grow with its steps.
 
-One MCMC step moves a prediction along the energy gradient g = dE/de and is trained through that gradient, so
-the loss depends on the weights through a mixed second derivative. The usual way is a double backward, which
-sharded parameters, compilation and fused attention do not support. With u = dloss/dg, known as soon as the step
+One MCMC step moves a prediction x along the energy gradient g = dE/de of its embedding e and is trained through that
+gradient, so the loss depends on the weights through a mixed second derivative. The usual way is a double backward,
+which sharded parameters, compilation and fused attention do not support. With u = dloss/dg, known as soon as the step
 is done, the second-order part is
 
     d/dw < u, dE(e; w)/de >  =  d/dw  D_e E(e; w)[u],
 
 the weight gradient of a directional derivative, which a forward pass with a tangent computes. Per step:
 
-    1. candidate pass, differentiated to e only:  g
-    2. update, loss:                              gradients of alpha and read-out, and u
-    3. candidate pass with tangent u:             D_e E(e; w)[u], whose backward is the second-order part
+    1. `descend`    candidate pass, differentiated to e only:  g
+    2. `objective`  update and loss; their backward:           gradients of alpha and read-out, and u
+    3. `tangent`    candidate pass with tangent u:             D_e E(e; w)[u], whose backward is the second-order part
 
-Shapes: B batch, S positions, D width, K steps.
+What a backward needs is gone when it is done. The keys and values of the context gather their gradient over all steps,
+and one backward through the context stream ends the micro-batch. Positions do not see one another's candidates, so a
+few of them at a time are taken through all steps: only the context is ever held for the whole sequence.
+
+Where gradients flow through the chain of steps, the steps are first taken without a graph, and then gone through from
+the last to the first: dloss/dx of a step is what its objective and its tangent pass hand back to the one before.
+
+Shapes: B batch, S positions, C positions refined together, D width, K steps.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ebwm_dist.mcmc.vocabulary import VocabularySpace
-from ebwm_dist.models.energy_transformer import ContextCache, EnergyTransformer
-from ebwm_dist.models.output import TrainingOutput
+from ebwm_dist.config.schema import MCMCConfig
+from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.space import Space
+from ebwm_dist.models.energy_transformer import EnergyTransformer, KeysValues
+from ebwm_dist.models.output import Backward, Forward, TrainingOutput
 
 
-def energy_and_gradient(transformer: EnergyTransformer, embedded: Tensor, cache: ContextCache) -> tuple[Tensor, Tensor]:
-    """Return the energies [B, S] of embedded candidates and their gradient dE/de [B, S, D], both detached.
+def energy_and_gradient(
+    transformer: EnergyTransformer, embedded: Tensor, context: KeysValues, landscape: int, start: int
+) -> tuple[Tensor, Tensor]:
+    """Return the energies [B, C] of embedded candidates and their gradient dE/de [B, C, D], both detached.
 
     Positions do not interact, so the gradient of the sum holds each position's own.
     """
     with torch.enable_grad():
         leaf = embedded.detach().requires_grad_()
-        energy = transformer.energy(leaf, cache.detach())
+        energy = transformer.energy(leaf, context, landscape, start)
         (gradient,) = torch.autograd.grad(energy.sum(), leaf)
     return energy.detach(), gradient
 
 
-class WithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: they are handed on in the backward, and nothing is computed again."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *weights: Tensor) -> Tensor:
-        """Return `value`; `gradients` are its gradients with respect to `weights`."""
-        ctx.save_for_backward(*gradients)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients, scaled as the loss is."""
-        return None, None, *(upstream[0] * gradient for gradient in ctx.saved_tensors)
-
-
-def refinement_loss(
-    transformer: EnergyTransformer,
-    space: VocabularySpace,
-    context: Tensor,
-    state: Tensor,
-    targets: Tensor,
-    num_steps: int,
-) -> TrainingOutput:
-    """Refine `state` for `num_steps` detached steps and return the mean of the steps' losses (the S1 objective).
+class Refinement:
+    """Forwards and backwards of one micro-batch.
 
     Args:
-        context: embedded observed states [B, S, D].
-        state: initial predictions, in the space's own form.
-        targets: true next states [B, S]; a step's loss is their summed loss over B x S, padding counting as 0, so
-            that the mean over ranks and micro-batches is that of the whole batch.
-
-    The returned loss has the value of that mean and, by one first-order backward, its exact gradient.
+        transformer: for its landscapes and what candidates see of a context; it is run through `forward`.
+        space: the space that predictions live in; the same.
+        mcmc: objective of the refinement.
+        plan: number and size of its steps.
+        context: observed states [B, S, ...].
+        targets: true next states [B, S, ...].
+        sample_ids: ids [B] on the CPU, which with `seed` determine all noise.
+        weight: factor of the loss.
+        forward: runs the passes of `EnergyBasedTransformer` by name.
+        backward: adds the gradients of a scalar to those of the parameters, unscaled. Both may be a distributed
+            engine's.
     """
-    total = torch.zeros((), device=context.device)
-    losses, energies, cache = [], [], None
-    for step in range(num_steps):
-        landscape = transformer.landscape(step)
-        if cache is None or cache.landscape != landscape:
-            cache = transformer.context(context, landscape)
-        normalized = space.normalize(state)
-        embedded = space.embed(normalized)
-        energy, gradient = energy_and_gradient(transformer, embedded, cache)
 
-        gradient.requires_grad_()
-        state = space.update(state, normalized, gradient)
-        loss = space.summed_loss(state, targets).sum() / (targets.numel() * num_steps)
-        weights = [weight for weight in space.parameters() if weight.requires_grad]
-        direction, *first_order = torch.autograd.grad(loss, [gradient, *weights])
+    def __init__(
+        self,
+        transformer: EnergyTransformer,
+        space: Space,
+        mcmc: MCMCConfig,
+        plan: StepPlan,
+        context: Tensor,
+        targets: Tensor,
+        sample_ids: Tensor,
+        seed: int,
+        weight: float,
+        forward: Forward,
+        backward: Backward,
+    ):
+        self.transformer, self.space, self.plan = transformer, space, plan
+        self.targets, self.sample_ids, self.seed = targets, sample_ids, seed
+        self.forward, self.backward = forward, backward
+        steps, self.chained = plan.num_steps, mcmc.gradient == "chain"
+        objective = [0.0] * (steps - 1) + [1.0] if mcmc.loss == "last" else [1 / steps] * steps
+        # Padding counts as a loss of 0, so that ranks and micro-batches average to the whole batch.
+        self.mean = 1 / (targets.shape[0] * targets.shape[1])
+        self.loss_weights = [weight * self.mean * share for share in objective]
+        zero = torch.zeros((), device=context.device, dtype=space.state_dtype)
+        self.objective = zero.new_tensor(objective)
+        self.losses, self.energies, self.norms, self.nonfinite = zero.new_zeros(4, steps).unbind()
+        self.landscapes = [transformer.landscape(step) for step in range(steps)]
+        self.contexts: dict[int, KeysValues] = {}
+        self.gathered: dict[int, KeysValues] = {}
+        trained = {
+            landscape for landscape, share in zip(self.landscapes, objective, strict=True) if share or self.chained
+        }
+        for landscape in sorted(set(self.landscapes)):
+            with torch.set_grad_enabled(landscape in trained):
+                pairs = forward("context_stream", context, landscape)
+            self.contexts[landscape] = pairs
+            if landscape in trained:
+                self.gathered[landscape] = tuple((_zeros_like(k), _zeros_like(v)) for k, v in pairs)
 
-        _, derivative = transformer.energy_with_tangent(embedded, direction, cache)
-        second_order = derivative.sum()
-        total = total + WithGradients.apply(loss.detach(), first_order, *weights)
-        total = total + (second_order - second_order.detach())  # adds its gradient, not its value
+    def refine(self, state: Tensor, start: int) -> Tensor:
+        """Take the positions from `start` on through all steps, add up their gradients and return their final state."""
+        stop = start + state.shape[1]
+        targets = self.targets[:, start:stop]
+        factor = self.space.step_factor(self.seed, self.sample_ids, start, stop, state.device)
+        factor = factor * self.plan.step_size_scale
+        visited: list[tuple[Tensor, Tensor, Tensor]] = []
+        for step, landscape in enumerate(self.landscapes):
+            state = self.space.perturb(state, self.seed, self.sample_ids, step, start)
+            context = _detached(self.transformer.slice_context(self.contexts[landscape], stop))
+            embedded, energy, gradient = self.forward("descend", state, context, landscape, start)
+            self._observe(step, energy, gradient)
+            if self.chained:
+                visited.append((state, embedded, gradient))
+            if self.chained or not self.loss_weights[step]:
+                state, loss = self.forward("advance", state, gradient, factor, targets)
+            else:
+                _, state, loss = self._differentiate(step, state, embedded, gradient, factor, start, None)
+            self.losses[step] += loss
+        if self.chained:
+            upstream = None
+            for step in reversed(range(len(visited))):
+                upstream, *_ = self._differentiate(step, *visited.pop(), factor, start, upstream)
+        return state
 
-        state = state.detach()
-        losses.append(loss.detach() * num_steps)
-        energies.append(energy.mean())
-    return TrainingOutput(total, torch.stack(losses), torch.stack(energies))
+    def _differentiate(
+        self,
+        step: int,
+        state: Tensor,
+        embedded: Tensor,
+        gradient: Tensor,
+        factor: Tensor | float,
+        start: int,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Do the backwards of one step.
+
+        Return the gradient of all that comes of `state` where gradients are chained; the next state; and its loss.
+        """
+        stop, landscape = start + state.shape[1], self.landscapes[step]
+        state = state.detach().requires_grad_(self.chained and step > 0)
+        gradient = gradient.detach().requires_grad_()
+        objective, after, loss = self.forward(
+            "objective", state, gradient, factor, self.targets[:, start:stop], self.loss_weights[step], upstream
+        )
+        self.backward(objective)
+
+        context = self.transformer.slice_context(self.contexts[landscape], stop)
+        context = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in context)
+        self.backward(self.forward("tangent", state, embedded, gradient.grad, context, landscape, start))
+        for leaves, totals in zip(context, self.gathered[landscape], strict=True):
+            for leaf, total in zip(leaves, totals, strict=True):
+                assert leaf.grad is not None
+                total[:, :, : leaf.shape[2]] += leaf.grad
+        return state.grad, after, loss
+
+    def finish(self) -> TrainingOutput:
+        """Go backward through the context streams, and return what was seen."""
+        for landscape, gathered in self.gathered.items():
+            pairs = zip(self.contexts.pop(landscape), gathered, strict=True)
+            # A scalar whose gradient with respect to the keys and values is what they have gathered.
+            self.backward(torch.stack([(x * dx).sum() for pair in pairs for x, dx in zip(*pair, strict=True)]).sum())
+        losses = self.losses * self.mean
+        return TrainingOutput(
+            loss=(losses * self.objective).sum(),
+            step_losses=losses,
+            step_energies=self.energies * self.mean,
+            step_gradient_norms=self.norms * self.mean,
+            step_nonfinite=self.nonfinite,
+        )
+
+    def _observe(self, step: int, energy: Tensor, gradient: Tensor) -> None:
+        norms = gradient.to(energy.dtype).norm(dim=-1)
+        self.energies[step] += energy.sum()
+        self.norms[step] += norms.sum()
+        self.nonfinite[step] += (energy + norms).isfinite().logical_not().sum()
+
+
+def _detached(context: KeysValues) -> KeysValues:
+    return tuple((k.detach(), v.detach()) for k, v in context)
+
+
+def _zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))

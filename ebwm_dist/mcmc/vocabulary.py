@@ -1,104 +1,252 @@
 """Text as the space predictions live in: the state is a distribution over tokens, held as logits.
 
-Shapes: B batch, S positions, V vocabulary, D width.
+The read-in e = p W is linear in the probabilities p = softmax(z), so the energy gradient is only ever taken in
+width-sized space: dE/dp = (dE/de) W^T, a language-model head with the read-in's own weight. Read-in, read-out,
+cross-entropy and their gradients go through the rows (positions) in slices, so that of the many tensors with a
+vocabulary dimension only the state itself is held for all positions that are refined together.
 
-The read-in e = p W^T is linear in the probabilities p = softmax(z), so the energy gradient is only ever taken in
-width-sized space: dE/dp = (dE/de) W, a language-model head with the read-in's own weight.
+Shapes: B batch, S observed positions, C candidate positions, V vocabulary, D width; N = B x C rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebwm_dist.config.schema import MCMCConfig
-from ebwm_dist.models.output import summed_cross_entropy
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
+from ebwm_dist.mcmc import noise
+from ebwm_dist.mcmc.replay import Compact, compress_logits, expand_logits
+from ebwm_dist.mcmc.space import Space
 
-MIN_STEP_SIZE = 1e-4
-
-
-class VocabToEmbed(nn.Linear):
-    """The matrix W [D, V] between vocabulary and width, used in both directions."""
-
-    def __init__(self, vocab_size: int, dim: int):
-        super().__init__(vocab_size, dim, bias=False)
-
-    def forward(self, x: Tensor, read_out: bool = False) -> Tensor:
-        """Read probabilities [B, S, V] in to [B, S, D], or (`read_out`) a gradient [B, S, D] out to [B, S, V]."""
-        x = x.to(self.weight.dtype)
-        return x @ self.weight if read_out else super().forward(x)
+SLICE_ELEMENTS = 1 << 24
+"""Elements of a slice of rows: large enough for fast products, small against the activations of a large model."""
 
 
-class StepSize(nn.Module):
-    """The learnable step size alpha; one element, not a scalar, as DeepSpeed cannot broadcast a 0-dim tensor."""
+class VocabularySpace(Space):
+    """Token distributions, the embedding of observed tokens, and the matrix between vocabulary and width."""
 
-    def __init__(self, initial: float):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor([initial]))
+    def __init__(self, model: ModelConfig, config: MCMCConfig, pad_id: int):
+        super().__init__(config)
+        self.rule, self.pad_id, self.state_width = config.update, pad_id, model.vocab_size
+        self.embeddings = TokenMatrix(model.vocab_size, model.dim, std=1.0)
+        xavier = (2 / (model.vocab_size + model.dim)) ** 0.5
+        self.vocab_to_embed = None if model.tie_embeddings else TokenMatrix(model.vocab_size, model.dim, std=xavier)
 
-    def forward(self) -> Tensor:
-        """Return alpha [1], at least `MIN_STEP_SIZE`."""
-        return self.alpha.clamp(min=MIN_STEP_SIZE).to(torch.promote_types(self.alpha.dtype, torch.float32))
+    def embed_context(self, observed: Tensor) -> Tensor:
+        """Return the rows [B, S, D] of the tokens `observed` [B, S]."""
+        return self.embeddings("look_up", observed)
 
-
-class VocabularySpace(nn.Module):
-    """Start, normalisation, embedding, update and loss of a token distribution."""
-
-    def __init__(self, vocab_size: int, dim: int, config: MCMCConfig, pad_id: int):
-        super().__init__()
-        self.update_rule, self.initial_state, self.pad_id = config.update, config.initial_state, pad_id
-        self.vocab_size = vocab_size
-        self.vocab_to_embed = VocabToEmbed(vocab_size, dim)
-        self.step_size = StepSize(config.step_size)
-
-    def start(self, sample_ids: Tensor, seed: int, positions: int) -> Tensor:
-        """Return the initial logits [B, S, V].
-
-        Noise is drawn per sample from its id, so it depends neither on the rank that holds the sample nor on the
-        world size, and is the same again after a resume.
-        """
-        shape, device = (positions, self.vocab_size), sample_ids.device
-        dtype = torch.promote_types(self.vocab_to_embed.weight.dtype, torch.float32)
+    def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
+        """Return the initial logits [B, C, V]."""
         if self.initial_state == "zeros":
-            return torch.zeros(len(sample_ids), *shape, device=device, dtype=dtype)
-        generator = torch.Generator(device)
-        state = torch.empty(len(sample_ids), *shape, device=device)
-        for row, sample_id in zip(state, sample_ids.tolist(), strict=True):
-            row.normal_(generator=generator.manual_seed(mix_seed(seed, sample_id)))
-        return state.to(dtype)
+            return self._zeros(sample_ids, stop - start, observed.device)
+        return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
 
-    def normalize(self, state: Tensor) -> Tensor:
-        """Return the probabilities p [B, S, V] of the logits `state`."""
-        return state.softmax(-1)
+    def read_in(self, state: Tensor) -> Tensor:
+        """Return the embedding e = softmax(z) W [B, C, D] of logits [B, C, V], without a graph."""
+        return self._matrix("read_in", state)
 
-    def embed(self, probabilities: Tensor) -> Tensor:
-        """Return the candidate embedding e = p W^T [B, S, D]."""
-        return self.vocab_to_embed(probabilities)
+    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return `embedded` with the gradients of e = softmax(z) W."""
+        return self._matrix("read_in_again", state, embedded)
 
-    def update(self, state: Tensor, probabilities: Tensor, gradient: Tensor) -> Tensor:
-        """Return the next logits [B, S, V] for the energy gradient dE/de [B, S, D].
-
-        probabilities: z' = p - alpha dE/dp, the published code: the gradient is not taken through the softmax.
-        logits:        z' = z - alpha dE/dz, gradient descent on the logits, as the papers write it.
-        mirror:        z' = z - alpha dE/dp, mirror descent on the simplex: p' is p times exp(-alpha dE/dp).
-        """
+    def objective(
+        self,
+        state: Tensor,
+        gradient: Tensor,
+        factor: Tensor | float,
+        targets: Tensor,
+        weight: float,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weight x summed cross-entropy + <next logits, upstream>, the next logits and the cross-entropy."""
         # Scaled before it is read out: alpha then multiplies D numbers a position, not V.
-        move = self.vocab_to_embed(self.step_size() * gradient, read_out=True).to(state.dtype)  # alpha dE/dp
-        if self.update_rule == "probabilities":
-            return probabilities - move
-        if self.update_rule == "logits":
-            move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
-        return state - move
+        move = self.step_size() * factor * gradient
+        return self._matrix("objective", state, move, self.rule, targets, self.pad_id, weight, upstream)
 
-    def summed_loss(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy [B] of logits [B, S, V], summed over the targets [B, S] that are not padding."""
-        return summed_cross_entropy(state, targets, self.pad_id)
+    def update(self, state: Tensor, gradient: Tensor) -> Tensor:
+        """Return the next logits [B, C, V]."""
+        return self._matrix("update", state, self.step_size() * gradient, self.rule)
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return which targets [B, S] are not padding."""
+        return targets != self.pad_id
+
+    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy [B] of logits [B, C, V], summed over the targets [B, C] that are not padding."""
+        losses = F.cross_entropy(state.flatten(0, 1), targets.flatten(), ignore_index=self.pad_id, reduction="none")
+        return losses.view_as(targets).sum(-1)
+
+    def compress(self, state: Tensor) -> Compact:
+        """Return the most probable tokens and the probability of all others."""
+        return compress_logits(state)
+
+    def expand(self, compact: Compact) -> Tensor:
+        """Return logits [B, C, V] with these probabilities."""
+        return expand_logits(compact, self.state_width, self.state_dtype)
+
+    @property
+    def _matrix(self) -> TokenMatrix:
+        return self.embeddings if self.vocab_to_embed is None else self.vocab_to_embed
 
 
-def mix_seed(seed: int, sample_id: int) -> int:
-    """Hash a run's seed and a sample's id into an unrelated 63-bit seed (the finaliser of SplitMix64)."""
-    mask = (1 << 64) - 1
-    x = (seed * 0x9E3779B97F4A7C15 + sample_id + 1) * 0x9E3779B97F4A7C15 & mask
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-    return (x ^ x >> 31) >> 1
+def next_logits(rule: str, logits: Tensor, move: Tensor) -> Tensor:
+    """Return the logits [N, V] after a step, for the read-out `move` = alpha dE/dp [N, V].
+
+    probabilities: z' = p - alpha dE/dp, the published code: the gradient is not taken through the softmax.
+    logits:        z' = z - alpha dE/dz, gradient descent on the logits, as the papers write it.
+    mirror:        z' = z - alpha dE/dp, mirror descent on the simplex: p' is p times exp(-alpha dE/dp).
+    """
+    if rule == "mirror":
+        return logits - move
+    p = logits.softmax(-1)
+    if rule == "probabilities":
+        return p - move
+    return logits - p * (move - (p * move).sum(-1, keepdim=True))
+
+
+class TokenMatrix(nn.Module):
+    """A matrix W [V, D] with a row for each token, used in every direction between vocabulary and width."""
+
+    def __init__(self, vocab_size: int, dim: int, std: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim).normal_(std=std))
+
+    def forward(self, direction: str, *args: Any) -> Any:
+        """Run one of the methods below by name: sharded parameters are whole only within this call."""
+        return getattr(self, direction)(*args)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Return the rows [B, S, D] of `tokens` [B, S]."""
+        return F.embedding(tokens, self.weight)
+
+    @torch.no_grad()
+    def read_in(self, state: Tensor) -> Tensor:
+        """Return softmax(z) W [B, C, D] for logits [B, C, V]."""
+        embedded = self.weight.new_empty(*state.shape[:-1], self.weight.shape[1])
+        for z, e in _row_slices(state, embedded):
+            torch.mm(z.softmax(-1).to(e.dtype), self.weight, out=e)
+        return embedded
+
+    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return `embedded` with the gradients of `read_in`."""
+        return _ReadIn.apply(state, self.weight, embedded)
+
+    @torch.no_grad()
+    def update(self, state: Tensor, move: Tensor, rule: str) -> Tensor:
+        """Return the logits [B, C, V] after a `move` alpha dE/de [B, C, D]."""
+        after = _empty_like(state)
+        for z, a, z_after in _row_slices(state, move, after):
+            z_after.copy_(next_logits(rule, z, (a.to(self.weight.dtype) @ self.weight.T).to(z.dtype)))
+        return after
+
+    def objective(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective of a step, the next logits and their cross-entropy: see `_Objective`."""
+        state, move, *rest = args
+        return _Objective.apply(state, self.weight, move, *rest)
+
+
+class _ReadIn(torch.autograd.Function):
+    """e = softmax(z) W with e known already; the probabilities are made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, weight: Tensor, embedded: Tensor) -> Tensor:
+        ctx.save_for_backward(state, weight)
+        return embedded.view_as(embedded)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        state, weight = ctx.saved_tensors
+        d_state = _empty_like(state) if ctx.needs_input_grad[0] else None
+        d_weight = _Sum()
+        for z, de, *dz in _row_slices(state, upstream[0], *([d_state] if d_state is not None else [])):
+            p = z.softmax(-1)
+            d_weight.add(p.to(de.dtype).T @ de)
+            if dz:
+                dp = (de @ weight.T).to(p.dtype)
+                dz[0].copy_(p * (dp - (p * dp).sum(-1, keepdim=True)))
+        return d_state, d_weight.total.to(weight.dtype), None
+
+
+class _Objective(torch.autograd.Function):
+    """weight x summed cross-entropy(z') + <z', upstream> with z' the next logits.
+
+    All gradients are taken in the forward, slice by slice, while the slice's logits are there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state: Tensor,
+        weight: Tensor,
+        move: Tensor,
+        rule: str,
+        targets: Tensor,
+        pad_id: int,
+        loss_weight: float,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        after, d_move = _empty_like(state), _empty_like(move)
+        d_state = _empty_like(state) if ctx.needs_input_grad[0] else None
+        d_weight, objective, total = _Sum(), state.new_zeros(()), state.new_zeros(())
+        ups = [] if upstream is None else [upstream]
+        for z, a, t, z_after, da, *rest in _row_slices(
+            state, move, targets, after, d_move, *ups, *([d_state] if d_state is not None else [])
+        ):
+            a = a.to(weight.dtype)
+            wanted = [(a @ weight.T).to(z.dtype).requires_grad_()]
+            if d_state is not None:
+                z = z.detach().requires_grad_()
+                wanted.append(z)
+            with torch.enable_grad():
+                logits = next_logits(rule, z, wanted[0])
+                loss = F.cross_entropy(logits, t, ignore_index=pad_id, reduction="sum")
+                value = loss_weight * loss if upstream is None else loss_weight * loss + (logits * rest[0]).sum()
+                dm, *dz = torch.autograd.grad(value, wanted)
+            z_after.copy_(logits.detach())
+            objective += value.detach()
+            total += loss.detach()
+            dm = dm.to(weight.dtype)
+            d_weight.add(dm.T @ a)
+            da.copy_(dm @ weight)
+            if d_state is not None:
+                rest[-1].copy_(dz[0])
+        ctx.save_for_backward(d_state, d_weight.total.to(weight.dtype), d_move)
+        ctx.mark_non_differentiable(after, total)
+        return objective, after, total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_state, d_weight, d_move = ctx.saved_tensors
+        scale = upstream[0]
+        d_state = None if d_state is None else d_state * scale
+        return d_state, d_weight * scale.to(d_weight.dtype), d_move * scale, None, None, None, None, None
+
+
+class _Sum:
+    """A sum of matrices in at least float32; a single one is kept as it is."""
+
+    total: Tensor
+
+    def add(self, part: Tensor) -> None:
+        if not hasattr(self, "total"):
+            self.total = part
+        else:
+            self.total = self.total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    # Rows are written through views, which only a contiguous tensor has.
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _row_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield slices of the rows of tensors [B, C, ...], as many as fit; the first has the vocabulary dimension."""
+    flat = [t.flatten(0, 1) for t in tensors]
+    rows = max(1, SLICE_ELEMENTS // tensors[0].shape[-1])
+    for first in range(0, len(flat[0]), rows):
+        yield tuple(t[first : first + rows] for t in flat)

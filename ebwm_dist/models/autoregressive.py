@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.initialization import initialize
-from ebwm_dist.models.layers import Block, Blocks, RMSNorm, rotary_table
-from ebwm_dist.models.output import Evaluation, TrainingOutput, summed_cross_entropy
+from ebwm_dist.models.layers import Block, Blocks, Linear, RMSNorm, rotary_table
+from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput, summed_cross_entropy
 
 
-class AutoregressiveTransformer(nn.Module):
+class AutoregressiveTransformer(PassModule):
     """A causal language model with an untied head."""
 
-    def __init__(self, config: ModelConfig, pad_id: int):
+    def __init__(self, config: ModelConfig, pad_id: int, activation_checkpointing: str = "none"):
         super().__init__()
         dim = config.dim
         self.pad_id = pad_id
@@ -26,23 +25,44 @@ class AutoregressiveTransformer(nn.Module):
         self.blocks = Blocks(
             Block(dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps) for _ in range(config.num_layers)
         )
+        self.blocks.checkpointing = activation_checkpointing == "block"
         self.norm = RMSNorm(dim, config.norm_eps)
-        self.head = nn.Linear(dim, config.vocab_size, bias=False)
-        initialize(self)
+        self.head = Linear(dim, config.vocab_size, bias=False)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return next-token logits [B, S, V] for `tokens` [B, S]."""
         x = self.embeddings(tokens)
         rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_base, x.dtype)
         for block in self.blocks:
-            x, _ = block.context(x, rotary)
+            x, _, _ = self.blocks.run(block, "context", x, rotary, None)
         return self.head(self.norm(x))
 
-    def forward(self, tokens: Tensor, sample_ids: Tensor) -> TrainingOutput:
-        """Return the training loss of `tokens` [B, S+1]; `sample_ids` are not needed: nothing is drawn."""
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Return the mean cross-entropy of `tokens` [B, S+1], padding counting as 0."""
         loss = summed_cross_entropy(self.logits(tokens[:, :-1]), tokens[:, 1:], self.pad_id)
-        loss = loss.sum() / tokens[:, 1:].numel()
-        return TrainingOutput(loss, loss.detach()[None], None)
+        return loss.sum() / tokens[:, 1:].numel()
+
+    def training_step(
+        self,
+        tokens: Tensor,
+        sample_ids: Tensor,
+        plan: None = None,
+        *,
+        weight: float = 1.0,
+        forward: Forward | None = None,
+        backward: Backward = Tensor.backward,
+    ) -> TrainingOutput:
+        """Do forward and backward of `tokens` [B, S+1]; nothing is drawn, and there are no MCMC steps to plan."""
+        loss = (forward or self)("loss", tokens)
+        backward(loss * weight)
+        return TrainingOutput(loss.detach(), loss.detach()[None])
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks, each stream when it is first run."""
+        self.blocks.compile_streams()
+
+    def plan(self, step: int, micro_step: int) -> None:
+        """Return nothing: there are no MCMC steps."""
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:

@@ -1,14 +1,14 @@
 """The energy transformer: a scalar energy for every (context, candidate next state) pair of a sequence.
 
-Shapes: B batch, S candidate positions, T context positions including a time token, D width.
+Shapes: B batch, S observed positions, C candidate positions, T context positions including a time token, D width,
+H heads, d head width.
 
 A *landscape* is one step conditioning. The context stream never sees a prediction, so its keys and values are
-computed once per landscape (`context`) and serve every MCMC step and candidate on that landscape.
+computed once per landscape (`context`) and serve every MCMC step and candidate on that landscape. Candidates do not see
+one another either, so any slice of the positions can be worked on by itself.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import (
     Block,
     Blocks,
+    Linear,
     Modulation,
     RMSNorm,
     Rotary,
@@ -25,22 +26,20 @@ from ebwm_dist.models.layers import (
     rotary_table,
 )
 
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values [B, H, T, d] of every block, for one landscape."""
 
-@dataclass(frozen=True)
-class ContextCache:
-    """Keys and values [B, H, T, d] of every block, for one landscape."""
 
-    landscape: int
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
+class EnergyHead(Linear):
+    """The energy of a state, in at least float32: its differences are much smaller than itself."""
 
-    def detach(self) -> ContextCache:
-        """Return the same cache outside the autograd graph."""
-        return ContextCache(self.landscape, tuple((k.detach(), v.detach()) for k, v in self.keys_values))
+    def __init__(self, dim: int):
+        super().__init__(dim, 1, bias=False)
 
-    @property
-    def length(self) -> int:
-        """Number of context positions T."""
-        return self.keys_values[0][0].shape[2]
+    def forward(self, h: Tensor) -> Tensor:
+        """Map `h` [B, C, D] to [B, C]."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return nn.functional.linear(h.to(dtype), self.weight.to(dtype)).squeeze(-1)
 
 
 class EnergyTransformer(nn.Module):
@@ -52,74 +51,83 @@ class EnergyTransformer(nn.Module):
         adaln = config.variant == "adaln"
         self.variant, self.num_landscapes = config.variant, config.num_landscapes
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
+        self.time_tokens = 1 if config.variant == "time_embed" else 0
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
         self.blocks = Blocks(
             Block(dim, config.num_heads, config.ffn_hidden_dim, eps, adaln) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(dim, eps)
         self.modulation = Modulation(dim, 2) if adaln else None
-        self.head = nn.Linear(dim, 1, bias=False)
+        self.head = EnergyHead(dim)
 
     def landscape(self, step: int) -> int:
         """Return the landscape of MCMC step `step`, counted from 0: the last one repeats."""
         return min(step, self.num_landscapes - 1)
 
-    def context(self, x: Tensor, landscape: int) -> ContextCache:
+    def context(self, x: Tensor, landscape: int) -> KeysValues:
         """Run the context stream over the embedded observed states `x` [B, S, D]."""
-        condition = None
-        if self.time_embeddings is not None:
-            time = self._time(landscape, x)
-            if self.variant == "time_embed":
-                x = torch.cat((time.expand(x.shape[0], 1, -1), x), dim=1)
-            else:
-                condition = time
+        condition = self._condition(landscape, x)
+        if self.time_tokens:
+            x = torch.cat((self._time(landscape, x).expand(x.shape[0], 1, -1), x), dim=1)
         rotary = self._rotary(torch.arange(x.shape[1], device=x.device), x)
         keys_values = []
         *body, last = self.blocks
         for block in body:
-            x, pair = block.context(x, rotary, condition)
-            keys_values.append(pair)
-        keys_values.append(last.context_keys_values(x, rotary, condition))
-        return ContextCache(landscape, tuple(keys_values))
+            x, keys, values = self.blocks.run(block, "context", x, rotary, condition)
+            keys_values.append((keys, values))
+        keys_values.append(self.blocks.run(last, "context_keys_values", x, rotary, condition))
+        return tuple(keys_values)
 
-    def energy(self, candidate: Tensor, cache: ContextCache) -> Tensor:
-        """Return the energy [B, S] (float32 or wider) of embedded candidates [B, S, D].
+    def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int) -> Tensor:
+        """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D].
 
-        The candidates are the next states after the last S positions of the context.
+        Args:
+            candidate: candidates for the states after the observed positions `start` to `start` + C.
+            context: what `context` has returned for this landscape, over at least these positions.
+            landscape: the step conditioning.
+            start: first observed position, counted from 0 and without a time token.
         """
-        x, condition = candidate, self._condition(cache, candidate)
-        rotary, hidden = self._candidate_positions(candidate, cache)
-        for block, pair in zip(self.blocks, cache.keys_values, strict=True):
-            x = block.candidate(x, rotary, pair, hidden, condition)
+        x, condition = candidate, self._condition(landscape, candidate)
+        context, rotary, hidden = self._positions(candidate, context, start)
+        for block, (keys, values) in zip(self.blocks, context, strict=True):
+            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, condition)
         final = None if self.modulation is None else self.modulation(condition)
-        return self._head(modulate(self.norm(x), final))
+        return self.head(modulate(self.norm(x), final))
 
-    def energy_with_tangent(self, candidate: Tensor, tangent: Tensor, cache: ContextCache) -> tuple[Tensor, Tensor]:
-        """Return energies [B, S] and their derivatives [B, S] along `tangent` [B, S, D]."""
-        x, condition = candidate, self._condition(cache, candidate)
-        rotary, hidden = self._candidate_positions(candidate, cache)
-        for block, pair in zip(self.blocks, cache.keys_values, strict=True):
-            x, tangent = block.candidate_with_tangent(x, tangent, rotary, pair, hidden, condition)
+    def energy_with_tangent(
+        self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
+        x, condition = candidate, self._condition(landscape, candidate)
+        context, rotary, hidden = self._positions(candidate, context, start)
+        stream = "candidate_with_tangent"
+        for block, (keys, values) in zip(self.blocks, context, strict=True):
+            x, tangent = self.blocks.run(block, stream, x, tangent, keys, values, rotary, hidden, condition)
         final = None if self.modulation is None else self.modulation(condition)
-        energy, derivative = self._head(modulate_with_tangent(self.norm(x, tangent), final)).chunk(2)
+        energy, derivative = self.head(modulate_with_tangent(self.norm(x, tangent), final)).chunk(2)
         return energy, derivative
 
-    def _head(self, h: Tensor) -> Tensor:
-        return self.head(h).squeeze(-1).to(torch.promote_types(h.dtype, torch.float32))
+    def slice_context(self, context: KeysValues, stop: int) -> KeysValues:
+        """Return the part of `context` that candidates before position `stop` see."""
+        length = self.time_tokens + stop
+        return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in context)
 
     def _time(self, landscape: int, like: Tensor) -> Tensor:
         assert self.time_embeddings is not None
         return self.time_embeddings(torch.tensor(landscape, device=like.device))
 
-    def _condition(self, cache: ContextCache, like: Tensor) -> Tensor | None:
-        return self._time(cache.landscape, like) if self.variant == "adaln" else None
+    def _condition(self, landscape: int, like: Tensor) -> Tensor | None:
+        return self._time(landscape, like) if self.variant == "adaln" else None
 
     def _rotary(self, positions: Tensor, like: Tensor) -> Rotary:
         return rotary_table(positions, self.head_dim, self.rope_base, like.dtype)
 
-    def _candidate_positions(self, candidate: Tensor, cache: ContextCache) -> tuple[Rotary, Tensor]:
-        """Return the rotary angles and hidden keys [S, T]: a candidate sits where the state it predicts will be."""
-        offset, size = cache.length - candidate.shape[1], candidate.shape[1]
-        positions = torch.arange(offset + 1, offset + 1 + size, device=candidate.device)
-        hidden = torch.ones(size, cache.length, dtype=torch.bool, device=candidate.device).triu(offset + 1)
-        return self._rotary(positions, candidate), hidden
+    def _positions(self, candidate: Tensor, context: KeysValues, start: int) -> tuple[KeysValues, Rotary, Tensor]:
+        """Return what of the context can be seen, the rotary angles, and the hidden keys [C, T].
+
+        A candidate sits where the state it predicts will be.
+        """
+        size, offset, device = candidate.shape[1], self.time_tokens + start, candidate.device
+        positions = torch.arange(offset + 1, offset + 1 + size, device=device)
+        hidden = torch.ones(size, offset + size, dtype=torch.bool, device=device).triu(offset + 1)
+        return self.slice_context(context, start + size), self._rotary(positions, candidate), hidden

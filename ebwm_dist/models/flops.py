@@ -22,9 +22,10 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
     With F one forward of a stream and 2VD one product with the vocabulary matrix:
 
     * autoregressive: 3 (F + 2VD).
-    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) + 6 F (candidate and tangent,
-      forward and backward) + five vocabulary products (read-in, read-out, and their three gradients); and 3 F for
-      the context stream of each landscape, whose last block only makes keys and values.
+    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and two vocabulary products (read-in,
+      read-out); each step that is trained: 6 F (candidate and tangent, forward and backward) and the three gradients of
+      those products; and 3 F for the context stream of each landscape, whose last block only makes keys and values.
+      A random number of steps counts by its mean, replayed sequences as so many more tokens.
     """
     forward = stream_flops(config, sequence_length)
     vocabulary = 2.0 * config.vocab_size * config.dim
@@ -32,7 +33,11 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
         return 3 * (forward + vocabulary)
     last_block = forward / config.num_layers - 4.0 * config.dim**2
     contexts = min(mcmc.num_steps, config.num_landscapes)
-    return mcmc.num_steps * (8 * forward + 5 * vocabulary) + contexts * 3 * (forward - last_block)
+    steps = (mcmc.num_steps + mcmc.most_steps) / 2
+    trained = 1 if mcmc.loss == "last" and mcmc.gradient == "step" else steps
+    rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
+    refinement = steps * (2 * forward + 2 * vocabulary) + trained * (6 * forward + 3 * vocabulary)
+    return rows * (refinement + contexts * 3 * (forward - last_block))
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

@@ -10,25 +10,23 @@ The energy model runs each block in three ways:
   Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
   operations are used, so one first-order backward through this pass yields second-order gradients.
 
-Every weight is used inside the forward of the module that owns it, which is what sharded parameters need.
+Every weight is drawn in the constructor of the module that owns it and used inside that module's forward: parameters
+that are sharded are whole only there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, each [S, d/2]."""
-
-    cos: Tensor
-    sin: Tensor
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary angles, each [S, d/2]."""
 
 
 def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
@@ -36,7 +34,7 @@ def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dty
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
     angle = positions.to(torch.float64)[:, None] * frequency
     dtype = torch.promote_types(dtype, torch.float32)
-    return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -49,6 +47,16 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def softmax(scores: Tensor) -> Tensor:
     """Return the softmax over the last dimension, computed in at least float32."""
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts from the Xavier normal, its bias from 0, as in the published code."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight."""
+        nn.init.xavier_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +85,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, parts: int):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(dim, parts * dim)
+        self.linear = Linear(dim, parts * dim)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Return `parts` vectors [D] for the step embedding `condition` [D]."""
@@ -91,7 +99,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = 1 / math.sqrt(dim // num_heads)
-        self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.wq, self.wk, self.wv, self.wo = (Linear(dim, dim, bias=False) for _ in range(4))
 
     def _heads(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -142,8 +150,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.w1, self.w3 = (nn.Linear(dim, hidden_dim, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w1, self.w3 = (Linear(dim, hidden_dim, bias=False) for _ in range(2))
+        self.w2 = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map `h` [B, S, D] to [B, S, D]."""
@@ -167,6 +175,61 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim)
         self.modulation = Modulation(dim, 6) if adaln else None
 
+    def forward(self, stream: str, *args: Any) -> Any:
+        """Run one of the streams below by name.
+
+        Checkpointing works around this call, compilation inside it.
+        """
+        return getattr(self, stream)(*args)
+
+    def compile_streams(self) -> None:
+        """Compile each stream when it is first run."""
+        # Every length of slice and context that is not covered yet compiles once more, in the first step.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        for stream in ("context", "context_keys_values", "candidate", "candidate_with_tangent"):
+            setattr(self, stream, torch.compile(getattr(self, stream), fullgraph=True))
+
+    def context(self, x: Tensor, rotary: Rotary, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the context stream `x` [B, T, D]; return it and its keys and values [B, H, T, d]."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        y, k, v = self.attention.context(modulate(self.attention_norm(x), attention_mod), rotary)
+        x = x + gate(y, attention_mod)
+        x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+        return x, k, v
+
+    def context_keys_values(self, x: Tensor, rotary: Rotary, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return only keys and values of the context stream: all that is needed of the last block."""
+        attention_mod, _ = self._modulation(condition)
+        return self.attention.keys_values(modulate(self.attention_norm(x), attention_mod), rotary)
+
+    def candidate(
+        self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, hidden: Tensor, condition: Tensor | None
+    ) -> Tensor:
+        """Run the candidate stream `x` [B, S, D]."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        h = modulate(self.attention_norm(x), attention_mod)
+        x = x + gate(self.attention.candidate(h, rotary, keys, values, hidden), attention_mod)
+        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+
+    def candidate_with_tangent(
+        self,
+        x: Tensor,
+        tangent: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        hidden: Tensor,
+        condition: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
+        attention_mod, ffn_mod = self._modulation(condition)
+        h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
+        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, hidden), attention_mod).chunk(2)
+        x, tangent = x + y, tangent + dy
+        h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
+        y, dy = gate(self.feed_forward.with_tangent(h), ffn_mod).chunk(2)
+        return x + y, tangent + dy
+
     def _modulation(self, condition: Tensor | None) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Return (shift, scale, gate) of the attention and of the feed-forward."""
         if self.modulation is None or condition is None:
@@ -174,60 +237,26 @@ class Block(nn.Module):
         parts = self.modulation(condition)
         return parts[:3], parts[3:]
 
-    def context(
-        self, x: Tensor, rotary: Rotary, condition: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the context stream `x` [B, T, D]; return it and its keys and values."""
-        attention_mod, ffn_mod = self._modulation(condition)
-        y, k, v = self.attention.context(modulate(self.attention_norm(x), attention_mod), rotary)
-        x = x + gate(y, attention_mod)
-        x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
-        return x, (k, v)
-
-    def context_keys_values(self, x: Tensor, rotary: Rotary, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return only keys and values of the context stream: all that is needed of the last block."""
-        attention_mod, _ = self._modulation(condition)
-        return self.attention.keys_values(modulate(self.attention_norm(x), attention_mod), rotary)
-
-    def candidate(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        keys_values: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Run the candidate stream `x` [B, S, D]."""
-        attention_mod, ffn_mod = self._modulation(condition)
-        h = modulate(self.attention_norm(x), attention_mod)
-        x = x + gate(self.attention.candidate(h, rotary, *keys_values, hidden), attention_mod)
-        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
-
-    def candidate_with_tangent(
-        self,
-        x: Tensor,
-        tangent: Tensor,
-        rotary: Rotary,
-        keys_values: tuple[Tensor, Tensor],
-        hidden: Tensor,
-        condition: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
-        attention_mod, ffn_mod = self._modulation(condition)
-        h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
-        y = self.attention.candidate_with_tangent(h, rotary, *keys_values, hidden)
-        x, tangent = (a + b for a, b in zip((x, tangent), gate(y, attention_mod).chunk(2), strict=True))
-        h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
-        y = self.feed_forward.with_tangent(h)
-        x, tangent = (a + b for a, b in zip((x, tangent), gate(y, ffn_mod).chunk(2), strict=True))
-        return x, tangent
-
 
 class Blocks(nn.ModuleList):
-    """The stack of a model's blocks."""
+    """The stack of a model's blocks, and how they are run."""
+
+    checkpointing = False
+    """Whether to keep only the inputs of each block and compute the rest again in the backward."""
 
     def __iter__(self) -> Iterator[Block]:
         return cast("Iterator[Block]", super().__iter__())
+
+    def compile_streams(self) -> None:
+        """Compile the streams of every block when they are first run."""
+        for block in self:
+            block.compile_streams()
+
+    def run(self, block: Block, stream: str, *args: Any) -> Any:
+        """Run a stream of one of the blocks."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, stream, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(stream, *args)
 
 
 def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:

@@ -5,22 +5,47 @@ Shapes: K MCMC steps (1 for an autoregressive model), B batch, S positions, V vo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+Forward = Callable[..., Any]
+"""Runs a pass of the model by name, as `PassModule.forward` does."""
+Backward = Callable[[Tensor], Any]
+"""Adds the gradients of a scalar to those of the parameters."""
+
+
+class PassModule(nn.Module):
+    """A model whose `forward` runs one of its passes by name, as that is all that a distributed engine sees of it."""
+
+    def forward(self, name: str, *args: Any) -> Any:
+        """Run the method `name`."""
+        return getattr(self, name)(*args)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint of this rank must hold besides parameters."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` has returned."""
 
 
 class TrainingOutput(NamedTuple):
-    """Result of a training forward."""
+    """Result of a training step on a micro-batch; everything is detached."""
 
     loss: Tensor
-    """Scalar whose gradient trains the model; its value is the mean of `step_losses`."""
+    """The loss that was trained on, a scalar."""
     step_losses: Tensor
-    """Loss after each MCMC step [K], detached."""
-    step_energies: Tensor | None
-    """Mean energy of the state that enters each MCMC step [K], detached; None without an energy."""
+    """Loss after each MCMC step [K]."""
+    step_energies: Tensor | None = None
+    """Mean energy of the state that enters each MCMC step [K]; None without an energy."""
+    step_gradient_norms: Tensor | None = None
+    """Mean over positions of the norm of the energy's gradient dE/de at each step [K]."""
+    step_nonfinite: Tensor | None = None
+    """Number of positions whose energy or gradient was not finite at each step [K]."""
 
 
 class Evaluation(NamedTuple):

@@ -69,13 +69,12 @@ def test_errors_of_the_difference_are_those_over_sequences() -> None:
     losses, tokens = torch.rand(3, 10, generator=generator) * 20, torch.randint(1, 9, (10,), generator=generator)
     losses[2] += 1e5
 
-    class Fixed:
-        def evaluate(self, batch: torch.Tensor, ids: torch.Tensor, num_steps: int) -> Evaluation:
-            return Evaluation(losses[:, ids], None, tokens[ids])
+    def fixed(name: str, batch: torch.Tensor, ids: torch.Tensor, num_steps: int) -> Evaluation:
+        return Evaluation(losses[:, ids], None, tokens[ids])
 
     ids = torch.arange(10).split(4)
     batches = [TextBatch(torch.zeros(len(part), 2), part, []) for part in ids]
-    result = evaluate(Fixed(), batches, 3, torch.device("cpu"))
+    result = evaluate(fixed, batches, 3, torch.device("cpu"))
     difference = ((losses[1] - losses[0]) / tokens).double()
     assert result.standard_errors[1] == pytest.approx((difference.std() / math.sqrt(10)).item(), rel=1e-5)
     assert result.step_losses[1] == pytest.approx((losses[1].sum() / tokens.sum()).item(), rel=1e-6)

@@ -1,31 +1,56 @@
-"""The first-order engine against a double backward in float64."""
+"""The first-order engine against a double backward in float64, with the published settings."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from ebwm_dist.config import MCMCConfig, ModelConfig
+from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from tests.oracle import DenseOracle
+from ebwm_dist.mcmc.embedding import EmbeddingSpace
+from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.vocabulary import VocabularySpace
+from tests.oracle import DenseOracle, Refined
 
-VOCAB, PAD = 61, 3
+VOCAB, PAD, DIM, HEADS, LENGTH = 41, 3, 16, 2, 11
+VARIANTS = ["default", "time_embed", "adaln"]
+UPDATES = ["probabilities", "logits", "mirror"]
+STEP_SIZES = {"probabilities": 3.0, "logits": 40.0, "mirror": 3.0}
 
 
-def build(variant: str, update: str = "probabilities", num_steps: int = 2, **mcmc) -> EnergyBasedTransformer:
+def settings(update: str = "probabilities", **changes: Any) -> MCMCConfig:
+    """Return MCMC settings whose steps are large enough to matter and small enough to be stable."""
+    return MCMCConfig(**{"update": update, "step_size": STEP_SIZES[update], **changes})
+
+
+def build(
+    mcmc: MCMCConfig | None = None,
+    variant: str = "default",
+    *,
+    embedding_dim: int | None = None,
+    tied: bool = False,
+    num_landscapes: int = 2,
+    **arguments: Any,
+) -> EnergyBasedTransformer:
+    """Build a small model in float64, of text or (`embedding_dim`) of embeddings."""
     torch.manual_seed(0)
+    mcmc = mcmc or settings()
     model = ModelConfig(
         variant=variant,
-        num_landscapes=1 if variant == "default" else 2,
+        num_landscapes=1 if variant == "default" else num_landscapes,
         vocab_size=VOCAB,
-        dim=32,
-        num_heads=4,
-        num_layers=3,
+        dim=DIM,
+        num_heads=HEADS,
+        num_layers=2,
         ffn_multiplier=1.5,
+        tie_embeddings=tied,
     )
-    step_size = {"probabilities": 3.0, "logits": 40.0, "mirror": 3.0}[update]
-    config = MCMCConfig(num_steps=num_steps, step_size=step_size, update=update, **mcmc)
-    built = EnergyBasedTransformer(model, config, PAD, seed=5).double()
+    space = VocabularySpace(model, mcmc, PAD) if embedding_dim is None else EmbeddingSpace(embedding_dim, DIM, mcmc)
+    built = EnergyBasedTransformer(model, mcmc, space, seed=5, **arguments).double()
     for name, parameter in built.named_parameters():
         if "norm" in name:  # ones and zeros would hide a wrong gain or bias
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -34,92 +59,177 @@ def build(variant: str, update: str = "probabilities", num_steps: int = 2, **mcm
     return built
 
 
-def batch(size: int = 2, length: int = 13) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(size: int = 2, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Return tokens [B, S+1] without padding, and ids."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(4, VOCAB, (size, length), generator=generator), torch.arange(7, 7 + size)
+    return torch.randint(4, VOCAB, (size, length + 1), generator=generator), torch.arange(7, 7 + size)
 
 
-def oracle_of(model: EnergyBasedTransformer, variant: str) -> DenseOracle:
-    return DenseOracle(dict(model.state_dict()), num_heads=4, variant=variant)
+def oracle_of(model: EnergyBasedTransformer) -> DenseOracle:
+    """Return the oracle with the model's weights."""
+    return DenseOracle(dict(model.state_dict()), num_heads=HEADS, variant=model.transformer.variant, pad_id=PAD)
 
 
-@pytest.mark.parametrize("update", ["probabilities", "logits", "mirror"])
-@pytest.mark.parametrize("variant", ["default", "time_embed", "adaln"])
+def expect(
+    oracle: DenseOracle,
+    model: EnergyBasedTransformer,
+    mcmc: MCMCConfig,
+    observed: Tensor,
+    ids: Tensor,
+    plan: StepPlan | None = None,
+) -> Refined:
+    """Refine with the oracle what `training_step` would, from the same random numbers and replayed rows."""
+    plan = plan or StepPlan(mcmc.num_steps)
+    length = observed.shape[1] - 1
+    state = model.space.start(ids, model.seed, 0, length, observed[:, :-1]).double()
+    if model.replay is not None:
+        draw = model.replay.sample(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
+        if draw is not None:
+            replayed = (draw[0], draw[1], model.space.expand(draw[2]))
+            observed, ids, state = (torch.cat(pair) for pair in zip((observed, ids, state), replayed, strict=True))
+    factor: Tensor | float = plan.step_size_scale
+    spread = mcmc.step_size_spread
+    if spread > 1:
+        share = noise.uniform(model.seed, ids, noise.STEP_SIZE, 0, length, 1).double()
+        factor = factor * (1 / spread + share * (spread - 1 / spread))
+    langevin = None
+    if mcmc.langevin_noise:
+        draws = [noise.LANGEVIN + step for step in range(plan.num_steps)]
+        drawn = [noise.normal(model.seed, ids, draw, 0, length, state.shape[-1]).double() for draw in draws]
+        langevin = mcmc.langevin_noise * torch.stack(drawn)
+    return oracle.refine(
+        observed,
+        state,
+        plan.num_steps,
+        update=mcmc.update,
+        gradient=mcmc.gradient,
+        loss=mcmc.loss,
+        factor=factor,
+        noise=langevin,
+    )
+
+
+def check_training_step(
+    model: EnergyBasedTransformer,
+    mcmc: MCMCConfig,
+    observed: Tensor,
+    ids: Tensor,
+    plan: StepPlan | None = None,
+) -> DenseOracle:
+    """Hold losses, energies and the gradient of every parameter to the oracle, which is returned."""
+    plan = plan or StepPlan(mcmc.num_steps)
+    oracle = oracle_of(model)
+    expected = expect(oracle, model, mcmc, observed, ids, plan)
+    expected.loss.backward()
+    output = model.training_step(observed, ids, plan)
+    assert not output.loss.requires_grad
+    for name in ("loss", "step_losses", "step_energies", "step_gradient_norms"):
+        assert torch.allclose(getattr(output, name), getattr(expected, name), rtol=1e-9, atol=1e-12), name
+    compare_gradients(model, {name: leaf.grad for name, leaf in oracle.w.items()})
+    return oracle
+
+
+def compare_gradients(model: EnergyBasedTransformer, wanted: dict[str, Tensor | None], tolerance: float = 1e-9) -> None:
+    """Compare the gradients of the trained parameters to those `wanted`; None is no gradient."""
+    for name, parameter in model.named_parameters():
+        want, got = wanted[name], parameter.grad
+        if not parameter.requires_grad:
+            assert got is None, name
+        elif want is None or not want.any():
+            assert got is None or not got.any(), name
+        else:
+            assert got is not None, name
+            error = ((got - want).norm() / want.norm()).item()
+            assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def gradients(model: EnergyBasedTransformer) -> dict[str, Tensor]:
+    """Take the gradients off the parameters and return them."""
+    taken = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return taken
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_gradients_equal_a_double_backward(variant: str, update: str, num_steps: int) -> None:
-    model, (tokens, ids) = build(variant, update, num_steps), batch()
-    oracle = oracle_of(model, variant)
-    expected = oracle.loss(tokens, model.space.start(ids, 5, 12), num_steps, update)
-    expected.backward()
-
-    output = model(tokens, ids)
-    output.loss.backward()
-    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert output.step_losses.mean().item() == pytest.approx(expected.item(), rel=1e-12)
-    for name, parameter in model.named_parameters():
-        want = oracle.w[name].grad
-        if name == "transformer.time_embeddings.weight" and num_steps == 1:
-            assert not want[1].any()  # the second landscape has not been visited
-        error = (parameter.grad - want).norm() / want.norm()
-        assert want.norm() > 0 and error < 1e-9, f"{name}: {error:.1e}"
+    mcmc = settings(update, num_steps=num_steps)
+    model = build(mcmc, variant, positions_per_pass=4)
+    oracle = check_training_step(model, mcmc, *batch())
+    for name, leaf in oracle.w.items():
+        assert leaf.grad is not None and leaf.grad.norm() > 0, name
+    if variant != "default":
+        visited = oracle.w["transformer.time_embeddings.weight"].grad[1].any()
+        assert visited == (num_steps > 1)
 
 
 def test_gradients_of_the_second_order_part_matter() -> None:
     """Guard the test above: without the tangent pass the blocks' gradients would be zero."""
-    model, (tokens, ids) = build("default"), batch()
-    oracle = oracle_of(model, "default")
-    oracle.loss(tokens, model.space.start(ids, 5, 12), 2, "probabilities").backward()
-    blocks = [w.grad.norm() for name, w in oracle.w.items() if ".blocks." in name]
-    assert min(blocks) > 1e-4
+    mcmc, model = settings(), build()
+    oracle = oracle_of(model)
+    expect(oracle, model, mcmc, *batch()).loss.backward()
+    assert min(leaf.grad.norm() for name, leaf in oracle.w.items() if ".blocks." in name) > 1e-4
 
 
 def test_padding_counts_as_nothing() -> None:
     """Padded targets add neither loss nor gradient, and the rest is divided by the same count."""
-    model, (tokens, ids) = build("default"), batch()
-    full = [model(tokens[row : row + 1], ids[row : row + 1]).loss for row in range(2)]
-    padded = tokens.clone()
-    padded[1, 1:] = PAD
-    assert model(padded, ids).loss.item() == pytest.approx(full[0].item() / 2, rel=1e-12)
+    model, (tokens, ids) = build(), batch()
+    alone = model.training_step(tokens[:1], ids[:1], StepPlan(2)).loss
+    of_alone = gradients(model)
+    tokens[1, 1:] = PAD
+    padded = model.training_step(tokens, ids, StepPlan(2)).loss
+    assert padded.item() == pytest.approx(alone.item() / 2, rel=1e-12)
+    compare_gradients(model, {name: gradient / 2 for name, gradient in of_alone.items()}, tolerance=1e-12)
 
 
 def test_noise_belongs_to_the_sample() -> None:
-    """A sample starts from the same noise in any batch, on any rank; other samples and seeds start elsewhere."""
-    space = build("default").space
-    together = space.start(torch.tensor([4, 9]), 0, 5)
-    assert torch.equal(space.start(torch.tensor([9]), 0, 5)[0], together[1])
+    """A sample starts from the same noise in any batch and slice, on any rank; other samples and seeds elsewhere."""
+    space, (tokens, _) = build().space, batch()
+
+    def start(ids: list[int], seed: int, first: int, last: int) -> Tensor:
+        return space.start(torch.tensor(ids), seed, first, last, tokens[: len(ids), :-1])
+
+    together = start([4, 9], 0, 0, 8)
+    assert torch.equal(start([9], 0, 0, 8)[0], together[1])
+    assert torch.equal(start([4, 9], 0, 3, 5), together[:, 3:5])
     assert not torch.equal(together[0], together[1])
-    assert not torch.equal(space.start(torch.tensor([9]), 1, 5)[0], together[1])
+    assert not torch.equal(start([9], 1, 0, 8)[0], together[1])
     assert abs(together.mean()) < 0.2 and abs(together.std() - 1) < 0.2
 
 
 def test_step_size_has_a_floor() -> None:
-    model = build("default")
+    """Below it alpha is 1e-4, and has no gradient."""
+    mcmc = settings()
+    model = build(mcmc)
     model.space.step_size.alpha.data.fill_(-2.0)
     assert model.space.step_size().item() == pytest.approx(1e-4)
+    check_training_step(model, mcmc, *batch())
 
 
-@pytest.mark.parametrize("variant", ["default", "time_embed", "adaln"])
-def test_refinement_follows_training(variant: str) -> None:
+@pytest.mark.parametrize("langevin", [0.0, 0.5])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_refinement_follows_training(variant: str, langevin: float) -> None:
     """Evaluation walks the same states as training, repeats the last landscape, and leaves no graph."""
-    model, (tokens, ids) = build(variant, initial_state="zeros"), batch()
-    trained = model(tokens, ids)
+    mcmc = settings(langevin_noise=langevin)
+    model, (tokens, ids) = build(mcmc, variant, positions_per_pass=4), batch()
+    trained = model.training_step(tokens, ids, StepPlan(2))
+    model.zero_grad()
     result = model.evaluate(tokens, ids, num_steps=4)
     count = tokens[:, 1:].numel()
     assert torch.allclose(result.step_losses[:2].sum(-1) / count, trained.step_losses, rtol=1e-12)
     assert torch.allclose(result.energies[:2].sum(-1) / count, trained.step_energies, rtol=1e-12)
     assert not result.step_losses.requires_grad and all(p.grad is None for p in model.parameters())
 
-    oracle = oracle_of(model, variant)
-    with torch.enable_grad():
-        third = oracle.loss(tokens, torch.zeros(2, 12, VOCAB).double(), 3, "probabilities") * 3
-    assert result.step_losses[:3].sum().item() / count == pytest.approx(third.item(), rel=1e-9)
+    longer = expect(oracle_of(model), model, mcmc, tokens, ids, StepPlan(4))
+    assert torch.allclose(result.step_losses.sum(-1) / count, longer.step_losses, rtol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["default", "time_embed", "adaln"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_next_token_is_the_last_position(variant: str) -> None:
     """Refining only the last candidate gives the logits that refining all of them gives there."""
-    model, (tokens, ids) = build(variant, initial_state="zeros"), batch()
-    state = model.space.start(ids, 5, 13)
-    for _, refined in model.refine(tokens, state, 3):
+    model, (tokens, ids) = build(variant=variant, positions_per_pass=4), batch()
+    state = model.space.start(ids, model.seed, 0, LENGTH + 1, tokens)
+    for _, refined in model.refine(tokens, state, 3, ids):
         state = refined
     assert torch.allclose(model.next_token_logits(tokens, 3, ids), state[:, -1], rtol=1e-10)

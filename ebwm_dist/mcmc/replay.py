@@ -1,0 +1,136 @@
+"""The replay buffer: final states of earlier refinements, so that later ones start where those ended.
+
+Shapes: B batch, S positions, V vocabulary, K kept tokens, E width of an embedding state.
+
+A whole distribution over tokens takes 4 V bytes a position. What is kept of it is its `KEEP` most probable tokens and
+the probability of all others together, which is what softmax sees; an embedding state is kept in float16. Positions
+are always dimension 1, so the compact forms of slices are joined there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebwm_dist.mcmc.noise import mix_seed
+
+KEEP = 64
+
+# Below this softmax gives 0, whatever the dtype; and unlike -inf it stays finite when it is computed with.
+_LOWEST = torch.finfo(torch.float16).min
+
+Compact = dict[str, Tensor]
+"""The compact form of states; every tensor starts with [B, S]."""
+
+Record = tuple[Tensor, Tensor, Compact]
+"""What was observed, the sample's id, and the compact final state; with or without a batch dimension."""
+
+
+def compress_logits(logits: Tensor, keep: int = KEEP) -> Compact:
+    """Return the compact form of `logits` [B, S, V], up to a constant per position, which softmax does not see.
+
+    Its `indices` [B, S, K] and `values` [B, S, K] are those of the K = min(keep, V) largest logits, less the largest;
+    `rest` [B, S] is the logit that gives the others together the probability that they have. Positions without a
+    distribution (nan, inf, or nothing but -inf) give values that are not finite.
+    """
+    vocab_size = logits.shape[-1]
+    values, indices = logits.topk(min(keep, vocab_size))
+    largest = values[..., :1]
+    # Summed without the kept ones: the difference of two sums near 1 would be lost to rounding.
+    rest = logits.scatter(-1, indices, -math.inf).logsumexp(-1) - math.log(max(1, vocab_size - keep))
+    return {
+        # As 16 bits without a sign, for which torch has few operations: `expand_logits` takes the sign off again.
+        "indices": indices.to(torch.int16 if vocab_size <= 1 << 16 else torch.int32),
+        "values": (values - largest).clamp(min=_LOWEST).half(),
+        "rest": (rest - largest.squeeze(-1)).clamp(min=_LOWEST).half(),
+    }
+
+
+def expand_logits(compact: Compact, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """Return logits [B, S, V] in `dtype` from their compact form."""
+    indices = compact["indices"].long()
+    if compact["indices"].dtype == torch.int16:
+        indices &= 0xFFFF
+    logits = compact["rest"].to(dtype)[..., None].repeat(1, 1, vocab_size)
+    return logits.scatter_(-1, indices, compact["values"].to(dtype))
+
+
+def compress_embeddings(state: Tensor) -> Compact:
+    """Return the compact form of embedding states [B, S, E].
+
+    float16 rather than bfloat16: it rounds eight times finer, and a state beyond its range has diverged.
+    """
+    return {"embeddings": state.half()}
+
+
+def expand_embeddings(compact: Compact, dtype: torch.dtype) -> Tensor:
+    """Return embedding states [B, S, E] in `dtype` from their compact form."""
+    return compact["embeddings"].to(dtype)
+
+
+class ReplayBuffer:
+    """The last `capacity` records, first in, first out, in the memory of the CPU."""
+
+    def __init__(self, capacity: int):
+        self._records: deque[Record] = deque(maxlen=capacity)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def push(self, observed: Tensor, sample_ids: Tensor, state: Compact) -> None:
+        """Add records in place of the oldest; those whose state is not finite are left out.
+
+        Args:
+            observed: tokens [B, S+1], or embeddings [B, S+1, E].
+            sample_ids: ids [B].
+            state: the compact form of their final states.
+        """
+        observed, sample_ids = observed.detach().cpu(), sample_ids.cpu()
+        state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+        finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in state.values()]).all(0)
+        for i in finite.nonzero().flatten().tolist():
+            # Copies: a view would keep the whole batch in memory.
+            row = {name: tensor[i].clone() for name, tensor in state.items()}
+            self._records.append((observed[i].clone(), sample_ids[i].clone(), row))
+
+    def sample(self, count: int, seed: int) -> Record | None:
+        """Draw `count` different records, by `seed` and what the buffer holds alone.
+
+        The ids returned are new ones, hashed from the records' own and the seed, so that a replayed refinement draws
+        other noise than the first.
+
+        Returns:
+            (observed, sample_ids, state) as they were pushed, on the CPU; None while there are fewer than `count`.
+        """
+        if count > len(self):
+            return None
+        generator = torch.Generator().manual_seed(mix_seed(seed))
+        chosen = torch.randperm(len(self), generator=generator)[:count].tolist()
+        observed, sample_ids, state = _stacked([self._records[i] for i in chosen])
+        return observed, torch.tensor([mix_seed(seed, sample_id) for sample_id in sample_ids.tolist()]), state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all records as tensors; `torch.load(weights_only=True)` reads them back."""
+        if not self._records:
+            return {}
+        observed, sample_ids, state = _stacked(list(self._records))
+        return {"observed": observed, "sample_ids": sample_ids, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold the records of `state_dict`, of which a smaller buffer keeps the newest."""
+        self._records.clear()
+        if state_dict:
+            self.push(**state_dict)
+
+
+def _stacked(records: list[Record]) -> Record:
+    observed, sample_ids, states = zip(*records, strict=True)
+    return (
+        torch.stack(observed),
+        torch.stack(sample_ids),
+        {name: torch.stack([state[name] for state in states]) for name in states[0]},
+    )

@@ -1,0 +1,149 @@
+"""What the engine asks of the space that predictions live in.
+
+Shapes: B batch, S observed positions, C candidate positions that are refined together, D width; a state has the
+shape [B, C, ...] of the space's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ebwm_dist.config.schema import MCMCConfig
+from ebwm_dist.mcmc import noise
+from ebwm_dist.mcmc.replay import Compact
+
+MIN_STEP_SIZE = 1e-4
+
+
+class StepSize(nn.Module):
+    """The step size alpha; one element, not a scalar, as DeepSpeed cannot broadcast a 0-dim tensor."""
+
+    def __init__(self, config: MCMCConfig):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([config.step_size]), requires_grad=config.learn_step_size)
+
+    def forward(self) -> Tensor:
+        """Return alpha [1], at least `MIN_STEP_SIZE`, in at least float32."""
+        return self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32)).clamp(min=MIN_STEP_SIZE)
+
+
+class Space(nn.Module, ABC):
+    """States: their embedding, the steps that its energy gradient takes them, and how far they are from the truth."""
+
+    _like: Tensor
+    state_width: int
+    """Numbers per position of a state."""
+
+    def __init__(self, config: MCMCConfig):
+        super().__init__()
+        self.initial_state = config.initial_state
+        self.langevin_noise, self.step_size_spread = config.langevin_noise, config.step_size_spread
+        self.step_size = StepSize(config)
+        self.register_buffer("_like", torch.empty(0), persistent=False)  # has the precision of the weights
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Precision of states and losses: at least float32, whatever the weights have."""
+        return torch.promote_types(self._like.dtype, torch.float32)
+
+    def perturb(self, state: Tensor, seed: int, sample_ids: Tensor, step: int, start: int) -> Tensor:
+        """Return the state with the Langevin noise of MCMC step `step` added to it."""
+        if self.langevin_noise == 0:
+            return state
+        stop = start + state.shape[1]
+        return state + self.langevin_noise * self._noise(
+            seed, sample_ids, noise.LANGEVIN + step, start, stop, state.device
+        )
+
+    def step_factor(self, seed: int, sample_ids: Tensor, start: int, stop: int, device: torch.device) -> Tensor | float:
+        """Return the factor [B, C, 1] of alpha that training draws for each position."""
+        spread = self.step_size_spread
+        if spread == 1:
+            return 1.0
+        drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, start, stop, 1, device).to(self.state_dtype)
+        return 1 / spread + drawn * (spread - 1 / spread)
+
+    @abstractmethod
+    def embed_context(self, observed: Tensor) -> Tensor:
+        """Return the embedding [B, S, D] of observed states [B, S, ...]."""
+
+    @abstractmethod
+    def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
+        """Return the initial states for positions `start` to `stop` of the samples whose context is `observed`."""
+
+    @abstractmethod
+    def read_in(self, state: Tensor) -> Tensor:
+        """Return the candidate embedding [B, C, D] of a state, without a graph."""
+
+    @abstractmethod
+    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return the `embedded` that `read_in` has made of `state`, with gradients to the weights and the state."""
+
+    def advance(
+        self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take a step against the energy gradient dE/de, without a graph.
+
+        Args:
+            state: where the step starts.
+            gradient: dE/de [B, C, D].
+            factor: of alpha; a number or [B, C, 1].
+            targets: true next states of these positions.
+
+        Returns:
+            the next state, and the sum of its losses over all positions.
+        """
+        with torch.no_grad():
+            after = self.update(state, factor * gradient)
+            return after, self.sequence_losses(after, targets).sum()
+
+    @abstractmethod
+    def objective(
+        self,
+        state: Tensor,
+        gradient: Tensor,
+        factor: Tensor | float,
+        targets: Tensor,
+        weight: float,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the same step, with the gradients of what it is good for.
+
+        Args:
+            weight: factor of the summed loss in the objective.
+            upstream: gradient with respect to the next state of all that later steps make of it.
+
+        Returns:
+            the objective, whose backward reaches alpha, the weights, `gradient` and `state`; and, detached, what
+            `advance` returns.
+        """
+
+    @abstractmethod
+    def update(self, state: Tensor, gradient: Tensor) -> Tensor:
+        """Return the next state only."""
+
+    @abstractmethod
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return which of the positions [B, S] count."""
+
+    @abstractmethod
+    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B] of a state, summed over the positions that count."""
+
+    @abstractmethod
+    def compress(self, state: Tensor) -> Compact:
+        """Return the compact form of a state, for the replay buffer."""
+
+    @abstractmethod
+    def expand(self, compact: Compact) -> Tensor:
+        """Return the state that a compact form stands for."""
+
+    def _zeros(self, sample_ids: Tensor, positions: int, device: torch.device) -> Tensor:
+        return torch.zeros(len(sample_ids), positions, self.state_width, device=device, dtype=self.state_dtype)
+
+    def _noise(self, seed: int, sample_ids: Tensor, draw: int, start: int, stop: int, device: torch.device) -> Tensor:
+        drawn = noise.normal(seed, sample_ids, draw, start, stop, self.state_width, device)
+        return drawn.to(self.state_dtype)

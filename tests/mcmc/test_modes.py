@@ -1,0 +1,349 @@
+"""Every way to refine and to train, against a double backward through one step or the whole chain, in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ebwm_dist.mcmc import vocabulary
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.schedule import StepPlan
+from tests.mcmc.test_second_order import (
+    DIM,
+    LENGTH,
+    PAD,
+    UPDATES,
+    VARIANTS,
+    VOCAB,
+    batch,
+    build,
+    check_training_step,
+    compare_gradients,
+    expect,
+    gradients,
+    oracle_of,
+    settings,
+)
+
+MODES = list(itertools.product(["step", "chain"], ["mean", "last"]))
+in_every_mode = pytest.mark.parametrize(("gradient", "loss"), MODES)
+
+
+def fill(model: EnergyBasedTransformer, observed: Tensor) -> None:
+    """Put a record for each row of `observed` into the replay buffer, of states other than any start."""
+    state = 0.5 * torch.randn(len(observed), LENGTH, model.space.state_width).double()
+    model.replay.push(observed, torch.arange(100, 100 + len(observed)), model.space.compress(state))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@in_every_mode
+def test_gradients_equal_a_double_backward(gradient: str, loss: str, variant: str, update: str) -> None:
+    mcmc = settings(update, num_steps=3, gradient=gradient, loss=loss)
+    check_training_step(build(mcmc, variant, positions_per_pass=4), mcmc, *batch())
+
+
+@pytest.mark.parametrize(("num_steps", "positions_per_pass"), [(1, 5), (2, 1), (4, 5), (4, 128), (3, LENGTH)])
+@in_every_mode
+def test_any_number_of_steps_and_positions(gradient: str, loss: str, num_steps: int, positions_per_pass: int) -> None:
+    """Four steps on two landscapes of the `time_embed` variant visit the last one three times."""
+    mcmc = settings("mirror", num_steps=num_steps, gradient=gradient, loss=loss)
+    model = build(mcmc, "time_embed", positions_per_pass=positions_per_pass)
+    check_training_step(model, mcmc, *batch())
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tied": ({}, {"tied": True}),
+    "fixed alpha": ({"learn_step_size": False}, {}),
+    "zeros": ({"initial_state": "zeros"}, {}),
+    "spread": ({"step_size_spread": 2.0}, {}),
+    "langevin": ({"langevin_noise": 0.7}, {}),
+    "checkpointed": ({}, {"activation_checkpointing": "block"}),
+}
+# Every option in every mode; rules and variants take turns.
+CASES = [
+    (option, *mode, *turn)
+    for (option, mode), turn in zip(
+        itertools.product(OPTIONS, MODES), itertools.cycle(zip(UPDATES, VARIANTS, strict=True)), strict=False
+    )
+]
+
+
+@pytest.mark.parametrize(("option", "gradient", "loss", "update", "variant"), CASES)
+def test_options(option: str, gradient: str, loss: str, update: str, variant: str) -> None:
+    changes, arguments = OPTIONS[option]
+    mcmc = settings(update, gradient=gradient, loss=loss, **changes)
+    check_training_step(build(mcmc, variant, positions_per_pass=4, **arguments), mcmc, *batch())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@in_every_mode
+def test_options_together(gradient: str, loss: str, update: str) -> None:
+    """Also with padding, replayed rows and smaller steps."""
+    mcmc = settings(
+        update,
+        gradient=gradient,
+        loss=loss,
+        step_size_spread=2.0,
+        langevin_noise=0.7,
+        learn_step_size=False,
+        replay_size=8,
+    )
+    model = build(mcmc, "time_embed", tied=True, positions_per_pass=5, activation_checkpointing="block")
+    tokens, ids = batch()
+    fill(model, tokens.roll(3, dims=1).repeat(2, 1))
+    tokens[0, 7:] = PAD
+    check_training_step(model, mcmc, tokens, ids, StepPlan(3, step_size_scale=0.4))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@in_every_mode
+def test_slices_of_the_vocabulary_products(
+    gradient: str, loss: str, update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that meet the vocabulary at once divide neither the batch nor the positions."""
+    monkeypatch.setattr(vocabulary, "SLICE_ELEMENTS", 3 * VOCAB)
+    mcmc = settings(update, gradient=gradient, loss=loss)
+    check_training_step(build(mcmc, positions_per_pass=4), mcmc, *batch())
+
+
+@in_every_mode
+def test_padding_and_plan(gradient: str, loss: str) -> None:
+    mcmc = settings(gradient=gradient, loss=loss)
+    tokens, ids = batch()
+    check_training_step(build(mcmc, positions_per_pass=4), mcmc, tokens, ids, StepPlan(3, step_size_scale=0.25))
+    tokens[0, 7:] = PAD
+    check_training_step(build(mcmc, positions_per_pass=4), mcmc, tokens, ids)
+
+
+@in_every_mode
+def test_replayed_rows_count_like_any_other(gradient: str, loss: str) -> None:
+    """Rows are replayed once there are enough, from the kept states, and the final states of all rows are kept."""
+    mcmc = settings(gradient=gradient, loss=loss, replay_size=3, replay_fraction=1.0, langevin_noise=0.2)
+    model, (tokens, ids) = build(mcmc, positions_per_pass=4), batch()
+    expected = expect(oracle_of(model), model, mcmc, tokens, ids)
+    assert len(expected.state) == 2
+    check_training_step(model, mcmc, tokens, ids)
+    assert len(model.replay) == 2
+    kept = model.replay.state_dict()
+    assert torch.equal(kept["observed"], tokens) and torch.equal(kept["sample_ids"], ids)
+    expanded = model.space.expand(kept["state"]).softmax(-1)
+    assert torch.allclose(expanded, expected.state.softmax(-1), atol=1e-2)
+
+    model.zero_grad()
+    assert len(expect(oracle_of(model), model, mcmc, tokens, ids).state) == 4
+    check_training_step(model, mcmc, tokens, ids)
+    assert len(model.replay) == 3
+
+
+@in_every_mode
+def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
+    mcmc = settings(num_steps=3, gradient=gradient, loss=loss, step_size_spread=1.5, langevin_noise=0.3)
+    whole = build(mcmc, "time_embed", positions_per_pass=LENGTH)
+    first = whole.training_step(*batch(), StepPlan(3))
+    of_whole = gradients(whole)
+    for positions in (1, 7):
+        model = build(mcmc, "time_embed", positions_per_pass=positions)
+        output = model.training_step(*batch(), StepPlan(3))
+        assert torch.allclose(output.step_losses, first.step_losses, rtol=1e-12)
+        compare_gradients(model, of_whole, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("loss", ["mean", "last"])
+def test_chain_gradients_equal_finite_differences(loss: str, update: str) -> None:
+    """The chain's gradient is the derivative of the loss, without any oracle: along a random direction of weights."""
+    mcmc = settings(update, num_steps=3, gradient="chain", loss=loss, langevin_noise=0.3, step_size_spread=1.5)
+    model, (tokens, ids) = build(mcmc, "adaln", positions_per_pass=4), batch()
+    model.training_step(tokens, ids, StepPlan(3))
+    of_loss = gradients(model)
+    weights = dict(model.named_parameters())
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    direction = {name: torch.randn_like(weight) for name, weight in start.items()}
+
+    def loss_at(distance: float) -> float:
+        for name, weight in weights.items():
+            weight.data = start[name] + distance * direction[name]
+        return model.training_step(tokens, ids, StepPlan(3)).loss.item()
+
+    slope = sum((of_loss[name] * direction[name]).sum().item() for name in direction)
+    h = 1e-5
+    near, far = (loss_at(h) - loss_at(-h)) / (2 * h), (loss_at(2 * h) - loss_at(-2 * h)) / (4 * h)
+    assert (4 * near - far) / 3 == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_modes_differ_only_where_they_should(update: str) -> None:
+    """With one step all modes are the same; with more, each has a gradient of its own."""
+
+    def gradient_of(num_steps: int, gradient: str, loss: str) -> Tensor:
+        model = build(settings(update, gradient=gradient, loss=loss))
+        model.training_step(*batch(), StepPlan(num_steps))
+        return torch.cat([g.flatten() for g in gradients(model).values()])
+
+    for (mode, one), (other, another) in itertools.combinations([(m, gradient_of(1, *m)) for m in MODES], 2):
+        assert (one - another).norm() < 1e-10 * one.norm(), (mode, other)
+    for (mode, one), (other, another) in itertools.combinations([(m, gradient_of(3, *m)) for m in MODES], 2):
+        assert (one - another).norm() > 1e-2 * max(one.norm(), another.norm()), (mode, other)
+
+
+@in_every_mode
+def test_the_second_order_part_matters(gradient: str, loss: str) -> None:
+    """Guard the tests above: most of the oracle's gradient of the blocks is there, and none of it is first order."""
+    mcmc = settings(num_steps=3, gradient=gradient, loss=loss)
+    model = build(mcmc)
+    oracle = oracle_of(model)
+    expect(oracle, model, mcmc, *batch()).loss.backward()
+    assert min(leaf.grad.norm() for name, leaf in oracle.w.items() if ".blocks." in name) > 1e-4
+
+
+@in_every_mode
+def test_the_truncated_objective_trains_on_the_last_step_alone(gradient: str, loss: str) -> None:
+    """`last` with `step` is one step from the state that the earlier ones have led to; no other mode is."""
+    mcmc = settings(num_steps=3, gradient=gradient, loss=loss)
+    model, (tokens, ids) = build(mcmc), batch()
+    state = expect(oracle_of(model), model, mcmc, tokens, ids, StepPlan(2)).state.detach()
+    oracle = oracle_of(model)
+    oracle.refine(tokens, state, 1).loss.backward()
+    model.training_step(tokens, ids, StepPlan(3))
+    errors = [(p.grad - oracle.w[name].grad).norm() / p.grad.norm() for name, p in model.named_parameters()]
+    assert (max(errors).item() < 1e-9) == ((gradient, loss) == ("step", "last"))
+
+
+@in_every_mode
+def test_gradients_accumulate(gradient: str, loss: str) -> None:
+    model = build(settings(gradient=gradient, loss=loss), positions_per_pass=4)
+    for _ in range(2):
+        model.training_step(*batch(), StepPlan(2))
+    twice = gradients(model)
+    model.training_step(*batch(), StepPlan(2))
+    compare_gradients(model, {name: gradient / 2 for name, gradient in twice.items()}, tolerance=1e-12)
+
+
+@in_every_mode
+def test_the_weight_scales_every_gradient_once(gradient: str, loss: str) -> None:
+    """Neither the losses, which are told as they are, nor any part of the gradient twice."""
+    model = build(settings(num_steps=3, gradient=gradient, loss=loss), "time_embed", positions_per_pass=4)
+    plain_output = model.training_step(*batch(), StepPlan(3))
+    plain = gradients(model)
+    output = model.training_step(*batch(), StepPlan(3), weight=1 / 8)
+    compare_gradients(model, {name: gradient / 8 for name, gradient in plain.items()}, tolerance=1e-12)
+    for value, other in zip(output, plain_output, strict=True):
+        assert torch.allclose(value, other, rtol=1e-12)
+
+
+@in_every_mode
+def test_weights_are_used_only_inside_the_passes(gradient: str, loss: str) -> None:
+    """Every use of a module that owns weights is within a call of `forward`, which is what engines wrap."""
+    model = build(settings(gradient=gradient, loss=loss), "adaln", positions_per_pass=4)
+    inside, outside = [], []
+    names = {module: name for name, module in model.named_modules()}
+
+    def forward(*args: Any) -> Any:
+        inside.append(args[0])
+        result = model(*args)
+        inside.pop()
+        return result
+
+    for module in model.modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda module, _: None if inside else outside.append(names[module]))
+    model.training_step(*batch(), StepPlan(2), forward=forward)
+    assert not outside
+    through_forward = gradients(model)
+    model.training_step(*batch(), StepPlan(2))
+    compare_gradients(model, through_forward, tolerance=1e-12)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the storages that operations make and that are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known | self.storages.keys():
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def dies(_: Any) -> None:
+            del self.storages[key]
+            self.now -= size
+
+        self.storages[key] = weakref.ref(storage, dies)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep Python from collecting cycles: what they hold counts as kept alive."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def memory_of(work: Callable[[], Any]) -> LiveBytes:
+    with without_collector(), LiveBytes() as memory:
+        work()
+    return memory
+
+
+def longer_batch() -> tuple[Tensor, Tensor]:
+    return batch(size=3, length=16)
+
+
+@in_every_mode
+def test_memory_does_not_grow_with_the_steps(gradient: str, loss: str) -> None:
+    """At its peak, eight steps hold what one holds; the chain also keeps a slice's states, embeddings and gradients."""
+    mcmc = settings(gradient=gradient, loss=loss)
+    model = build(mcmc, positions_per_pass=8)
+    model.training_step(*longer_batch(), StepPlan(1))  # makes the gradients
+    one, eight = (memory_of(lambda k=k: model.training_step(*longer_batch(), StepPlan(k))).peak for k in (1, 8))
+    visited = 3 * 8 * (VOCAB + 2 * DIM) * 8
+    assert eight <= 1.05 * one + (7 * visited if gradient == "chain" else 0)
+
+
+def test_a_double_backward_needs_memory_for_every_step() -> None:
+    """Guard the test above: the count sees the graph that a chain of steps keeps otherwise."""
+    mcmc = settings(gradient="chain")
+    model = build(mcmc)
+    oracle = oracle_of(model)
+    one, eight = (
+        memory_of(lambda k=k: expect(oracle, model, mcmc, *longer_batch(), StepPlan(k)).loss.backward()).peak
+        for k in (1, 8)
+    )
+    assert eight > 4 * one
+
+
+@pytest.mark.parametrize("gradient", ["step", "chain"])
+def test_nothing_is_kept_alive(gradient: str) -> None:
+    """After a step no memory is left but gradients and results, even before Python collects its cycles."""
+    model = build(settings(gradient=gradient), "time_embed", positions_per_pass=8)
+    outputs = []
+    with without_collector(), LiveBytes() as memory:
+        outputs.append(model.training_step(*longer_batch(), StepPlan(2)))
+    results = sum(value.nbytes for value in outputs[0] if isinstance(value, Tensor))
+    assert memory.now <= sum(p.nbytes for p in model.parameters()) + 2 * results + 256 < memory.peak
+    assert all(value.grad_fn is None for value in outputs[0] if isinstance(value, Tensor))
