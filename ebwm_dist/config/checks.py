@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -46,8 +47,15 @@ RANGES: dict[str, Range] = {
     "model.norm_eps": _POSITIVE,
     "model.rope_base": Range(1, open_low=True),
     "mcmc.num_steps": _FROM_1,
+    "mcmc.max_num_steps": _FROM_1,
+    "mcmc.num_steps_warmup": _FROM_0,
     "mcmc.step_size": _POSITIVE,
     "mcmc.step_size_lr_multiplier": _FROM_0,
+    "mcmc.step_size_warmup": _FROM_0,
+    "mcmc.step_size_spread": _FROM_1,
+    "mcmc.langevin_noise": _FROM_0,
+    "mcmc.replay_size": _FROM_0,
+    "mcmc.replay_fraction": Range(0, 1, open_low=True),
     "optimizer.lr": _POSITIVE,
     "optimizer.betas": Range(0, 1, open_high=True),
     "optimizer.eps": _POSITIVE,
@@ -60,6 +68,7 @@ RANGES: dict[str, Range] = {
     "training.stop_after": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
+    "training.positions_per_pass": _FROM_1,
     "training.max_nonfinite_steps": _FROM_1,
     "training.log_interval": _FROM_1,
     "training.startup_timeout": _POSITIVE,
@@ -90,8 +99,12 @@ def check_config(config: Config) -> None:
     for key, value in _leaves(config):
         check_value(key, value)
     _check_model(config)
+    if config.model.kind == "ebt":  # The autoregressive twin has no MCMC steps; their settings stay as they are.
+        _check_mcmc(config)
+        _check_replay(config)
     _check_schedule(config)
     _check_batch(config)
+    _check_zero(config)
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -112,25 +125,72 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def _check_model(config: Config) -> None:
-    model, mcmc = config.model, config.mcmc
+    model = config.model
     if model.dim % model.num_heads or model.dim // model.num_heads % 2:
         fitting = [heads for heads in range(1, model.dim + 1) if model.dim % (2 * heads) == 0]
         remedy = f"allowed are {_either(fitting)}" if fitting else "no number does; model.dim must be even"
         raise ConfigError(
             f"model.num_heads = {model.num_heads}: must divide model.dim = {model.dim} into even head widths; {remedy}"
         )
-    if model.kind == "ar":  # It has no MCMC steps: nothing below applies.
-        return
-    if model.variant == "default":
-        if model.num_landscapes != 1:
-            raise ConfigError(
-                f"model.num_landscapes = {model.num_landscapes}: model.variant = 'default' does not know the step, "
-                "so it has 1; use 'time_embed' or 'adaln' for more"
-            )
-    elif model.num_landscapes > mcmc.num_steps:
+    if model.kind == "ar" and model.tie_embeddings:
         raise ConfigError(
-            f"model.num_landscapes = {model.num_landscapes}: at most mcmc.num_steps = {mcmc.num_steps}; "
+            "model.tie_embeddings = True: model.kind = 'ar' has a head of its own; set it to false, or use 'ebt'"
+        )
+
+
+def _check_mcmc(config: Config) -> None:
+    model, mcmc, max_steps = config.model, config.mcmc, config.training.max_steps
+    if mcmc.max_num_steps is not None and mcmc.max_num_steps < mcmc.num_steps:
+        raise ConfigError(
+            f"mcmc.max_num_steps = {mcmc.max_num_steps}: at least mcmc.num_steps = {mcmc.num_steps}, "
+            "or null for always that many"
+        )
+    for name, warmup in (("num_steps_warmup", mcmc.num_steps_warmup), ("step_size_warmup", mcmc.step_size_warmup)):
+        if warmup > max_steps:
+            raise ConfigError(f"mcmc.{name} = {warmup}: at most training.max_steps = {max_steps}")
+    if not mcmc.learn_step_size and mcmc.step_size_lr_multiplier is not None:
+        raise ConfigError(
+            f"mcmc.step_size_lr_multiplier = {mcmc.step_size_lr_multiplier}: must be null where "
+            "mcmc.learn_step_size = False, as alpha then has no learning rate"
+        )
+    landscapes = model.num_landscapes
+    if model.variant == "default" and landscapes != 1:
+        raise ConfigError(
+            f"model.num_landscapes = {landscapes}: model.variant = 'default' does not know the step, "
+            "so it has 1; use 'time_embed' or 'adaln' for more"
+        )
+    if landscapes > mcmc.num_steps:
+        raise ConfigError(
+            f"model.num_landscapes = {landscapes}: at most mcmc.num_steps = {mcmc.num_steps}; "
             "a landscape that no step uses is never trained"
+        )
+    if landscapes > 1 and (mcmc.loss, mcmc.gradient) == ("last", "step"):
+        raise ConfigError(
+            f"model.num_landscapes = {landscapes}: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'step', "
+            "which train the landscape of the last step alone"
+        )
+
+
+def _check_replay(config: Config) -> None:
+    mcmc, micro_batch_size = config.mcmc, config.training.micro_batch_size
+    if mcmc.replay_size == 0:
+        return
+    if config.model.num_landscapes != 1:
+        raise ConfigError(
+            f"mcmc.replay_size = {mcmc.replay_size}: needs model.num_landscapes = 1 instead of "
+            f"{config.model.num_landscapes}, as states of the last step enter the first one again; 0 replays nothing"
+        )
+    rows = mcmc.replayed_rows(micro_batch_size)
+    if rows == 0:
+        raise ConfigError(
+            f"mcmc.replay_fraction = {mcmc.replay_fraction}: less than one sequence of training.micro_batch_size = "
+            f"{micro_batch_size}; use at least {math.ceil(1000 / micro_batch_size) / 1000:g}, or a micro-batch of at "
+            f"least {math.ceil(1 / mcmc.replay_fraction)}"
+        )
+    if mcmc.replay_size < rows:
+        raise ConfigError(
+            f"mcmc.replay_size = {mcmc.replay_size}: at least {rows}, the sequences replayed with every micro-batch "
+            f"(mcmc.replay_fraction = {mcmc.replay_fraction} of training.micro_batch_size = {micro_batch_size})"
         )
 
 
@@ -163,6 +223,20 @@ def _check_batch(config: Config) -> None:
         raise ConfigError(
             f"training.micro_batch_size = {training.micro_batch_size}: must divide training.global_batch_size = "
             f"{training.global_batch_size}; allowed are {_either(fitting)}"
+        )
+
+
+def _check_zero(config: Config) -> None:
+    zero = config.zero
+    for name, offloaded, stages in (
+        ("offload_optimizer", zero.offload_optimizer, [1, 2, 3]),
+        ("offload_parameters", zero.offload_parameters, [3]),
+    ):
+        if offloaded and zero.stage not in stages:
+            raise ConfigError(f"zero.{name} = True: needs zero.stage = {_either(stages)} instead of {zero.stage}")
+    if config.training.compile and zero.stage == 3:
+        raise ConfigError(
+            "training.compile = True: needs zero.stage = 0, 1 or 2, as stage 3 gathers parameters inside the blocks"
         )
 
 

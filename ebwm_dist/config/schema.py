@@ -40,6 +40,8 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    tie_embeddings: bool = False
+    """Read predictions in and out with the token embedding of the context, instead of a matrix of their own."""
 
     @property
     def ffn_hidden_dim(self) -> int:
@@ -52,15 +54,44 @@ class MCMCConfig:
     """Refinement of a prediction by gradient descent on its energy."""
 
     num_steps: int = 2
-    """Number of MCMC steps in training; the loss is the mean over their results."""
+    """Number of MCMC steps in training; the fewest, where `max_num_steps` is set."""
+    max_num_steps: int | None = None
+    """Draw the number of steps from `num_steps` to this for every micro-batch, the same on all ranks; null: no draw."""
+    num_steps_warmup: int = 0
+    """Optimizer steps over which the number of MCMC steps grows from 1."""
     step_size: float = 500.0
-    """Initial value of the learnable step size alpha. It has to be set from width and vocabulary."""
+    """Initial value of the step size alpha. It has to be set from width and vocabulary."""
+    learn_step_size: bool = True
+    """Whether alpha is trained."""
     step_size_lr_multiplier: float | None = None
     """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
+    step_size_warmup: int = 0
+    """Optimizer steps over which the steps taken grow to their full size."""
+    step_size_spread: float = 1.0
+    """Multiply alpha by a factor drawn from [1 / this, this] for every sample and position in training."""
+    langevin_noise: float = 0.0
+    """Standard deviation of the noise added to the state before every step, in training and evaluation."""
+    loss: str = choice("mean", "last")
+    """Train on the mean of the losses after all steps, or on that after the last one (truncated)."""
+    gradient: str = choice("step", "chain")
+    """`step`: the state that enters a step is a constant; `chain`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`."""
     initial_state: str = choice("random_noise", "zeros")
     """Where a prediction starts: logits drawn from N(0, 1), or all zero."""
+    replay_size: int = 0
+    """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
+    replay_fraction: float = 0.5
+    """Replayed sequences added to a micro-batch, as a fraction of its size."""
+
+    @property
+    def most_steps(self) -> int:
+        """The largest number of MCMC steps that training takes, which is also that of evaluation."""
+        return self.num_steps if self.max_num_steps is None else self.max_num_steps
+
+    def replayed_rows(self, micro_batch_size: int) -> int:
+        """Return the number of replayed sequences that are added to a micro-batch."""
+        return int(micro_batch_size * self.replay_fraction) if self.replay_size else 0
 
 
 @dataclass
@@ -103,6 +134,12 @@ class TrainingConfig:
     """Sequences per forward pass of one rank; the rest is gradient accumulation."""
     precision: str = choice("fp32", "bf16")
     """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
+    positions_per_pass: int = 128
+    """Positions of a sequence that are refined together: less takes less memory, more makes larger matrices."""
+    activation_checkpointing: str = choice("none", "block")
+    """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile."""
     max_nonfinite_steps: int = 10
     """Stop after this many skipped (non-finite) steps in a row."""
     log_interval: int = 10
@@ -153,8 +190,12 @@ class CheckpointConfig:
 class ZeroConfig:
     """What DeepSpeed ZeRO shards over the ranks."""
 
-    stage: int = field(default=1, metadata={"choices": (0, 1, 2)})
-    """0: nothing, 1: optimizer state, 2: optimizer state and gradients."""
+    stage: int = field(default=1, metadata={"choices": (0, 1, 2, 3)})
+    """0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state, and take its steps, in the memory of the CPU (stages 1 to 3)."""
+    offload_parameters: bool = False
+    """Keep the parameters in the memory of the CPU until a block needs them (stage 3)."""
 
 
 @dataclass

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import pytest
 
 from ebwm_dist.config.checks import RANGES, check_config, check_world
-from ebwm_dist.config.schema import Config
+from ebwm_dist.config.schema import Config, MCMCConfig
 from ebwm_dist.errors import ConfigError
 
 
@@ -73,6 +74,40 @@ def test_defaults_pass() -> None:
             "training.micro_batch_size = 8: must divide training.global_batch_size = 12; allowed are 1, 2, 3, 4, 6 or ",
         ),
         ({"training__micro_batch_size": 0}, "training.micro_batch_size = 0: must be at least 1"),
+        ({"model__kind": "ar", "model__tie_embeddings": True}, "model.tie_embeddings = True: model.kind = 'ar' has a"),
+        ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
+        ({"mcmc__num_steps_warmup": 1_000_001}, "mcmc.num_steps_warmup = 1000001: at most .*max_steps = 1000000"),
+        ({"mcmc__step_size_warmup": 1_000_001}, "mcmc.step_size_warmup = 1000001: at most .*max_steps = 1000000"),
+        (
+            {"mcmc__learn_step_size": False, "mcmc__step_size_lr_multiplier": 3.0},
+            "mcmc.step_size_lr_multiplier = 3.0: must be null where mcmc.learn_step_size = False",
+        ),
+        (
+            {"model__variant": "adaln", "model__num_landscapes": 2, "mcmc__loss": "last"},
+            "model.num_landscapes = 2: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'step'",
+        ),
+        (
+            {"model__variant": "adaln", "model__num_landscapes": 2, "mcmc__replay_size": 192},
+            "mcmc.replay_size = 192: needs model.num_landscapes = 1 instead of 2",
+        ),
+        (
+            {"mcmc__replay_size": 192, "mcmc__replay_fraction": 0.12},
+            "mcmc.replay_fraction = 0.12: less than one sequence of training.micro_batch_size = 8; "
+            "use at least 0.125, or a micro-batch of at least 9",
+        ),
+        (
+            {"mcmc__replay_size": 3},
+            r"mcmc.replay_size = 3: at least 4, .*\(mcmc.replay_fraction = 0.5 of training.micro_batch_size = 8\)",
+        ),
+        (
+            {"zero__stage": 0, "zero__offload_optimizer": True},
+            "zero.offload_optimizer = True: needs zero.stage = 1, 2 or 3 instead of 0",
+        ),
+        (
+            {"zero__stage": 2, "zero__offload_parameters": True},
+            "zero.offload_parameters = True: needs zero.stage = 3 instead of 2",
+        ),
+        ({"zero__stage": 3, "training__compile": True}, "training.compile = True: needs zero.stage = 0, 1 or 2"),
     ],
 )
 def test_refused(values: dict[str, Any], message: str) -> None:
@@ -89,10 +124,38 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         {"optimizer__warmup_steps": 0, "training__max_steps": 1},
         {"training__stop_after": 1_000_000},
         {"model__variant": "time_embed", "model__num_landscapes": 1},
+        {"model__tie_embeddings": True},
+        {"mcmc__max_num_steps": 2, "mcmc__num_steps_warmup": 1_000_000, "mcmc__step_size_warmup": 1_000_000},
+        {"mcmc__learn_step_size": False},
+        {"mcmc__loss": "last"},
+        {"mcmc__loss": "last", "mcmc__gradient": "chain", "model__variant": "adaln", "model__num_landscapes": 2},
+        {"mcmc__replay_size": 4},
+        {"mcmc__replay_size": 1, "mcmc__replay_fraction": 0.125},
+        {"mcmc__replay_fraction": 0.01},
+        {"model__kind": "ar", "mcmc__max_num_steps": 1, "mcmc__replay_size": 1, "mcmc__step_size_warmup": 10**7},
+        {"zero__stage": 1, "zero__offload_optimizer": True},
+        {"zero__stage": 3, "zero__offload_optimizer": True, "zero__offload_parameters": True},
     ],
 )
 def test_accepted(values: dict[str, Any]) -> None:
     check_config(changed(**values))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 7, 49, 1500])
+def test_the_fraction_that_an_error_tells_to_use_fits(micro_batch_size: int) -> None:
+    sizes = {"training__micro_batch_size": micro_batch_size, "training__global_batch_size": micro_batch_size}
+    with pytest.raises(ConfigError, match=r"mcmc\.replay_fraction") as caught:
+        check_config(changed(mcmc__replay_size=8, mcmc__replay_fraction=1e-4, **sizes))
+    told = re.search(r"use at least (\S+), or a micro-batch of at least (\d+)", str(caught.value))
+    assert told
+    check_config(changed(mcmc__replay_size=8, mcmc__replay_fraction=float(told[1]), **sizes))
+    sizes = dict.fromkeys(sizes, int(told[2]))
+    check_config(changed(mcmc__replay_size=8, mcmc__replay_fraction=1e-4, **sizes))
+
+
+def test_replayed_rows() -> None:
+    assert MCMCConfig(replay_size=9, replay_fraction=0.5).replayed_rows(7) == 3
+    assert MCMCConfig(replay_size=0, replay_fraction=0.5).replayed_rows(7) == 0
 
 
 def test_world_sizes_that_fit() -> None:

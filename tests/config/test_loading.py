@@ -10,7 +10,8 @@ from ebwm_dist.config.schema import Config, ModelConfig
 from ebwm_dist.errors import ConfigError
 
 MODEL_KEYS = (
-    "kind, variant, num_landscapes, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, rope_base"
+    "kind, variant, num_landscapes, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, rope_base, "
+    "tie_embeddings"
 )
 
 
@@ -95,7 +96,14 @@ def test_accepted_values(tmp_path: Path, override: str, expected: object) -> Non
         ("model.kind=gpt", "model.kind = 'gpt': allowed are 'ebt', 'ar'"),
         ("model.kind=3", "model.kind = 3: allowed are 'ebt', 'ar'"),
         ("wandb.mode=off", "wandb.mode = False: allowed are 'disabled', 'offline', 'online'"),
-        ("zero.stage=3", "zero.stage = 3: allowed are 0, 1, 2"),
+        ("zero.stage=4", "zero.stage = 4: allowed are 0, 1, 2, 3"),
+        (
+            "training.activation_checkpointing=all",
+            "training.activation_checkpointing = 'all': allowed are 'none', 'block'",
+        ),
+        ("mcmc.step_size_spread=0.5", "mcmc.step_size_spread = 0.5: must be at least 1"),
+        ("mcmc.langevin_noise=-3", "mcmc.langevin_noise = -3.0: must be at least 0"),
+        ("mcmc.replay_fraction=0", "mcmc.replay_fraction = 0.0: must be more than 0 and at most 1"),
         ("training.micro_batch_size=0", "training.micro_batch_size = 0: must be at least 1"),
         ("model.dim=-8", "model.dim = -8: must be at least 1"),
         ("model.vocab_size=0", "model.vocab_size = 0: must be at least 2"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.config.loading import load_config, save_config
+from ebwm_dist.config.schema import MCMCConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {  # layers, heads, width, peak learning rate as published
@@ -49,6 +50,26 @@ def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
     assert twin == config
 
 
+@pytest.mark.parametrize("size", [*SIZES, "1b"])
+def test_s2_is_another_recipe_for_the_same_size(size: str) -> None:
+    config = load_config(CONFIGS / f"ebt_{size}_s2.yaml")
+    assert config.mcmc == MCMCConfig(
+        num_steps=2,
+        max_num_steps=3,
+        step_size=5.0,
+        learn_step_size=False,
+        step_size_spread=2.0,
+        langevin_noise=3.0,
+        loss="last",
+        replay_size=192,
+        replay_fraction=0.5,
+    )
+    s1 = load_config(CONFIGS / f"ebt_{size}.yaml")
+    assert (s1.model.num_landscapes, config.model.num_landscapes) == (2, 1)
+    s1.model.num_landscapes, s1.mcmc, s1.run_dir = 1, config.mcmc, config.run_dir
+    assert config == s1
+
+
 def test_every_run_has_a_folder_of_its_own() -> None:
-    folders = [load_config(path).run_dir for path in CONFIGS.glob("*.yaml") if path.stem != "ebt_base"]
+    folders = [load_config(path).run_dir for path in CONFIGS.glob("*.yaml") if not path.stem.endswith("_base")]
     assert len(set(folders)) == len(folders)
