@@ -246,10 +246,41 @@ def test_weights_are_read_without_executing_anything(tmp_path: Path) -> None:
         commit(staging, [hash_share(staging)], {})
     loaded = load_module_state(checkpoint_path(tmp_path, 1))
     assert torch.equal(loaded["layer.weight"], weights["layer.weight"])
-    for step in (2, 3):
-        with pytest.raises(CheckpointError, match="not a file of model weights"):
+    for step, reason in ((2, "not a file of model weights"), (3, "does not hold weights as they are saved")):
+        with pytest.raises(CheckpointError, match=reason):
             load_module_state(checkpoint_path(tmp_path, step))
     assert not victim.exists()
     (checkpoint_path(tmp_path, 1) / MARKER).unlink()
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_module_state(checkpoint_path(tmp_path, 1))
+
+
+def test_shares_of_parameters_are_put_together_without_executing_anything(tmp_path: Path) -> None:
+    """Five numbers on two ranks are shares of three, the last one padded."""
+    victim = tmp_path / "victim"
+    for step, scaler in ((1, None), (2, Malicious(victim))):
+        staging = prepare_staging(tmp_path, step)
+        for rank, share in enumerate(([0.0, 1.0, 2.0, 7.0], [3.0, 4.0, -1.0, 8.0])):
+            model = {
+                "module": {},
+                "buffer_names": [],
+                "param_shapes": [{"weight": torch.Size([5]), "bias": torch.Size([2, 1])}],
+                "frozen_param_shapes": {"alpha": torch.Size([1])},
+                "frozen_param_fragments": {"alpha": torch.tensor([0.5 - rank])},
+                "shared_params": {"tied": "bias"},
+            }
+            optimizer = {"fp32_flat_groups": [torch.tensor(share)], "loss_scaler": scaler}
+            torch.save(model, staging / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            torch.save({"optimizer_state_dict": optimizer}, staging / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        metadata = {"zero_stage": 3, "world_size": 2, "precision": "fp32"}
+        commit(staging, [hash_share(staging)], metadata)
+    state = load_module_state(checkpoint_path(tmp_path, 1))
+    assert {name: value.tolist() for name, value in state.items()} == {
+        "weight": [0.0, 1.0, 2.0, 3.0, 4.0],
+        "bias": [[7.0], [8.0]],
+        "alpha": [0.5],
+        "tied": [[7.0], [8.0]],
+    }
+    with pytest.raises(CheckpointError, match="not a file of model weights"):
+        load_module_state(checkpoint_path(tmp_path, 2))
+    assert not victim.exists()

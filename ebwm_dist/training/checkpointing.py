@@ -19,6 +19,7 @@ from ebwm_dist import checkpoints
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.distributed import World, gather_objects, restricted_loading
+from ebwm_dist.training.engine import TrainingEngine
 
 
 @dataclass
@@ -46,16 +47,26 @@ class Checkpointer:
         self.config, self.world = config, world
         self.root = Path(config.run_dir) / "checkpoints"
 
-    def save(self, engine: Any, state: TrainingState, progress: Callable[[], None] = lambda: None) -> Path:
+    def save(
+        self,
+        engine: TrainingEngine,
+        state: TrainingState,
+        progress: Callable[[], None] = lambda: None,
+        extra: dict[str, Any] | None = None,
+    ) -> Path:
         """Commit a checkpoint of `state.step`. A rank that fails makes all ranks fail.
 
-        `progress` is called before each part of it, on every rank.
+        Args:
+            engine: model and optimizer.
+            state: the same on all ranks.
+            progress: called before each part of it, on every rank.
+            extra: what else this rank holds; tensors, numbers and strings, in lists and dictionaries.
         """
         world = self.world
         self._together(lambda: checkpoints.prepare_staging(self.root, state.step) if world.rank == 0 else None)
         staging = checkpoints.staging_path(self.root, state.step)
         progress()
-        self._together(lambda: self._write(engine, staging, state))
+        self._together(lambda: self._write(engine, staging, state, extra or {}))
         progress()
         shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
 
@@ -90,18 +101,18 @@ class Checkpointer:
 
         return self._together(search)[0]
 
-    def load(self, engine: Any, path: Path) -> TrainingState:
-        """Put the engine and this rank's random state back to what they were, and return the rest."""
+    def load(self, engine: TrainingEngine, path: Path) -> tuple[TrainingState, dict[str, Any]]:
+        """Put engine and random state back to what they were; return the state, and what else this rank held."""
+        client_state = engine.load_checkpoint(path)
         with restricted_loading():
-            _, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
             rank_state = torch.load(path / _rank_file(self.world.rank), weights_only=True)
-        _set_random_state(rank_state, self.world.device)
-        return TrainingState(**client_state["training_state"])
+        _set_random_state(rank_state["random"], self.world.device)
+        return TrainingState(**client_state["training_state"]), rank_state["extra"]
 
-    def _write(self, engine: Any, staging: Path, state: TrainingState) -> None:
-        client_state = {"training_state": dataclasses.asdict(state)}
-        engine.save_checkpoint(str(staging.parent), tag=staging.name, client_state=client_state, save_latest=False)
-        torch.save(_random_state(self.world.device), staging / _rank_file(self.world.rank))
+    def _write(self, engine: TrainingEngine, staging: Path, state: TrainingState, extra: dict[str, Any]) -> None:
+        engine.save_checkpoint(staging, {"training_state": dataclasses.asdict(state)})
+        rank_state = {"random": _random_state(self.world.device), "extra": extra}
+        torch.save(rank_state, staging / _rank_file(self.world.rank))
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -109,6 +120,7 @@ class Checkpointer:
             "mcmc": dataclasses.asdict(self.config.mcmc),
             "world_size": self.world.world_size,
             "zero_stage": self.config.zero.stage,
+            "offload_optimizer": self.config.zero.offload_optimizer,
             "precision": self.config.training.precision,
             "torch": torch.__version__,
         }
@@ -127,7 +139,12 @@ class Checkpointer:
             if saved["mcmc"].get(key) != now:
                 note = " (the initial value only: alpha goes on from the checkpoint)" if key == "step_size" else ""
                 warn(f"mcmc.{key} was {saved['mcmc'].get(key)} when {path} was written, now it is {now}{note}")
-        for key, name in (("world_size", "ranks"), ("zero_stage", "zero.stage"), ("precision", "training.precision")):
+        for key, name in (
+            ("world_size", "ranks"),
+            ("zero_stage", "zero.stage"),
+            ("offload_optimizer", "zero.offload_optimizer"),
+            ("precision", "training.precision"),
+        ):
             if saved[key] != current[key]:
                 raise CheckpointError(
                     f"{path} was written with {name} = {saved[key]}, this run has {current[key]}: "

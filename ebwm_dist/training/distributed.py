@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -123,6 +124,9 @@ def teardown() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
+        # A thread of gloo may still have to let go of the last collective's tensors, for which it needs the
+        # interpreter: once that is shutting down, it would abort the process.
+        time.sleep(0.1)
 
 
 @contextmanager

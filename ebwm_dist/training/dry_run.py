@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ebwm_dist.config.schema import Config
+from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
+from ebwm_dist.config.schema import Config, ZeroConfig
+from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.models.flops import training_flops_per_token
 from ebwm_dist.registry import build_model
 
 GIB = 2**30
 # Larger counts differ little: what ZeRO shards is then nearly gone.
 WORLD_SIZES = (1, 8, 64)
+LAYOUTS = {
+    **{f"ZeRO {stage}": ZeroConfig(stage) for stage in (0, 1, 2, 3)},
+    "3, offloaded": ZeroConfig(3, offload_optimizer=True, offload_parameters=True),
+}
 
 
 def describe(config: Config) -> str:
@@ -32,12 +41,20 @@ def describe(config: Config) -> str:
         f"tokens: {tokens_per_step:,} per step, {tokens:.4g} in {training.max_steps:,} ({flops * tokens:.3g} FLOPs)",
         f"memory per GPU in GiB ({training.precision}, micro-batch {training.micro_batch_size}: "
         f"{activations / GIB:.2f} of activations, the rest weights, gradients and optimizer state):",
-        "  GPUs  " + "".join(f"{f'ZeRO {stage}':>10}" for stage in (0, 1, 2)),
+        "  GPUs  " + "".join(f"{name:>14}" for name in LAYOUTS),
     ]
     for world_size in WORLD_SIZES:
-        row = [state_bytes(parameters, stage, world_size, training.precision) + activations for stage in (0, 1, 2)]
-        lines.append(f"  {world_size:4}  " + "".join(f"{size / GIB:10.2f}" for size in row))
-    lines.append(f"  (this configuration: ZeRO {config.zero.stage}; CUDA's own context and fragmentation come on top)")
+        row = [state_bytes(parameters, zero, world_size, training.precision)[0] for zero in LAYOUTS.values()]
+        lines.append(f"  {world_size:4}  " + "".join(f"{(size + activations) / GIB:14.2f}" for size in row))
+    zero = config.zero
+    offloaded = [key for key in ("offload_optimizer", "offload_parameters") if getattr(zero, key)]
+    lines.append(
+        f"  (this configuration: {' and '.join([f'ZeRO {zero.stage}', *offloaded])}; "
+        "CUDA's own context and fragmentation come on top)"
+    )
+    for world_size in WORLD_SIZES if offloaded else ():
+        on_cpu = state_bytes(parameters, zero, world_size, training.precision)[1]
+        lines.append(f"  memory of the CPU per GPU, with {world_size:2} GPUs: {on_cpu / GIB:.2f}")
     return "\n".join(lines)
 
 
@@ -47,40 +64,84 @@ def parameter_count(config: Config) -> int:
         return sum(p.numel() for p in build_model(config, pad_id=0).parameters())
 
 
-def state_bytes(parameters: int, stage: int, world_size: int, precision: str) -> float:
-    """Return the bytes of weights, gradients and optimizer state on one rank.
+def state_bytes(parameters: int, zero: ZeroConfig, world_size: int, precision: str) -> tuple[float, float]:
+    """Return the bytes of weights, gradients and optimizer state of one rank: on its device, and offloaded to the CPU.
 
-    fp32: weights 4, gradients 4, AdamW 8 per parameter; ZeRO adds its own 4-byte copy of the weights it owns. bf16:
-    weights 2, gradients 2, and in fp32 a master copy 4 and AdamW 8.
+    Per parameter: weights 4 (bf16: 2), their gradients added up in fp32 4, AdamW's moments 8; and a master copy 4 in
+    bf16, and at stages 1 to 3 in fp32 too, where DeepSpeed keeps one. Stage 3 gathers weights as it goes.
     """
-    shards = world_size if stage >= 1 else 1
-    gradient_shards = world_size if stage >= 2 else 1
-    if precision == "bf16":
-        per_parameter = 2 + 2 / gradient_shards + 12 / shards
+    whole = 2.0 if precision == "bf16" else 4.0
+    state = 8.0 if precision == "fp32" and zero.stage == 0 else 12.0
+    shards = [world_size if zero.stage >= stage else 1 for stage in (1, 2, 3)]
+    weights, gradients, state = whole / shards[2], 4 / shards[1], state / shards[0]
+    on_device = whole * min(parameters, GATHERED_NUMBERS) if zero.stage == 3 else 0.0
+    on_cpu = 0.0
+    if zero.offload_optimizer:
+        on_cpu += parameters * (state + 4 / shards[0])  # with the gradients of what this rank updates
+        on_device += parameters * (0 if zero.stage == 3 else gradients)
     else:
-        per_parameter = 4 + 4 / gradient_shards + (8 if stage == 0 else 12 / shards)
-    return parameters * per_parameter
+        on_device += parameters * (state + gradients)
+    if zero.offload_parameters:
+        on_cpu += parameters * weights
+    else:
+        on_device += parameters * weights
+    return on_device, on_cpu
 
 
 def activation_bytes(config: Config) -> int:
-    """Return the bytes that autograd keeps for the backward of one micro-batch, by running it on the meta device."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    # Noise would need a generator, which the meta device does not have; the start's size is the same.
-    config = dataclasses.replace(config, mcmc=dataclasses.replace(config.mcmc, initial_state="zeros"))
-    kept: dict[int, torch.UntypedStorage] = {}
+    """Return the most bytes that a micro-batch holds at a time, by running it on the meta device, without memory.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
+    Activations, states and what is computed from them count; weights and their gradients do not. Of a deep model only
+    a few layers are run, as all hold the same: but not where they are checkpointed and hold next to nothing, which
+    makes it depend on the depth what holds the most.
+    """
+    layers = config.model.num_layers
+    if layers <= 6 or config.training.activation_checkpointing != "none":
+        return _live_bytes(config, layers)
+    few, more = _live_bytes(config, 3), _live_bytes(config, 6)
+    return more + (more - few) * (layers - 6) // 3
 
+
+def _live_bytes(config: Config, layers: int) -> int:
+    training, mcmc = config.training, config.mcmc
+    rows = training.micro_batch_size + mcmc.replayed_rows(training.micro_batch_size)
+    # Noise would need a generator, which the meta device does not have, and replayed states a full buffer.
+    quiet = dataclasses.replace(mcmc, initial_state="zeros", langevin_noise=0.0, step_size_spread=1.0, replay_size=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers), mcmc=quiet)
     with torch.device("meta"):
-        model = build_model(config, pad_id=0).to(dtype)
-        tokens = torch.zeros(config.training.micro_batch_size, config.data.sequence_length + 1, dtype=torch.long)
-        ids = torch.zeros(config.training.micro_batch_size, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model(tokens, ids)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    total = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-    del output
-    return total
+        model = build_model(config, pad_id=0).to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        tokens = torch.zeros(rows, config.data.sequence_length + 1, dtype=torch.long)
+        plan: Any = StepPlan(mcmc.most_steps)
+        with _LiveBytes() as live:
+            model.training_step(tokens, torch.arange(rows, device="cpu"), plan)
+    return live.most
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside it that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}  # a view of it is not new
+        for x in output if isinstance(output, (tuple, list)) else (output,):
+            if not isinstance(x, torch.Tensor):
+                continue
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.seen and key not in given:
+                self.seen.add(key)
+                self.now += size
+                weakref.finalize(storage, self._freed, key, size)
+        self.most = max(self.most, self.now)
+        return output
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size

@@ -14,21 +14,21 @@ from ebwm_dist.config.schema import Config
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW with two groups: the model, and alpha with its own learning rate and no weight decay.
+    """Return AdamW with two groups: the model, and a trained alpha with its own learning rate and no weight decay.
 
     `set_lr` scales both learning rates alike, so alpha's multiple of the model's survives the decay.
     """
     opt = config.optimizer
-    alpha = [p for name, p in model.named_parameters() if name.endswith("alpha")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("alpha")]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    alpha = [p for name, p in trained.items() if name.endswith("alpha")]
+    rest = [p for name, p in trained.items() if not name.endswith("alpha")]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": opt.lr, "weight_decay": opt.weight_decay}]
     if alpha:
         groups.append({"params": alpha, "lr": opt.lr * step_size_lr_multiplier(config), "weight_decay": 0.0})
-    kind = CheckedAdamW if optimizer_checks(config) else torch.optim.AdamW
-    optimizer = kind(groups, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps, fused=True)
-    if isinstance(optimizer, CheckedAdamW):
-        optimizer.max_norm = opt.grad_clip
-    return optimizer
+    settings: dict[str, Any] = {"betas": (opt.betas[0], opt.betas[1]), "eps": opt.eps, "fused": True}
+    if optimizer_checks(config):
+        return CheckedAdamW(groups, opt.grad_clip, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def step_size_lr_multiplier(config: Config) -> float:
@@ -40,25 +40,56 @@ def step_size_lr_multiplier(config: Config) -> float:
 class CheckedAdamW(torch.optim.AdamW):
     """AdamW that clips to `max_norm` and leaves everything as it was when the gradient is not finite.
 
-    It reports through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer.
+    Of parameters in bf16 it keeps and updates copies in fp32, and it has their gradients added up in fp32. It reports
+    through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer.
     """
 
-    max_norm = 0.0
-    overflow = False
-    _global_grad_norm = 0.0
+    def __init__(self, groups: list[dict[str, Any]], max_norm: float, **settings: Any):
+        self.max_norm, self.overflow, self._global_grad_norm = max_norm, False, 0.0
+        self.weights = [p for group in groups for p in group["params"]]
+        for weight in self.weights:
+            weight.grad_dtype = torch.float32
+        super().__init__([{**group, "params": [_master(p) for p in group["params"]]} for group in groups], **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the parameters from gradients that all ranks hold alike, so all decide alike."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        masters = [p for group in self.param_groups for p in group["params"]]
+        pairs = [(p, master) for p, master in zip(self.weights, masters, strict=True) if p.grad is not None]
+        gradients = [p.grad for p, _ in pairs]
+        norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = norm.item()
         self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
+        for p, master in pairs:
+            master.grad = p.grad
         if self.max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
         super().step(closure)
+        for p, master in pairs:
+            if p is not master:
+                p.copy_(master)
+                master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return moments, settings and the fp32 copies."""
+        masters = [p for group in self.param_groups for p in group["params"]]
+        copies = [master.detach() for p, master in zip(self.weights, masters, strict=True) if p is not master]
+        return {**super().state_dict(), "masters": copies}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` has returned."""
+        super().load_state_dict(state_dict)
+        masters = [p for group in self.param_groups for p in group["params"]]
+        copies = [master for p, master in zip(self.weights, masters, strict=True) if p is not master]
+        for master, saved in zip(copies, state_dict["masters"], strict=True):
+            master.copy_(saved)
+
+
+def _master(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    return weight if weight.dtype == torch.float32 else torch.nn.Parameter(weight.detach().float())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float:

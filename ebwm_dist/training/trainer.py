@@ -9,14 +9,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from ebwm_dist.config.checks import check_world
-from ebwm_dist.config.deepspeed import deepspeed_dict
+from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
@@ -25,8 +24,9 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
-from ebwm_dist.registry import build_model
+from ebwm_dist.registry import Model, build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import (
     World,
@@ -36,8 +36,10 @@ from ebwm_dist.training.distributed import (
     setup_distributed,
     teardown,
 )
+from ebwm_dist.training.engine import create_engine
 from ebwm_dist.training.metrics import Console, MetricsLog, WandbLog, train_line, val_line
-from ebwm_dist.training.optimizer import build_optimizer, set_lr
+from ebwm_dist.training.monitor import StepMonitor
+from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
 
@@ -72,8 +74,6 @@ class Trainer:
     """Holds the parts of a run together."""
 
     def __init__(self, config: Config, manifest: Manifest, world: World, stop: StopSignal, watchdog: Watchdog):
-        import deepspeed
-
         self.config, self.manifest, self.world = config, manifest, world
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
@@ -95,17 +95,16 @@ class Trainer:
         if world.rank == 0:
             save_config(config, self.run_dir / "config.yaml")
 
-        torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        model = build_model(config, self.manifest.pad_id).to(world.device)
-        self.optimizer = build_optimizer(model, config)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_dict(config, world.world_size)
-        )
+        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, manifest.pad_id), world)
+        self.model = cast("Model", self.engine.module)
+        if config.training.compile:
+            self.model.compile_blocks()
         self.state = TrainingState()
         if checkpoint is not None:
-            self.state = self.checkpointer.load(self.engine, checkpoint)
+            self.state, extra = self.checkpointer.load(self.engine, checkpoint)
+            self.model.load_extra_state(extra)
             with same_on_all_ranks():
                 self.stream.load_state_dict(self.state.data)
             self._say(f"continuing from {checkpoint}")
@@ -120,9 +119,8 @@ class Trainer:
             if config.wandb.mode != "disabled":
                 self.logs.append(WandbLog(config, self.run_dir))
         self.console.start_bar(config.training.max_steps, self.state.step)
-        parameters = sum(p.numel() for p in model.parameters())
         self._say(
-            f"{config.model.kind} with {parameters:,} parameters, {world.world_size} x {name}, "
+            f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
             f"{self.manifest.train.samples:,} training sequences of {config.data.sequence_length} tokens, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
@@ -170,31 +168,29 @@ class Trainer:
         start, data_wait = time.perf_counter(), 0.0
         lr = set_lr(self.optimizer, config, step)
         step_size = self._step_size()
-        values = None
-        micro_steps = engine.gradient_accumulation_steps()
-        for _ in range(micro_steps):
+        accumulation = micro_steps(config, self.world.world_size)
+        seen = StepMonitor(self.world, config.model.num_landscapes)
+        for micro_step in range(accumulation):
             self.watchdog.beat(step, "data")
             waited = time.perf_counter()
             batch: TextBatch = next(self.stream)
             data_wait += time.perf_counter() - waited
             self.watchdog.beat(step, "forward/backward")
-            tokens, ids = batch.tokens.to(self.world.device), batch.sample_ids.to(self.world.device)
-            output = engine(tokens, ids)
-            engine.backward(output.loss)
-            energies = output.step_energies[[0, -1]] if output.step_energies is not None else torch.zeros(2)
-            row = torch.cat((output.step_losses, energies.to(output.step_losses)))
-            values = row if values is None else values + row
-            self.watchdog.beat(step, "optimizer step")
-            engine.step()
-        assert values is not None
+            plan: Any = self.model.plan(step, micro_step)
+            output = self.model.training_step(
+                batch.tokens.to(self.world.device, non_blocking=True),
+                batch.sample_ids,
+                plan,
+                weight=1 / accumulation,
+                forward=engine,
+                backward=engine.backward,
+            )
+            seen.add(output)
+        self.watchdog.beat(step, "optimizer step")
+        applied = engine.step()
 
         self.watchdog.beat(step, "waiting for all ranks")
-        # One collective carries the figures of the step and the wish to stop.
-        packed = torch.cat((values / micro_steps, values.new_tensor([float(self.stop.requested)])))
-        if self.world.world_size > 1:
-            dist.all_reduce(packed)
-            packed[:-1] /= self.world.world_size
-        *losses, energy_first, energy_last, stop = packed.tolist()
+        means, stop, nonfinite = seen.gather(self.stop.requested)
 
         seconds = time.perf_counter() - start
         tokens_in_step = config.training.global_batch_size * config.data.sequence_length
@@ -202,18 +198,14 @@ class Trainer:
         state.tokens += tokens_in_step
         state.seconds += seconds
         state.data = self.stream.state_dict()
-        applied = engine.was_step_applied()
-        has_energy = config.model.kind == "ebt"
+        refined = config.model.kind == "ebt"
+        figures = {name: value if refined or name.startswith("loss") else None for name, value in means.items()}
         self._record(
             {
                 "kind": "train",
                 "step": step,
-                "loss": sum(losses) / len(losses),
-                "loss_first_step": losses[0],
-                "loss_last_step": losses[-1],
-                "energy_first": energy_first if has_energy else None,
-                "energy_last": energy_last if has_energy else None,
-                "grad_norm": float(engine.get_global_grad_norm()),
+                **figures,
+                "grad_norm": engine.gradient_norm(),
                 "lr": lr,
                 "mcmc_step_size": step_size,
                 "tokens": state.tokens,
@@ -223,10 +215,12 @@ class Trainer:
                 "mfu": self.flops_per_token * tokens_in_step / seconds / self.peak_flops if self.peak_flops else 0.0,
             }
         )
-        self._count_skipped(applied, losses)
-        return stop > 0
+        if nonfinite is not None:
+            self._say(f"WARNING: step {step} had energies or gradients not finite: {nonfinite}", sys.stderr)
+        self._count_skipped(applied)
+        return stop
 
-    def _count_skipped(self, applied: bool, losses: list[float]) -> None:
+    def _count_skipped(self, applied: bool) -> None:
         """Keep count of steps that were left out because their gradient was not finite; stop after too many."""
         state, limit = self.state, self.config.training.max_nonfinite_steps
         state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
@@ -235,7 +229,7 @@ class Trainer:
         state.skipped_steps += 1
         self._say(
             f"WARNING: step {state.step} skipped on all ranks: its gradient is not finite "
-            f"(losses {', '.join(f'{loss:.4g}' for loss in losses)}; {state.skipped_steps} skipped so far)",
+            f"({state.skipped_steps} skipped so far)",
             sys.stderr,
         )
         if state.skipped_in_a_row >= limit:
@@ -283,7 +277,7 @@ class Trainer:
             self.watchdog.beat(step, "validation")
             return not any_rank(self.stop.requested, self.world)
 
-        result = evaluate(self.engine.module, batches, config.mcmc.num_steps, self.world.device, proceed)
+        result = evaluate(self.engine, batches, config.mcmc.most_steps, self.world.device, proceed)
         if result is None:
             return True
         record = {
@@ -306,14 +300,19 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.beat(self.state.step, "checkpoint")
         path = self.checkpointer.save(
-            self.engine, self.state, lambda: self.watchdog.beat(self.state.step, "checkpoint")
+            self.engine,
+            self.state,
+            lambda: self.watchdog.beat(self.state.step, "checkpoint"),
+            self.model.extra_state(),
         )
         self.saved_step = self.state.step
         self._say(f"saved {path}")
 
     def _step_size(self) -> float | None:
-        model = self.engine.module
-        return model.space.step_size().item() if isinstance(model, EnergyBasedTransformer) else None
+        """Return alpha; under ZeRO-3 all ranks have to ask for it."""
+        if not isinstance(self.model, EnergyBasedTransformer):
+            return None
+        return max(MIN_STEP_SIZE, self.engine.read(self.model.space.step_size.alpha).item())
 
     def _peak_memory(self) -> int:
         if self.world.device.type == "cuda":

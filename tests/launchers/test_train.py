@@ -21,7 +21,8 @@ from tests.runs import metrics
 
 LOSSES = ("loss", "loss_first_step", "loss_last_step", "energy_first", "energy_last", "mcmc_step_size")
 KEYS = {"kind", "step", "tokens", *LOSSES}
-TRAIN_KEYS = {*KEYS, "grad_norm", "lr", "tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
+STEP_KEYS = {"energy_gradient_first", "energy_gradient_last", "mcmc_num_steps", "grad_norm", "lr"}
+TRAIN_KEYS = {*KEYS, *STEP_KEYS, "tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
 
 
 def whole_run(start: Start, launcher: str, arguments: list[str], folder: Path) -> tuple[Path, str]:
@@ -257,7 +258,7 @@ def test_dry_run_tells_and_touches_nothing(
     assert re.search(r"^parameters: 35,009$", out, re.MULTILINE)
     assert re.search(r"^training FLOPs per token: [\d.e+]+ ", out, re.MULTILINE)
     for gpus in (1, 8, 64):
-        assert re.search(rf"^ +{gpus}( +\d+\.\d\d){{3}}$", out, re.MULTILINE)
+        assert re.search(rf"^ +{gpus}( +\d+\.\d\d){{5}}$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", "interrupted\n"), ("3", "rank 3 interrupted\n")])

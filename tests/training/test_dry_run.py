@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from ebwm_dist.config import Config, MCMCConfig, ModelConfig, TrainingConfig
+from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
+from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.loading import load_config
+from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.registry import build_model
-from ebwm_dist.training.dry_run import activation_bytes, describe, parameter_count, state_bytes
+from ebwm_dist.training.dry_run import _live_bytes, _LiveBytes, activation_bytes, describe, parameter_count, state_bytes
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -20,7 +23,7 @@ def test_every_shipped_configuration_is_described(path: Path) -> None:
     config = load_config(path)
     text = describe(config)
     assert f"parameters: {parameter_count(config):,}" in text
-    assert "training FLOPs per token" in text and "ZeRO 2" in text
+    assert "training FLOPs per token" in text and "ZeRO 3" in text
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("ebt_xl", 704.9e6), ("ebt_small", 49.6e6), ("ebt_4xs", 0.23e6)])
@@ -31,30 +34,50 @@ def test_sizes_are_those_of_the_paper(name: str, parameters: float) -> None:
     assert parameter_count(config) - vocabulary == pytest.approx(parameters, rel=0.01)
 
 
-def test_activations_are_those_of_a_real_step() -> None:
-    """The bytes counted without memory are the bytes that autograd keeps when the step is really made."""
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_memory_is_that_of_a_real_step(checkpointing: str) -> None:
+    """The bytes counted without memory are those that live when the step is really made, checkpointed or not."""
     config = Config(
-        model=ModelConfig(vocab_size=50, dim=16, num_heads=2, num_layers=2),
+        model=ModelConfig(vocab_size=50, dim=16, num_heads=2, num_layers=3),
         mcmc=MCMCConfig(num_steps=2, step_size=1.0, initial_state="zeros"),
-        training=TrainingConfig(micro_batch_size=3),
+        training=TrainingConfig(micro_batch_size=3, positions_per_pass=20, activation_checkpointing=checkpointing),
+        data=DataConfig(sequence_length=40),
     )
     model = build_model(config, pad_id=0)
-    kept: dict[int, torch.UntypedStorage] = {}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with _LiveBytes() as live:
+        model.training_step(torch.randint(1, 50, (3, 41)), torch.arange(3), StepPlan(2))
+    assert live.now == 0  # nothing outlives the step
+    assert activation_bytes(config) == pytest.approx(live.most, rel=0.1)
+    more_steps = dataclasses.replace(config, mcmc=dataclasses.replace(config.mcmc, num_steps=6))
+    assert activation_bytes(more_steps) == pytest.approx(activation_bytes(config), rel=0.01)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
 
-    tokens = torch.randint(1, 50, (3, config.data.sequence_length + 1))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(tokens, torch.arange(3))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in weights)
-    assert output.loss.requires_grad
-    assert activation_bytes(config) == pytest.approx(real, rel=0.1)
+def test_depth_is_extrapolated() -> None:
+    config = Config(
+        model=ModelConfig(vocab_size=50, dim=16, num_heads=2, num_layers=9),
+        training=TrainingConfig(micro_batch_size=2, positions_per_pass=20),
+        data=DataConfig(sequence_length=40),
+    )
+    assert activation_bytes(config) == pytest.approx(_live_bytes(config, 9), rel=0.01)
 
 
 def test_zero_shards_what_it_says() -> None:
-    assert [state_bytes(100, stage, 1, "fp32") for stage in (0, 1, 2)] == [1600, 2000, 2000]
-    assert [state_bytes(100, stage, 4, "fp32") for stage in (0, 1, 2)] == [1600, 1100, 800]
-    assert [state_bytes(100, stage, 4, "bf16") for stage in (0, 1, 2)] == [1600, 700, 550]
+    def device(world_size: int, precision: str) -> list[float]:
+        return [state_bytes(100, ZeroConfig(stage), world_size, precision)[0] for stage in (0, 1, 2)]
+
+    assert device(1, "fp32") == [1600, 2000, 2000]
+    assert device(4, "fp32") == [1600, 1100, 800]
+    assert device(4, "bf16") == [1800, 900, 600]
+    large = 10 * GATHERED_NUMBERS
+    assert state_bytes(large, ZeroConfig(3), 4, "bf16") == (2 * GATHERED_NUMBERS + large * 18 / 4, 0)
+
+
+def test_offloading_moves_what_it_says() -> None:
+    large = 10 * GATHERED_NUMBERS
+    everything = ZeroConfig(3, offload_optimizer=True, offload_parameters=True)
+    assert state_bytes(large, everything, 4, "bf16") == (2 * GATHERED_NUMBERS, large * 18 / 4)
+    assert state_bytes(100, ZeroConfig(1, offload_optimizer=True), 4, "fp32") == (800, 400)
+    config = Config(zero=everything)
+    assert "ZeRO 3 and offload_optimizer and offload_parameters" in describe(config)

@@ -81,7 +81,7 @@ def test_the_checking_optimizer_clips_like_torch_and_skips_what_is_not_finite() 
             q.grad = p.grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
         if bad:
-            next(model.parameters()).grad[0, 0] = torch.inf
+            next(model.parameters()).grad.view(-1)[0] = torch.inf
         else:
             plain.step()
         optimizer.step()
@@ -89,6 +89,38 @@ def test_the_checking_optimizer_clips_like_torch_and_skips_what_is_not_finite() 
         assert bad or optimizer._global_grad_norm == pytest.approx(norm.item())
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_a_fixed_alpha_is_not_optimized() -> None:
+    settings = config(warmup_steps=10)
+    settings.mcmc.learn_step_size = False
+    model = build_model(settings, pad_id=0)
+    (rest,) = build_optimizer(model, settings).param_groups
+    assert len(rest["params"]) == len(list(model.parameters())) - 1
+
+
+def test_weights_in_bf16_are_updated_in_fp32_from_gradients_added_up_in_fp32() -> None:
+    """Many updates too small to show in bf16 add up, and so do many small gradients beside a large one."""
+    settings = config(warmup_steps=0, grad_clip=0.0, weight_decay=0.0)
+    settings.optimizer.lr, settings.zero.stage, settings.training.precision = 1e-4, 0, "bf16"
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    optimizer = build_optimizer(model, settings)
+    for _ in range(100):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    assert optimizer.param_groups[0]["params"][0].item() == pytest.approx(0.99, abs=1e-4)
+    assert model.weight.item() == pytest.approx(0.99, abs=0.004)
+
+    model.weight.grad = None
+    for size in [1.0] + [1e-3] * 100:
+        (model.weight * size).sum().backward()
+    assert model.weight.grad.item() == pytest.approx(1.1, abs=0.001)
+
+    again = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    resumed = build_optimizer(again, settings)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(resumed.param_groups[0]["params"][0], optimizer.param_groups[0]["params"][0])
 
 
 def _groups(twin: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:

@@ -26,24 +26,51 @@ TOLERANCES = {
 """Relative differences that float32 rounding explains over ten steps; some ten times what is seen."""
 
 
+SYSTEM_2 = [
+    "mcmc.num_steps=2",
+    "mcmc.max_num_steps=3",
+    "mcmc.num_steps_warmup=3",
+    "mcmc.step_size_warmup=5",
+    "mcmc.step_size_spread=2",
+    "mcmc.langevin_noise=0.1",
+    "mcmc.loss=last",
+    "mcmc.replay_size=7",
+]
+
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_module_state(list_checkpoints(run_dir / "checkpoints")[0])
 
 
-def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
-    """Two ranks under ZeRO 0, 1 and 2 train as one process does, alpha included, also with accumulation."""
+def training_state(run_dir: Path) -> dict:
+    files = newest_state(run_dir)
+    return next(content["training_state"] for content in files.values() if "training_state" in content)
 
-    def run(name: str, stage: int, micro: int) -> list[str]:
+
+def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """Two and three ranks under every stage train as one process does, alpha included: with accumulation over 1 and
+    over several micro-batches, with checkpointed blocks, with parameters and optimizer in the memory of the CPU."""
+
+    def run(name: str, stage: int, micro: int, *more: str) -> list[str]:
         return [
             f"data.path={tiny_data}",
             f"run_dir={tmp_path / name}",
             f"zero.stage={stage}",
             f"training.micro_batch_size={micro}",
+            "training.positions_per_pass=6",
+            *more,
+            *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
         ]
 
+    checkpointed = "training.activation_checkpointing=block"
+    offloaded = ["zero.offload_optimizer=true", "zero.offload_parameters=true"]
+    two = {f"{stage}-6": (stage, 6) for stage in range(4)}
+    three = {f"{stage}-1": (stage, 1, *([checkpointed] if stage in (0, 3) else [])) for stage in range(4)}
+    two["3-6-checkpointed"], two["3-6-offloaded"] = (3, 6, checkpointed), (3, 6, *offloaded)
     run_distributed_test(train_in_turn, 1, tiny_config, [run("one", 0, 12)])
-    names = [f"zero-{stage}-micro-{micro}" for stage in (0, 1, 2) for micro in (6, 2)]
-    run_distributed_test(train_in_turn, 2, tiny_config, [run(n, int(n[5]), int(n[-1])) for n in names])
+    run_distributed_test(train_in_turn, 2, tiny_config, [run(f"2-{n}", *v) for n, v in two.items()], timeout=300)
+    run_distributed_test(train_in_turn, 3, tiny_config, [run(f"3-{n}", *v) for n, v in three.items()], timeout=300)
+    names = [*(f"2-{n}" for n in two), *(f"3-{n}" for n in three)]
 
     expected, expected_weights = metrics(tmp_path / "one"), weights(tmp_path / "one")
     assert len(expected) == 10
@@ -57,7 +84,7 @@ def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: 
     assert alpha[0] == 0.5 and len(set(alpha)) == 10
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 2, "fp32")])
+@pytest.mark.parametrize(("world_size", "stage", "precision"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 3, "bf16")])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_data: Path, tiny_config: Path, tmp_path: Path, world_size: int, stage: int, precision: str
 ) -> None:
@@ -72,6 +99,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         f"zero.stage={stage}",
         f"training.precision={precision}",
         "validation.interval=5",
+        *(SYSTEM_2 if stage == 3 else []),
     ]
     whole, parts = [*common, f"run_dir={tmp_path / 'whole'}"], [*common, f"run_dir={tmp_path / 'parts'}"]
     stops = ["training.stop_after=8", "training.stop_after=15", "training.stop_after=null"]
@@ -85,11 +113,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         strip = [[{k: v for k, v in r.items() if k not in volatile} for r in records] for records in (got, want)]
         assert strip[0] == strip[1]
     assert len(list_checkpoints(tmp_path / "parts" / "checkpoints")) == 3
-    # The only thing that may differ is how long it took.
+    # What may differ is how long it took, and the padding that rank 1 holds in place of alpha under ZeRO-3.
     assert_same(
         newest_state(tmp_path / "parts"),
         newest_state(tmp_path / "whole"),
-        skip=lambda where: where.endswith("training_state/seconds"),
+        skip=lambda where: (
+            where.endswith("training_state/seconds")
+            or ("zero_pp_rank_1" in where and where.endswith("fp32_flat_groups/1"))
+        ),
     )
 
 
@@ -139,25 +170,24 @@ def test_a_stop_during_validation_does_not_wait_for_its_end(tiny_data: Path, tin
 
 
 def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad_steps: set[int]) -> None:
-    """Train while the last rank's loss is not a number at some steps; the weights must not move there."""
+    """Train while the last rank's energies are not numbers at some steps."""
     from ebwm_dist.training import trainer
 
     build = trainer.build_model
-    seen: dict[int, torch.Tensor] = {}
 
     def build_poisoned(*args):
         model = build(*args)
-        forward, calls = model.forward, iter(range(1, 1000))
+        energy, step, calls = model.transformer.head.forward, model.training_step, iter(range(1, 1000))
+        now = [0]
 
-        def poisoned_forward(tokens, ids):
-            step = next(calls)
-            seen[step] = model.embeddings.weight.detach().clone()
-            output = forward(tokens, ids)
-            if rank == world_size - 1 and step in bad_steps:
-                return output._replace(loss=output.loss * torch.nan)
-            return output
+        def training_step(*args, **kwargs):
+            now[0] = next(calls)
+            return step(*args, **kwargs)
 
-        model.forward = poisoned_forward
+        def poisoned_energy(h):
+            return energy(h) * (torch.nan if rank == world_size - 1 and now[0] in bad_steps else 1)
+
+        model.training_step, model.transformer.head.forward = training_step, poisoned_energy
         return model
 
     trainer.build_model = build_poisoned
@@ -165,17 +195,20 @@ def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad
         train_in_turn(rank, world_size, config, [overrides])
     finally:
         trainer.build_model = build
-        for step in range(1, len(seen)):
-            moved = not torch.equal(seen[step], seen[step + 1])
-            assert moved == (step not in bad_steps), f"step {step} on rank {rank}: moved is {moved}"
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(stage, precision) for stage in (0, 1, 2) for precision in ("fp32", "bf16")]
+    ("stage", "precision"), [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 )
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
-    tiny_data: Path, tiny_config: Path, tmp_path: Path, stage: int, precision: str
+    tiny_data: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    stage: int,
+    precision: str,
 ) -> None:
+    """Nothing moves then, and the warning names the rank, the MCMC step and the landscape."""
     overrides = [
         f"data.path={tiny_data}",
         f"run_dir={tmp_path / 'run'}",
@@ -185,9 +218,14 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
         "training.micro_batch_size=6",
     ]
     run_distributed_test(poisoned, 2, tiny_config, overrides, {3, 4})
-    state = newest_state(tmp_path / "run")["mp_rank_00_model_states.pt"]["training_state"]
+    state = training_state(tmp_path / "run")
     assert state["skipped_steps"] == 2 and state["skipped_in_a_row"] == 0 and state["step"] == 6
     assert [r["grad_norm"] is None for r in metrics(tmp_path / "run")] == [False, False, True, True, False, False]
+    alpha = [r["mcmc_step_size"] for r in metrics(tmp_path / "run")]  # at the beginning of each step
+    assert [a != b for a, b in itertools.pairwise(alpha)] == [True, True, False, False, True]
+    told = [line for line in capfd.readouterr().err.splitlines() if "not finite: " in line]
+    assert len(told) == 2 and all("rank 1 (" in line and "rank 0" not in line for line in told)
+    assert "MCMC step 1, landscape 1: 96 positions" in told[0] and "MCMC step 2, landscape 1: 96" in told[0]
 
 
 def test_too_many_such_steps_stop_the_run(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:

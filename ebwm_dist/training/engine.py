@@ -1,0 +1,203 @@
+"""The model under DeepSpeed: built, sharded, and run pass by pass.
+
+DeepSpeed is made for one forward and one backward per step. A step here is many of both, each over some of the
+parameters only, and a context stream goes backward long after it went forward. Three things then need help, all of them
+found by comparing gradients or memory with those of one process (DeepSpeed 0.19.8):
+
+* Stages 2 (with an offloaded optimizer) and 3 overwrite the sum of gradients in the first backward of a step and add to
+  it in the others: a parameter that the first one does not reach keeps the sum of the step before. And in bf16 with an
+  offloaded optimizer, stages 1 and 2 go on adding to a sum that was not finite. So `step` clears all sums.
+* Stage 3 foresees which parameters are needed from the order of modules in the last pass. With passes of several kinds
+  no two in a row are alike, and an order that does not fit is an error: so each pass starts without one, and parameters
+  are fetched when their module runs.
+* Stage 3 lets go of a module's parameters once as many gradients as its last forward had inputs have come out of it.
+  Forwards in between spoil that count, and a late backward would end up with the whole model gathered.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
+from ebwm_dist.config.schema import Config
+from ebwm_dist.training.distributed import World, restricted_loading
+from ebwm_dist.training.optimizer import build_optimizer
+
+
+def create_engine(
+    config: Config, build: Callable[[], nn.Module], world: World
+) -> tuple[TrainingEngine, torch.optim.Optimizer]:
+    """Build the model on all ranks and wrap it.
+
+    Args:
+        config: of the whole run.
+        build: returns the model, on the CPU; every module must draw its own weights as it is constructed. It runs
+            under the seed of the configuration, and gives the same weights at every stage.
+        world: this process and the others.
+
+    Returns:
+        the engine, and the optimizer whose parameter groups hold the learning rates.
+    """
+    import deepspeed
+
+    torch.manual_seed(config.seed)
+    settings = deepspeed_dict(config, world.world_size)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    with _quiet():
+        if config.zero.stage == 3:
+            model = _build_sharded(build, settings, dtype)
+        else:
+            model = build().to(world.device, dtype if optimizer_checks(config) else None)
+        optimizer = build_optimizer(model, config)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return TrainingEngine(engine), optimizer
+
+
+class TrainingEngine:
+    """A DeepSpeed engine for steps of many passes. All ranks do the same passes in the same order."""
+
+    def __init__(self, deepspeed_engine: Any):
+        self.deepspeed = deepspeed_engine
+        stage = deepspeed_engine.zero_optimization_stage()
+        self._sharded = _ShardedPasses(deepspeed_engine) if stage == 3 else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; under stage 3 its parameters are empty except while one of its modules runs."""
+        return self.deepspeed.module
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the whole model."""
+        return sum(vars(p).get("ds_numel", p.numel()) for p in self.module.parameters())
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        """Run the pass `name` of the model."""
+        if self._sharded is None:
+            return self.deepspeed(name, *args)
+        self._sharded.before_forward()
+        output = self.deepspeed(name, *args)
+        self._sharded.after_forward(output)
+        return output
+
+    def backward(self, scalar: Tensor) -> None:
+        """Add the gradients of `scalar` to those of the parameters. It is not scaled; ranks are averaged."""
+        if self._sharded is not None:
+            self._sharded.before_backward()
+        self.deepspeed.backward(scalar, scale_wrt_gas=False)
+
+    def step(self) -> bool:
+        """Clip the gradients and update the parameters; return whether that was done, or left out as not finite."""
+        engine, optimizer = self.deepspeed, self.deepspeed.optimizer
+        if not engine.zero_optimization():
+            for p in engine.module.parameters():  # DeepSpeed would make them in the precision of the parameter
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
+        engine.step()
+        _forget_gradients(optimizer)
+        if self._sharded is not None:
+            self._sharded.clear()
+        return engine.was_step_applied()
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient before clipping, over all parameters and ranks."""
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return a copy of a parameter, whole; under stage 3 all ranks have to ask for it."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def save_checkpoint(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write this rank's part of model and optimizer into `folder`."""
+        self.deepspeed.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
+        )
+
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Read it back; return the client state."""
+        with restricted_loading(), _quiet():
+            _, client_state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        return client_state
+
+
+def _forget_gradients(optimizer: Any) -> None:
+    """Clear what ZeRO's optimizers keep of the gradients of a step."""
+    kept = list(getattr(optimizer, "accumulated_grads_in_cpu", {}).values())
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):  # stage 3
+        kept.append(optimizer.grad_partitions_flat_buffer)
+        shares = optimizer.fp32_partitioned_groups_flat
+    else:
+        shares = getattr(optimizer, "single_partition_of_fp32_groups", [])
+        for group in getattr(optimizer, "averaged_gradients", {}):
+            optimizer.averaged_gradients[group] = None
+    kept += [share.grad for share in shares if share.grad is not None]
+    for gradients in kept:
+        gradients.zero_()
+
+
+class _ShardedPasses:
+    """What ZeRO-3 must be told between the passes of a step."""
+
+    def __init__(self, engine: Any):
+        self.offload = engine.optimizer.parameter_offload
+        self.blank = self.offload.param_coordinator
+        self.modules = list(engine.module.modules())
+        self.waiting: list[tuple[int, list[int]]] = []
+        self.number = 0
+
+    def before_forward(self) -> None:
+        self._forget_order()
+        self.number += 1
+
+    def after_forward(self, output: Any) -> None:
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output)):
+            self.waiting.append((self.number, [getattr(module, "ds_grads_remaining", 0) for module in self.modules]))
+
+    def before_backward(self) -> None:
+        """Prepare for a backward: that of the last pass, or a late one."""
+        number, counts = self.waiting.pop() if self.waiting else (0, [])
+        if number != self.number:
+            for module, count in zip(self.modules, counts, strict=False):
+                module.ds_grads_remaining = count
+            self._forget_order()
+            self.offload.param_coordinator.reset_step()
+
+    def clear(self) -> None:
+        self.waiting.clear()
+
+    def _forget_order(self) -> None:
+        coordinator = copy.copy(self.blank)
+        coordinator._clear_trace_structures()
+        self.offload.param_coordinator = coordinator
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """Keep DeepSpeed's remarks on its memory and its files off the console, unless one is debugging."""
+    return nullcontext() if os.environ.get("EBWM_DEBUG") else redirect_stdout(io.StringIO())
+
+
+def _build_sharded(build: Callable[[], nn.Module], settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """Build a model of which each rank only ever holds its share, besides the one module being constructed."""
+    import deepspeed
+
+    # Weights are drawn in fp32 and rounded, as they are at the other stages.
+    with deepspeed.zero.Init(config_dict_or_path={**settings, "bf16": {"enabled": False}}):
+        model = build()
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+        shard: Tensor = vars(p)["ds_tensor"]
+        shard.data = shard.data.to(dtype)
+    return model
