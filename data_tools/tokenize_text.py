@@ -82,13 +82,14 @@ def describe(report: Report) -> str:
     lines = [f"{manifest.folder}: up to date" if report.up_to_date else f"{manifest.folder}: done"]
     for name, split in manifest.splits.items():
         lines.append(
-            f"  {name}: {split.documents:,} documents in {split.groups:,} groups, {split.tokens:,} tokens, "
-            f"{split.samples:,} samples of {manifest.sequence_length}, {len(split.shards)} shards"
+            f"  {name}: {split.totals['documents']:,} documents in {split.groups:,} groups, "
+            f"{split.totals['tokens']:,} tokens, "
+            f"{split.samples:,} samples of {manifest.content.sequence_length}, {len(split.shards)} shards"
         )
     if report.rejects:
         lines.append(f"  {report.rejects:,} malformed documents left out, listed in {manifest.folder / REJECTS_NAME}")
     if not report.up_to_date:
-        tokens = sum(split.tokens for split in manifest.splits.values())
+        tokens = sum(split.totals["tokens"] for split in manifest.splits.values())
         lines.append(f"  {report.seconds:.1f} s, {tokens / max(report.seconds, 1e-9):,.0f} tokens/s")
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ebwm_dist.data.files import sha256_of_file
 from ebwm_dist.data.manifest import Manifest, Shard
-from ebwm_dist.data.shards import ShardReader, read_index
+from ebwm_dist.data.shards import open_reader, read_index
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError, UserError
 
@@ -25,7 +25,7 @@ def fast_problems(manifest: Manifest, shard: Shard) -> Iterator[str]:
     """Yield what existence, size and index show to be wrong with a shard."""
     try:
         manifest.check_shard(shard)
-        read_index(manifest.folder, shard)
+        read_index(manifest, shard)
     except DataError as error:
         yield str(error)
 
@@ -36,7 +36,7 @@ def deep_problems(manifest: Manifest, split: str, number: int) -> Iterator[str]:
     path = manifest.folder / shard.path
     if sha256_of_file(path) != shard.sha256:
         yield f"{path}: its content differs from the manifest (SHA-256)"
-    index = [(f"{m.key}.npy", m.offset, m.size) for m in read_index(manifest.folder, shard)]
+    index = [(f"{m.key}.npy", m.offset, m.size) for m in read_index(manifest, shard)]
     try:
         with tarfile.open(path, "r:") as tar:
             members = [(m.name, m.offset_data, m.size) for m in tar]
@@ -45,7 +45,7 @@ def deep_problems(manifest: Manifest, split: str, number: int) -> Iterator[str]:
     except tarfile.TarError as error:
         yield f"{path}: not a tar file ({error})"
     try:
-        for _ in ShardReader(manifest, split).blocks([number]):
+        for _ in open_reader(manifest, split).blocks([number]):
             pass  # reading checks header, shape, dtype and token ids
     except DataError as error:
         yield str(error)
@@ -53,10 +53,13 @@ def deep_problems(manifest: Manifest, split: str, number: int) -> Iterator[str]:
 
 def token_problems(manifest: Manifest, split: str) -> Iterator[str]:
     """Yield a problem if the split does not predict as many tokens as the manifest says."""
-    blocks = ShardReader(manifest, split).blocks()
-    found = sum(int(np.count_nonzero(block[:, 1:] != manifest.pad_id)) for block in blocks)
-    if found != manifest.splits[split].tokens:
-        yield f"the {split} split holds {found} tokens, the manifest says {manifest.splits[split].tokens}"
+    blocks, pad_id = open_reader(manifest, split).blocks(), manifest.token_content.pad_id
+    found, expected = (
+        sum(int(np.count_nonzero(b[:, 1:] != pad_id)) for b in blocks),
+        manifest.splits[split].totals["tokens"],
+    )
+    if found != expected:
+        yield f"the {split} split holds {found} tokens, the manifest says {expected}"
 
 
 def find_problems(manifest: Manifest, deep: bool) -> list[str]:

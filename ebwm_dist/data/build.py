@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ebwm_dist.data.content import TokenContent
 from ebwm_dist.data.documents import (
     Document,
     DocumentReader,
@@ -59,9 +60,9 @@ class Report:
 class _SplitBuilder:
     """Collects one split: packs its tokens, writes its shards, counts what went in."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, layout: Layout, tokenizer: Tokenizer) -> None:
-        self._packer = Packer(layout.sequence_length, layout.samples_per_member, tokenizer.eos_id, tokenizer.pad_id)
-        self._writer = ShardWriter(folder, split, dtype, layout.members_per_shard)
+    def __init__(self, folder: Path, split: str, content: TokenContent, layout: Layout) -> None:
+        self._packer = Packer(content.sequence_length, layout.samples_per_member, content.eos_id, content.pad_id)
+        self._writer = ShardWriter(folder, split, content, layout.members_per_shard)
         self.groups: set[str] = set()
         self._documents = self._tokens = self._text_bytes = 0
 
@@ -77,8 +78,8 @@ class _SplitBuilder:
         for block in self._packer.finish():
             self._writer.write(block)
         self._writer.close()
-        shards = tuple(self._writer.shards)
-        return Split(shards, self._documents, len(self.groups), self._tokens, self._text_bytes)
+        totals = {"documents": self._documents, "tokens": self._tokens, "text_bytes": self._text_bytes}
+        return Split(tuple(self._writer.shards), len(self.groups), totals)
 
 
 def build(
@@ -108,21 +109,23 @@ def build(
         write_atomically(out / TOKENIZER_NAME, tokenizer.path.read_bytes())
 
     reader = DocumentReader(files, fields, on_error)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    builders = {name: _SplitBuilder(out, name, dtype, layout, tokenizer) for name in SPLITS}
-    _fill(builders, reader, tokenizer, layout, files, workers, progress)
-    if reader.rejects:
-        _write_rejects(out / REJECTS_NAME, reader.rejects)
-    manifest = Manifest(
-        folder=out,
+    content = TokenContent(
         sequence_length=layout.sequence_length,
-        dtype=dtype.name,
+        dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         tokenizer=TOKENIZER_NAME,
         tokenizer_sha256=tokenizer.sha256,
+    )
+    builders = {name: _SplitBuilder(out, name, content, layout) for name in SPLITS}
+    _fill(builders, reader, tokenizer, layout, files, workers, progress)
+    if reader.rejects:
+        _write_rejects(out / REJECTS_NAME, reader.rejects)
+    manifest = Manifest(
+        folder=out,
+        content=content,
         splits={name: builder.finish() for name, builder in builders.items()},
         held_out_groups=tuple(sorted(builders["val"].groups)),
         source={**source, "rejects": len(reader.rejects), "empty": reader.empty},
@@ -165,7 +168,7 @@ def _up_to_date(out: Path, source: dict[str, object], tokenizer: Tokenizer) -> M
         manifest = Manifest.load(out)
         manifest.check_files()
         manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
-        manifest.check_tokenizer(Tokenizer(out / manifest.tokenizer).sha256, TOKENIZER_NAME)
+        manifest.check_tokenizer(Tokenizer(out / manifest.token_content.tokenizer).sha256, TOKENIZER_NAME)
     except DataError:
         return None
     same = {key: manifest.source.get(key) for key in source} == source

@@ -8,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ebwm_dist.data.content import KINDS, Content, TokenContent, count, inside, parse_content
 from ebwm_dist.data.files import write_json
 from ebwm_dist.errors import DataError
 
 FILE_NAME = "manifest.json"
-FORMAT = "ebwm-token-shards"
-VERSION = 1
+FORMAT = "ebwm-shards"
+VERSION = 2
 SPLITS = ("train", "val")
 
 HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
 
-HOW_TO_REPAIR = "restore the file or run data_tools/tokenize_text.py again"
+MAKE_AGAIN = f"run the tool that made it again ({', '.join(content.tool for content in KINDS.values())})"
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of a split in order, and what went into them; `tokens` counts the tokens that are predicted."""
+    """The shards of a split in order, the number of groups, and the totals that its kind of content counts.
+
+    Of text these are `documents`, `tokens` (that are predicted) and `text_bytes`, of video `videos` and `frames`.
+    """
 
     shards: tuple[Shard, ...]
-    documents: int
     groups: int
-    tokens: int
-    text_bytes: int
+    totals: dict[str, int]
 
     @property
     def samples(self) -> int:
@@ -72,14 +72,7 @@ class Manifest:
     """Everything known about the data folder `folder`; `source` records inputs and settings it was made from."""
 
     folder: Path
-    sequence_length: int
-    dtype: str
-    vocab_size: int
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    tokenizer: str
-    tokenizer_sha256: str
+    content: Content
     splits: dict[str, Split]
     held_out_groups: tuple[str, ...]
     source: dict[str, Any] = field(default_factory=dict)
@@ -97,20 +90,39 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash what fixes content and order of the samples; equal fingerprints mean the same training data."""
-        content = [VERSION, self.sequence_length, self.dtype, self.vocab_size, self.pad_id, self.tokenizer_sha256]
         shards = [[name, s.path, s.samples, s.sha256] for name in SPLITS for s in self.splits[name].shards]
-        return hashlib.sha256(json.dumps([content, shards]).encode("utf-8")).hexdigest()
+        return hashlib.sha256(json.dumps([VERSION, self._content, shards]).encode("utf-8")).hexdigest()
 
     @property
-    def array_dtype(self) -> np.dtype:
-        """Return the dtype of the stored arrays, little-endian on every machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
+    def how_to_repair(self) -> str:
+        """Return what to do about a file that is missing or damaged, for messages."""
+        return f"restore the file or run {self.content.tool} again"
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"kind": self.content.kind, **asdict(self.content)}
+
+    @property
+    def token_content(self) -> TokenContent:
+        """Return what is known of the tokens; a folder of anything else is a DataError."""
+        if not isinstance(self.content, TokenContent):
+            raise DataError(
+                f"the shards in {self.folder} hold {self.content.kind}, tokens are needed here; set data.path to a "
+                f"folder made by {TokenContent.tool}"
+            )
+        return self.content
 
     def save(self) -> None:
         """Write `manifest.json` atomically: from here on the folder counts as whole."""
-        content = asdict(self)
-        del content["folder"]
-        write_json(self.folder / FILE_NAME, {"format": FORMAT, "version": VERSION, **content})
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "content": self._content,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "held_out_groups": self.held_out_groups,
+            "source": self.source,
+        }
+        write_json(self.folder / FILE_NAME, content)
 
     @staticmethod
     def load(path: str | Path) -> Manifest:
@@ -126,13 +138,12 @@ class Manifest:
                 f"data folder {folder} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
             ) from None
         except ValueError as error:
-            raise DataError(f"{file} is not valid JSON ({error}); run data_tools/tokenize_text.py again") from None
+            raise DataError(f"{file} is not valid JSON ({error}); {MAKE_AGAIN}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DataError(f"{file} is not a manifest of token shards; run data_tools/tokenize_text.py again")
+            raise DataError(f"{file} is not a manifest of shards that this program reads; {MAKE_AGAIN}")
         if content.get("version") != VERSION:
             raise DataError(
-                f"{file} has version {content.get('version')}, this program reads version {VERSION}; "
-                "run data_tools/tokenize_text.py again"
+                f"{file} has version {content.get('version')}, this program reads version {VERSION}; {MAKE_AGAIN}"
             )
         try:
             return _parse(folder, content)
@@ -140,8 +151,7 @@ class Manifest:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{file} is incomplete or damaged ({type(error).__name__}: {error}); "
-                "run data_tools/tokenize_text.py again"
+                f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {MAKE_AGAIN}"
             ) from None
 
     def check_files(self) -> None:
@@ -155,62 +165,34 @@ class Manifest:
         for name in (shard.path, shard.index_path):
             if not (self.folder / name).is_file():
                 raise DataError(
-                    f"missing shard: {self.folder / name} does not exist, the manifest lists it; {HOW_TO_REPAIR}"
+                    f"missing shard: {self.folder / name} does not exist, the manifest lists it; {self.how_to_repair}"
                 )
         size = (self.folder / shard.path).stat().st_size
         if size != shard.bytes:
             raise DataError(
                 f"shard that disagrees with its manifest: {self.folder / shard.path} has {size} bytes, "
-                f"the manifest says {shard.bytes}; {HOW_TO_REPAIR}"
+                f"the manifest says {shard.bytes}; {self.how_to_repair}"
             )
 
     def check_tokenizer(self, sha256: str, name: str) -> None:
         """Refuse a tokenizer that the shards were not made with."""
-        if sha256 != self.tokenizer_sha256:
+        expected = self.token_content.tokenizer_sha256
+        if sha256 != expected:
             raise DataError(
                 f"tokenizer {name} is not the one that the shards in {self.folder} were made with (sha256 "
-                f"{sha256[:12]}, the manifest says {self.tokenizer_sha256[:12]}); restore it, or run "
-                "data_tools/tokenize_text.py again"
+                f"{sha256[:12]}, the manifest says {expected[:12]}); restore it, or run {TokenContent.tool} again"
             )
 
 
-def _inside(path: str) -> str:
-    """Return `path` if it stays in its folder, else raise: a manifest must not make us read other files."""
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in path or not parts.parts:
-        raise DataError(f"the manifest names {path!r}, which is not a path inside its folder")
-    return path
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count")
-    return value
-
-
-def _parse(folder: Path, content: dict[str, Any]) -> Manifest:
+def _parse(folder: Path, manifest: dict[str, Any]) -> Manifest:
+    content = parse_content(manifest["content"])
     splits = {}
     for name in SPLITS:
-        split = content["splits"][name]
+        split = manifest["splits"][name]
         shards = tuple(
-            Shard(_inside(s["path"]), _count(s["samples"]), _count(s["bytes"]), str(s["sha256"]))
-            for s in split["shards"]
+            Shard(inside(s["path"]), count(s["samples"]), count(s["bytes"]), str(s["sha256"])) for s in split["shards"]
         )
-        numbers = {key: _count(split[key]) for key in ("documents", "groups", "tokens", "text_bytes")}
-        splits[name] = Split(shards, **numbers)
-    if content["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"dtype {content['dtype']!r} is not uint16 or uint32")
-    return Manifest(
-        folder=folder,
-        sequence_length=_count(content["sequence_length"]),
-        dtype=content["dtype"],
-        vocab_size=_count(content["vocab_size"]),
-        pad_id=_count(content["pad_id"]),
-        bos_id=int(content["bos_id"]),
-        eos_id=_count(content["eos_id"]),
-        tokenizer=_inside(content["tokenizer"]),
-        tokenizer_sha256=str(content["tokenizer_sha256"]),
-        splits=splits,
-        held_out_groups=tuple(map(str, content["held_out_groups"])),
-        source=dict(content["source"]),
-    )
+        totals = {key: count(split["totals"][key]) for key in content.totals}
+        splits[name] = Split(shards, count(split["groups"]), totals)
+    held_out = tuple(map(str, manifest["held_out_groups"]))
+    return Manifest(folder, content, splits, held_out, dict(manifest["source"]))

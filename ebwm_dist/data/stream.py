@@ -38,23 +38,26 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.order import EpochOrder
-from ebwm_dist.data.shards import ShardReader
+from ebwm_dist.data.shards import open_reader
 from ebwm_dist.errors import ConfigError, DataError
 
 RawBatch = tuple[np.ndarray, list[str]]
-"""Tokens `[B, S+1]` in the stored dtype, which is a quarter of int64 on its way between processes, and keys."""
+"""Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), and keys."""
 
 
 @dataclass
-class TextBatch:
-    """A micro-batch: tokens `[B, S+1]` and sample_ids `[B]`, both int64, and keys like `train-000000/00000012#5`.
+class Batch:
+    """A micro-batch; inputs are `observed[:, :-1]`, targets `observed[:, 1:]`."""
 
-    Inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`; targets equal to the pad token do not count.
-    """
-
-    tokens: torch.Tensor
+    observed: torch.Tensor
+    """Tokens `[B, S+1]` int64 (targets equal to the pad token do not count), latents `[B, S+1, E]` float32, or frames
+    `[B, S+1, H, W, 3]` uint8."""
     sample_ids: torch.Tensor
+    """Run-wide numbers `[B]` int64 on the CPU: what a sample's noise is seeded with."""
     keys: list[str]
+    """Where the samples come from, like `train-000000/00000012#5`."""
+    counted: torch.Tensor
+    """False `[B]` for a row of validation that only fills the batch up."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class _MicroBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[RawBatch | DataError]:
         plan = self._plan
-        reader = ShardReader(self._manifest, "train", max_open=min(2 * plan.window, 256))
+        reader = open_reader(self._manifest, "train", max_open=min(2 * plan.window, 256))
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         order: EpochOrder | None = None
@@ -204,10 +207,10 @@ class TokenStream:
         """Return the epoch that the next micro-batch belongs to."""
         return self._micro // self._plan.micro_batches // self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[TextBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> TextBatch:
+    def __next__(self) -> Batch:
         if self._raw is None:
             self._raw = iter(self._loader())
         item = next(self._raw)
@@ -217,7 +220,7 @@ class TokenStream:
         rows, keys = item
         sample_ids = self._plan.sample_ids(self._micro)
         self._micro += 1
-        return TextBatch(torch.from_numpy(rows.astype(np.int64)), sample_ids, keys)
+        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool))
 
     def _loader(self) -> DataLoader[RawBatch | DataError]:
         dataset = _MicroBatches(self._manifest, self._plan, self._micro)
@@ -278,12 +281,12 @@ def validation_batches(
     max_sequences: int,
     dp_rank: int,
     dp_world_size: int,
-) -> Iterator[TextBatch]:
+) -> Iterator[Batch]:
     """Yield this rank's batches of at most `max_sequences` samples of the held-out split, always the same ones.
 
     They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Every
-    rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated with
-    all targets set to the pad token, so that they do not count.
+    rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated and not
+    `counted`.
     """
     _check_length(data, manifest)
     manifest.check_files()
@@ -292,20 +295,24 @@ def validation_batches(
     if chosen < 1:
         raise DataError(f"the val split of {manifest.folder} has no samples; hold out more with --holdout")
     ends = np.cumsum(split.counts)
-    reader = ShardReader(manifest, "val", max_open=4)
+    reader = open_reader(manifest, "val", max_open=4)
     for start in range(0, chosen, batch_size * dp_world_size):
         slots = start + dp_rank * batch_size + np.arange(batch_size)
         ids = slots % chosen * split.samples // chosen
         shards = np.searchsorted(ends, ids, side="right")
         rows, keys = reader.read(shards, ids - (ends - split.counts)[shards])
-        tokens = rows.astype(np.int64)
-        tokens[slots >= chosen, 1:] = manifest.pad_id
-        yield TextBatch(torch.from_numpy(tokens), torch.from_numpy(ids), keys)
+        yield Batch(_to_tensor(rows), torch.from_numpy(ids), keys, torch.from_numpy(slots < chosen))
+
+
+def _to_tensor(samples: np.ndarray) -> torch.Tensor:
+    """Return samples as a tensor; tokens of every stored dtype become int64."""
+    return torch.from_numpy(samples.astype(np.int64) if samples.dtype in (np.uint16, np.uint32) else samples)
 
 
 def _check_length(data: DataConfig, manifest: Manifest) -> None:
-    if data.sequence_length != manifest.sequence_length:
+    found = manifest.content.sequence_length
+    if data.sequence_length != found:
         raise DataError(
-            f"data.sequence_length={data.sequence_length}, but the shards in {manifest.folder} were packed with "
-            f"{manifest.sequence_length}; set it to that, or run data_tools/tokenize_text.py again"
+            f"data.sequence_length={data.sequence_length}, but the shards in {manifest.folder} were made with "
+            f"{found}; set it to that, or run {manifest.content.tool} again"
         )

@@ -63,7 +63,7 @@ class Tokenizer:
 
 def load_tokenizer(manifest: Manifest) -> Tokenizer:
     """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
-    tokenizer = Tokenizer(manifest.folder / manifest.tokenizer)
+    tokenizer = Tokenizer(manifest.folder / manifest.token_content.tokenizer)
     manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
     return tokenizer
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import ShardReader
+from ebwm_dist.data.shards import open_reader
 
 
 def target_counts(manifest: Manifest, split: str) -> np.ndarray:
     """Count every token among the targets of a split, `[vocab_size]`; the pad token counts 0."""
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    for block in ShardReader(manifest, split).blocks():
-        counts += np.bincount(block[:, 1:].reshape(-1), minlength=manifest.vocab_size)
-    counts[manifest.pad_id] = 0
+    content = manifest.token_content
+    counts = np.zeros(content.vocab_size, dtype=np.int64)
+    for block in open_reader(manifest, split).blocks():
+        counts += np.bincount(block[:, 1:].reshape(-1), minlength=content.vocab_size)
+    counts[content.pad_id] = 0
     return counts
 
 

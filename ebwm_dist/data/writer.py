@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ebwm_dist.data.content import LatentContent, TokenContent
 from ebwm_dist.data.files import sha256_of_file, write_json
 from ebwm_dist.data.manifest import Shard
 
@@ -40,25 +41,26 @@ def npy_bytes(block: np.ndarray) -> bytes:
 class ShardWriter:
     """Write the blocks of one split to `{split}-000000.tar`, `{split}-000001.tar`, ... in `folder`."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, members_per_shard: int) -> None:
+    def __init__(self, folder: Path, split: str, content: TokenContent | LatentContent, members_per_shard: int) -> None:
         self.shards: list[Shard] = []
         self._folder = folder
         self._split = split
-        self._dtype = dtype
+        self._content = content
         self._members_per_shard = members_per_shard
         self._key = 0
         self._members: list[Member] = []
         self._file: BinaryIO | None = None
 
     def write(self, block: np.ndarray) -> None:
-        """Append a block of rows `[R, S+1]` as one member."""
+        """Append a block of rows `[R, S+1]` or `[R, F, E]` as one member."""
+        assert block.shape[1:] == self._content.shape, f"a block {block.shape} of {self._content.shape}"
         # Imported here: webdataset imports torch, which worker processes of the tools do not need.
         from webdataset.writer import TarWriter
 
         if self._file is None:
             self._file = open(self._folder / self._name, "wb")  # noqa: SIM115 (closed with the shard)
             self._tar = TarWriter(self._file, user="ebwm", group="ebwm", mode=0o644, mtime=0, encoder=False)
-        payload = npy_bytes(block.astype(self._dtype))
+        payload = npy_bytes(block.astype(self._content.array_dtype))
         key = f"{self._key:08d}"
         offset = self._tar.tarstream.offset + TAR_BLOCK
         self._tar.write({"__key__": key, "npy": payload})

@@ -94,7 +94,7 @@ class Run:
         )
         texts = []
         for number, batch in enumerate(islice(batches, num_texts)):
-            prompt = batch.tokens[0, :PROMPT_TOKENS].tolist()
+            prompt = batch.observed[0, :PROMPT_TOKENS].tolist()
             tokens = generate(
                 self.model,
                 prompt,

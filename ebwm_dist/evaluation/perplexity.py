@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ebwm_dist.data.stream import TextBatch
+from ebwm_dist.data.stream import Batch
 from ebwm_dist.models.output import Evaluation, Forward
 
 _LARGEST_EXPONENT = 709.0
@@ -40,7 +40,7 @@ class Result:
 
 def evaluate(
     forward: Forward,
-    batches: Iterable[TextBatch],
+    batches: Iterable[Batch],
     num_steps: int,
     device: torch.device,
     proceed: Callable[[], bool] = lambda: True,
@@ -55,14 +55,15 @@ def evaluate(
     for batch in batches:
         if not proceed():
             return None
-        sums: Evaluation = forward("evaluate", batch.tokens.to(device), batch.sample_ids, num_steps)
+        sums: Evaluation = forward("evaluate", batch.observed.to(device), batch.sample_ids, num_steps)
         steps, energies = len(sums.step_losses), 0 if sums.energies is None else len(sums.energies)
-        losses, counts = sums.step_losses.to(device, torch.float64), sums.tokens.to(device, torch.float64)
+        counted = batch.counted.to(device, torch.float64)
+        losses, counts = sums.step_losses.to(device) * counted, sums.tokens.to(device) * counted
         # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
         moved = (losses - losses[0]) / counts.clamp(min=1)
         parts = [counts.sum()[None], (counts > 0).sum()[None], losses.sum(-1), moved.sum(-1), moved.square().sum(-1)]
         if sums.energies is not None:
-            parts.append(sums.energies.to(device, torch.float64).sum(-1))
+            parts.append((sums.energies.to(device) * counted).sum(-1))
         values = torch.cat([part.to(torch.float64) for part in parts])
         total = values if total is None else total + values
     assert total is not None, "no validation batch"

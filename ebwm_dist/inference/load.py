@@ -31,7 +31,7 @@ def load_run(run_dir: str | Path, device: torch.device | None = None) -> tuple[M
         if now != saved:
             raise CheckpointError(f"{path} has model.{key} = {saved}, {run_dir}/config.yaml has {now}")
     with torch.device("meta"):
-        model = build_model(config, manifest.pad_id)
+        model = build_model(config, manifest.token_content.pad_id)
     state = {name: tensor.to(device, torch.float32) for name, tensor in load_module_state(path).items()}
     model.load_state_dict(state, assign=True)
     return model.eval(), config, manifest

@@ -19,7 +19,7 @@ from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
+from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
@@ -97,7 +97,9 @@ class Trainer:
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, manifest.pad_id), world)
+        self.engine, self.optimizer = create_engine(
+            config, lambda: build_model(config, manifest.token_content.pad_id), world
+        )
         self.model = cast("Model", self.engine.module)
         if config.training.compile:
             self.model.compile_blocks()
@@ -173,12 +175,12 @@ class Trainer:
         for micro_step in range(accumulation):
             self.watchdog.beat(step, "data")
             waited = time.perf_counter()
-            batch: TextBatch = next(self.stream)
+            batch: Batch = next(self.stream)
             data_wait += time.perf_counter() - waited
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                batch.tokens.to(self.world.device, non_blocking=True),
+                batch.observed.to(self.world.device, non_blocking=True),
                 batch.sample_ids,
                 plan,
                 weight=1 / accumulation,
@@ -330,8 +332,8 @@ def load_data(config: Config) -> Manifest:
         manifest.check_files()
         load_tokenizer(manifest)
     for key, wanted, found in (
-        ("model.vocab_size", config.model.vocab_size, manifest.vocab_size),
-        ("data.sequence_length", config.data.sequence_length, manifest.sequence_length),
+        ("model.vocab_size", config.model.vocab_size, manifest.token_content.vocab_size),
+        ("data.sequence_length", config.data.sequence_length, manifest.content.sequence_length),
     ):
         if wanted != found:
             raise ConfigError(

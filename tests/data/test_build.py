@@ -15,7 +15,7 @@ from ebwm_dist.data import build as build_module
 from ebwm_dist.data.build import Layout, Report, build
 from ebwm_dist.data.documents import Fields, find_inputs, is_held_out
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import ShardReader
+from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from ebwm_dist.data.unigram import target_counts, unigram_perplexity
 from ebwm_dist.errors import DataError, UserError
@@ -28,9 +28,9 @@ GOOD = [{"id": "1", "group": "a", "text": "kalo miru"}, {"id": "2", "group": "b"
 def texts_of(manifest: Manifest, split: str) -> list[str]:
     """Decode all documents of a split from its shards' targets."""
     tokenizer = load_tokenizer(manifest)
-    targets = np.concatenate([block[:, 1:].reshape(-1) for block in ShardReader(manifest, split).blocks()])
-    targets = targets[targets != manifest.pad_id]
-    ends = np.flatnonzero(targets == manifest.eos_id) + 1
+    targets = np.concatenate([block[:, 1:].reshape(-1) for block in open_reader(manifest, split).blocks()])
+    targets = targets[targets != manifest.token_content.pad_id]
+    ends = np.flatnonzero(targets == manifest.token_content.eos_id) + 1
     assert ends[-1] == len(targets)
     return [tokenizer.decode(part.tolist()) for part in np.split(targets, ends)[:-1]]
 
@@ -50,9 +50,9 @@ def test_shards_hold_exactly_the_documents_and_the_held_out_groups_stay_out(tiny
     for split, held_out in (("train", False), ("val", True)):
         expected = [d["text"] for d in documents if (d["group"] == HELD_OUT) == held_out]
         assert texts_of(tiny, split) == expected
-        assert tiny.splits[split].documents == len(expected)
-        assert tiny.splits[split].text_bytes == sum(len(text.encode()) for text in expected)
-        assert tiny.splits[split].tokens == target_counts(tiny, split).sum()
+        assert tiny.splits[split].totals["documents"] == len(expected)
+        assert tiny.splits[split].totals["text_bytes"] == sum(len(text.encode()) for text in expected)
+        assert tiny.splits[split].totals["tokens"] == target_counts(tiny, split).sum()
     assert tiny.held_out_groups == (HELD_OUT,)
 
 
@@ -69,7 +69,7 @@ def test_plain_webdataset_reads_the_shards(tiny: Manifest) -> None:
     urls = [str(tiny.folder / shard.path) for shard in tiny.train.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     rows = np.concatenate([np.load(io.BytesIO(sample["npy"]), allow_pickle=False) for sample in samples])
-    assert np.array_equal(rows, np.concatenate(list(ShardReader(tiny).blocks())))
+    assert np.array_equal(rows, np.concatenate(list(open_reader(tiny).blocks())))
     assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(len(samples))]
 
 
@@ -189,15 +189,15 @@ def test_the_hashed_split_has_about_its_fraction_and_grows_with_it() -> None:
 def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.vocab_size = 70_000
     report = build([tiny.folder.parent / "text.jsonl"], tokenizer, tmp_path / "out", Layout(16, holdout=(HELD_OUT,)))
-    assert report.manifest.dtype == "uint32"
-    expected = np.concatenate(list(ShardReader(tiny).blocks()))
-    assert np.array_equal(np.concatenate(list(ShardReader(report.manifest).blocks())), expected)
+    assert report.manifest.token_content.dtype == "uint32"
+    expected = np.concatenate(list(open_reader(tiny).blocks()))
+    assert np.array_equal(np.concatenate(list(open_reader(report.manifest).blocks())), expected)
 
 
 def test_unigram_perplexity_against_a_plain_count(tiny: Manifest) -> None:
     tokenizer = load_tokenizer(tiny)
-    train = [t for text in texts_of(tiny, "train") for t in [*tokenizer.encode(text), tiny.eos_id]]
-    val = [t for text in texts_of(tiny, "val") for t in [*tokenizer.encode(text), tiny.eos_id]]
-    total = len(train) + tiny.vocab_size
+    train = [t for text in texts_of(tiny, "train") for t in [*tokenizer.encode(text), tiny.token_content.eos_id]]
+    val = [t for text in texts_of(tiny, "val") for t in [*tokenizer.encode(text), tiny.token_content.eos_id]]
+    total = len(train) + tiny.token_content.vocab_size
     losses = [-np.log((train.count(token) + 1) / total) for token in val]
     assert unigram_perplexity(tiny) == pytest.approx(np.exp(np.mean(losses)), rel=1e-9)

@@ -14,7 +14,7 @@ import pytest
 from data_tools import verify
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import ShardReader, read_index
+from ebwm_dist.data.shards import open_reader, read_index
 from ebwm_dist.data.stream import TokenStream
 from ebwm_dist.errors import DataError
 
@@ -23,13 +23,13 @@ NAME = "train-000003.tar"
 
 
 def read_all(manifest: Manifest) -> None:
-    for _ in ShardReader(manifest).blocks():
+    for _ in open_reader(manifest).blocks():
         pass
 
 
 def patch(manifest: Manifest, member: int, position: int, data: bytes) -> str:
     """Overwrite bytes of a member's payload; returns the member's key."""
-    entry = read_index(manifest.folder, manifest.train.shards[SHARD])[member]
+    entry = read_index(manifest, manifest.train.shards[SHARD])[member]
     with open(manifest.folder / NAME, "r+b") as file:
         file.seek(entry.offset + position)
         file.write(data)
@@ -75,7 +75,7 @@ def test_missing_index(copied: Manifest) -> None:
 def test_truncated_shard(copied: Manifest) -> None:
     path = copied.folder / NAME
     size = path.stat().st_size
-    entry = read_index(copied.folder, copied.train.shards[SHARD])[-1]
+    entry = read_index(copied, copied.train.shards[SHARD])[-1]
     with open(path, "r+b") as file:
         file.truncate(entry.offset + 200)
     with pytest.raises(DataError, match=f"{NAME} has {entry.offset + 200} bytes, the manifest says {size}"):
@@ -138,10 +138,12 @@ def test_wrong_dtype_or_shape(copied: Manifest, old: bytes, new: bytes, message:
 
 
 def test_token_beyond_the_vocabulary(copied: Manifest) -> None:
-    key = patch(copied, 1, 128 + 2 * 17 * 5, np.array([copied.vocab_size], "<u2").tobytes())
-    with pytest.raises(DataError, match=f"{NAME}, key {key}: token id {copied.vocab_size} is beyond the vocabulary"):
+    key = patch(copied, 1, 128 + 2 * 17 * 5, np.array([copied.token_content.vocab_size], "<u2").tobytes())
+    with pytest.raises(
+        DataError, match=f"{NAME}, key {key}: token id {copied.token_content.vocab_size} is beyond the vocabulary"
+    ):
         read_all(copied)
-    reader = ShardReader(copied)
+    reader = open_reader(copied)
     reader.read(np.array([SHARD]), np.array([8 + 4]))
     with pytest.raises(DataError, match=key):
         reader.read(np.array([SHARD]), np.array([8 + 5]))
@@ -156,7 +158,7 @@ def test_a_changed_token_is_found_by_its_hash(copied: Manifest) -> None:
 
 
 def test_lost_tokens_are_counted(copied: Manifest) -> None:
-    edit(copied.folder / "manifest.json", lambda content: content["splits"]["val"].update(tokens=7))
+    edit(copied.folder / "manifest.json", lambda content: content["splits"]["val"]["totals"].update(tokens=7))
     (problem,) = problems(Manifest.load(copied.folder), deep=True)
     assert "the val split holds" in problem and "says 7" in problem
 
@@ -196,7 +198,7 @@ def test_paths_that_leave_the_folder_are_refused(copied: Manifest, path: str, wh
         if where == "shard":
             first_shard(content)["path"] = path
         else:
-            content["tokenizer"] = path
+            content["content"]["tokenizer"] = path
 
     edit(copied.folder / "manifest.json", change)
     with pytest.raises(DataError, match="not a path inside its folder"):
@@ -206,13 +208,17 @@ def test_paths_that_leave_the_folder_are_refused(copied: Manifest, path: str, wh
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "has version 2, this program reads version 1"),
-        (lambda c: c.update(format="other"), "not a manifest of token shards"),
+        (lambda c: c.update(version=1), "has version 1, this program reads version 2"),
+        (lambda c: c.update(format="other"), "not a manifest of shards"),
         (lambda c: c.pop("splits"), "incomplete or damaged"),
         (lambda c: c["splits"].pop("val"), "incomplete or damaged"),
         (lambda c: first_shard(c).update(samples=-1), "-1 is not a count"),
         (lambda c: first_shard(c).update(bytes="9"), "'9' is not a count"),
-        (lambda c: c.update(dtype="object"), "is not uint16 or uint32"),
+        (lambda c: c["content"].update(dtype="object"), "is not uint16 or uint32"),
+        (lambda c: c["content"].update(kind="pickles"), "'pickles' is not tokens or latents or clips"),
+        (lambda c: c["content"].update(vocab_size=-3), "vocab_size = -3 is negative"),
+        (lambda c: c["content"].update(pad_id="0"), "pad_id = '0' is not a value of type int"),
+        (lambda c: c["content"].update(frames=3), "unexpected keyword argument 'frames'"),
     ],
 )
 def test_damaged_manifests(copied: Manifest, change: Callable[[Any], object], message: str) -> None:
@@ -245,11 +251,11 @@ def test_the_fingerprint_follows_content_not_place(copied: Manifest, tmp_path: P
 def test_reading_with_few_open_files_and_after_pickling(tiny: Manifest) -> None:
     import pickle
 
-    expected = np.concatenate(list(ShardReader(tiny).blocks()))
+    expected = np.concatenate(list(open_reader(tiny).blocks()))
     starts = np.cumsum([0, *tiny.train.counts])
     places = np.random.default_rng(0).permutation(len(expected))
     shards = np.searchsorted(starts, places, side="right") - 1
-    reader = ShardReader(tiny, max_open=2)
+    reader = open_reader(tiny, max_open=2)
     reader.read(shards[:9], (places - starts[shards])[:9])
     rows, keys = pickle.loads(pickle.dumps(reader)).read(shards, places - starts[shards])
     assert np.array_equal(rows, expected[places]) and len(set(keys)) == len(expected)

@@ -18,8 +18,8 @@ import torch
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import ShardReader
-from ebwm_dist.data.stream import TextBatch, TokenStream, validation_batches
+from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 
 G = 24  # global batch: divisible by 1, 2, 3 and 4 ranks
@@ -40,14 +40,14 @@ def stream(
     )
 
 
-def take(tokens: TokenStream, steps: int, micro: int = 2, world: int = 1) -> list[TextBatch]:
+def take(tokens: TokenStream, steps: int, micro: int = 2, world: int = 1) -> list[Batch]:
     """Return this rank's part of the next global batches."""
     return list(islice(tokens, steps * G // (micro * world)))
 
 
-def flat(batches: list[TextBatch]) -> list[tuple[int, str, tuple[int, ...]]]:
+def flat(batches: list[Batch]) -> list[tuple[int, str, tuple[int, ...]]]:
     """Return (sample id, key, tokens) of every sample."""
-    rows = [(b.sample_ids.tolist(), b.keys, b.tokens.tolist()) for b in batches]
+    rows = [(b.sample_ids.tolist(), b.keys, b.observed.tolist()) for b in batches]
     return [(i, key, tuple(t)) for ids, keys, tokens in rows for i, key, t in zip(ids, keys, tokens, strict=True)]
 
 
@@ -63,14 +63,18 @@ def test_batches_have_the_promised_form_and_an_epoch_repeats_nothing(
 ) -> None:
     tokens = stream(tiny)
     batch = next(tokens)
-    assert batch.tokens.shape == (2, 17) and batch.tokens.dtype == batch.sample_ids.dtype == torch.int64
+    assert (
+        batch.observed.shape == (2, 17)
+        and batch.counted.all()
+        and batch.observed.dtype == batch.sample_ids.dtype == torch.int64
+    )
     assert tokens.dropped_per_epoch == tiny.train.samples % G > 0
     per_epoch = tokens.steps_per_epoch * G
     assert per_epoch + tokens.dropped_per_epoch == tiny.train.samples
     assert [sample for sample, *_ in reference] == list(range(len(reference)))
     first, second = ([key for _, key, _ in reference[i * per_epoch :][:per_epoch]] for i in range(2))
     assert len(set(first)) == len(set(second)) == per_epoch and first != second
-    everything = {tuple(row) for block in ShardReader(tiny).blocks() for row in block.tolist()}
+    everything = {tuple(row) for block in open_reader(tiny).blocks() for row in block.tolist()}
     assert {row for *_, row in reference} <= everything
 
 
@@ -154,7 +158,7 @@ def test_what_does_not_fit_is_refused(tiny: Manifest) -> None:
         stream(tiny, micro=5)
     with pytest.raises(DataError, match=f"has {tiny.train.samples} samples, fewer than one global batch of 1000"):
         stream(tiny, g=1000)
-    with pytest.raises(DataError, match=r"data.sequence_length=32, .*packed with 16"):
+    with pytest.raises(DataError, match=r"data.sequence_length=32, .*made with 16"):
         TokenStream(
             DataConfig(sequence_length=32),
             tiny,
@@ -218,7 +222,7 @@ def test_workers_do_not_outlive_a_killed_parent(tiny: Manifest, tmp_path: Path) 
     assert not any(alive(pid) for pid in workers)
 
 
-def validation(manifest: Manifest, limit: int, rank: int = 0, world: int = 1, size: int = 4) -> Iterator[TextBatch]:
+def validation(manifest: Manifest, limit: int, rank: int = 0, world: int = 1, size: int = 4) -> Iterator[Batch]:
     return validation_batches(
         DataConfig(sequence_length=16),
         manifest,
@@ -232,17 +236,14 @@ def validation(manifest: Manifest, limit: int, rank: int = 0, world: int = 1, si
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 10, 1000])
 def test_validation_counts_every_chosen_sample_once(tiny: Manifest, world: int, limit: int) -> None:
-    rows = np.concatenate(list(ShardReader(tiny, "val").blocks()))
+    rows = np.concatenate(list(open_reader(tiny, "val").blocks()))
     ranks = [list(validation(tiny, limit, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     counted = []
     for batch in (batch for batches in ranks for batch in batches):
-        assert batch.tokens.shape == (4, 17)
-        for sample, tokens in zip(batch.sample_ids.tolist(), batch.tokens.numpy(), strict=True):
-            assert tokens[0] == rows[sample][0]
-            if (tokens[1:] != tiny.pad_id).any():
-                assert np.array_equal(tokens, rows[sample])
-                counted.append(sample)
+        assert batch.observed.shape == (4, 17)
+        assert np.array_equal(batch.observed.numpy(), rows[batch.sample_ids.numpy()])
+        counted += batch.sample_ids[batch.counted].tolist()
     chosen = sorted(counted)
     assert len(chosen) == len(set(chosen)) == min(limit, len(rows))
     if limit == 10:  # spread over the whole split

@@ -68,6 +68,6 @@ def test_impossible_vocabulary_missing_and_foreign_files_are_user_errors(tmp_pat
 
 
 def test_a_tokenizer_that_the_shards_were_not_made_with_is_refused(copied: Manifest) -> None:
-    other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.tokenizer, vocab_size=280)
-    with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.tokenizer_sha256[:12]}"):
+    other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.token_content.tokenizer, vocab_size=280)
+    with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.token_content.tokenizer_sha256[:12]}"):
         load_tokenizer(copied)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.data.stream import TextBatch
+from ebwm_dist.data.stream import Batch
 from ebwm_dist.data.unigram import unigram_perplexity
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
@@ -64,7 +64,7 @@ def test_unfinished_runs_are_not_compared(runs: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_the_difference_are_those_over_sequences() -> None:
-    """Against the textbook formula, sequence by sequence; a loss too large for exp is an infinite perplexity."""
+    """Against the textbook formula, sequence by sequence, fillers left out; a loss too large for exp is infinite."""
     generator = torch.Generator().manual_seed(0)
     losses, tokens = torch.rand(3, 10, generator=generator) * 20, torch.randint(1, 9, (10,), generator=generator)
     losses[2] += 1e5
@@ -73,7 +73,8 @@ def test_errors_of_the_difference_are_those_over_sequences() -> None:
         return Evaluation(losses[:, ids], None, tokens[ids])
 
     ids = torch.arange(10).split(4)
-    batches = [TextBatch(torch.zeros(len(part), 2), part, []) for part in ids]
+    batches = [Batch(torch.zeros(len(part), 2), part, [], torch.ones(len(part), dtype=torch.bool)) for part in ids]
+    batches.append(Batch(torch.zeros(4, 2), ids[0], [], torch.zeros(4, dtype=torch.bool)))
     result = evaluate(fixed, batches, 3, torch.device("cpu"))
     difference = ((losses[1] - losses[0]) / tokens).double()
     assert result.standard_errors[1] == pytest.approx((difference.std() / math.sqrt(10)).item(), rel=1e-5)
