@@ -1,0 +1,79 @@
+"""What all encoders have in common: they are frozen, work in batches, and have an identity that data is checked by.
+
+Shapes: N frames of H x W pixels, E the width of an embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file
+from ebwm_dist.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BATCH = 64  # frames that go through the network together
+
+
+class Encoder(nn.Module):
+    """Encode frames to embeddings, and where `decodable` embeddings to frames.
+
+    Kinds set `embedding_dim` and implement `_encode`, from `[N, 3, H, W]` in [0, 1] to `[N, E]`, and its inverse
+    `_decode` if there is one. `sha256` is equal for equal specs and weights.
+    """
+
+    decodable = False
+    embedding_dim: int
+
+    def __init__(self, spec: str, precision: str, files: list[Path] | None = None) -> None:
+        super().__init__()
+        if precision not in DTYPES:
+            raise UserError(f"encoder precision {precision!r} is not one of {', '.join(DTYPES)}")
+        self.spec = spec
+        self.dtype = DTYPES[precision]
+        self.sha256 = _identity(spec, files or [])
+        self.register_buffer("_place", torch.zeros(0), persistent=False)  # tells the device, also without weights
+        self._place: torch.Tensor
+
+    def frozen(self, network: nn.Module) -> Any:
+        """Return a pretrained network in the precision asked for, never to be trained."""
+        return network.to(self.dtype).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stay in evaluation mode, also as a part of a module that is trained."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """Encode frames `[N, H, W, 3]` uint8 to embeddings `[N, E]` float32 on the encoder's device."""
+        encoded = [torch.empty(0, self.embedding_dim, device=self._place.device)]
+        for batch in frames.split(_BATCH):
+            images = batch.to(self._place.device).movedim(-1, 1).float() / 255
+            encoded.append(self._encode(images).float())
+        return torch.cat(encoded)
+
+    @torch.no_grad()
+    def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Decode embeddings `[N, E]` to frames `[N, H, W, 3]` uint8, of the size that the encoder works at."""
+        if not self.decodable:
+            raise UserError(f"embeddings of {self.spec} cannot be decoded to frames")
+        frames = []
+        for batch in embeddings.split(_BATCH):
+            images = self._decode(batch.to(self._place.device)).float()
+            frames.append((images * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
+        return torch.cat(frames)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def _identity(spec: str, files: list[Path]) -> str:
+    """Hash the spec and the content of the files that the weights are read from."""
+    return sha256_of_bytes(json.dumps([spec, [sha256_of_file(path) for path in files]]).encode("utf-8"))

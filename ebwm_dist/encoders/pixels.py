@@ -1,0 +1,49 @@
+"""Frames as their own embeddings: resized, which needs no weights and can be undone.
+
+`pixels:SIZE` holds SIZE x SIZE pixels row by row, each as red, green and blue in [-1, 1]. `pixels:SIZE/P` holds the
+same numbers patch by patch: the P x P pixels of the first patch row by row, then those of the patch to its right, and
+so on. Frames that are not square are squeezed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch.nn.functional import interpolate
+
+from ebwm_dist.encoders.encoder import Encoder
+from ebwm_dist.errors import UserError
+
+
+class Pixels(Encoder):
+    """See the module's docstring; `[N, E]` with E = 3 SIZE^2."""
+
+    decodable = True
+
+    def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
+        match = re.fullmatch(r"([1-9][0-9]{0,3})(?:/([1-9][0-9]{0,3}))?", argument)
+        if match is None:
+            raise UserError(
+                f"encoder 'pixels:{argument}' is not pixels:SIZE or pixels:SIZE/P, as in pixels:16 or pixels:32/8"
+            )
+        super().__init__(f"pixels:{argument}", precision)
+        self.size = int(match[1])
+        self.patch = int(match[2] or self.size)
+        if self.size % self.patch:
+            raise UserError(f"encoder 'pixels:{argument}': the patch size {self.patch} does not divide {self.size}")
+        if weights is not None:
+            raise UserError(f"encoder pixels:{argument} has no weights, but {weights} was given")
+        self.embedding_dim = 3 * self.size**2
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        resized = 2 * interpolate(images, size=(self.size, self.size), mode="area") - 1
+        rows = self.size // self.patch
+        patches = resized.view(-1, 3, rows, self.patch, rows, self.patch)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.embedding_dim)
+
+    def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        rows = self.size // self.patch
+        patches = embeddings.view(-1, rows, rows, self.patch, self.patch, 3)
+        return (patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, self.size, self.size) + 1) / 2

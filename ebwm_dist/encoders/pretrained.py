@@ -1,0 +1,192 @@
+"""Encoders with trained weights, read from a local path: Stable Diffusion's VAE, DINOv2, classifiers of torchvision.
+
+The first two are folders as `save_pretrained` and the hub lay them out: `config.json` and `*.safetensors`. A
+torchvision model is a state dict in a `.pth` or `.safetensors` file. Libraries are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ebwm_dist.encoders.encoder import Encoder
+from ebwm_dist.errors import DataError, UserError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of the channels of ImageNet's images, which DINOv2 expects frames to be normalised by."""
+
+_FOLDER = "a local folder with config.json and safetensors files, as on the hub"
+_STATE_DICT = "a local file of its state dict, .pth or .safetensors"
+
+
+class StableDiffusionVAE(Encoder):
+    """Posterior mean of the autoencoder `[C, H/8, W/8]`, flattened and scaled as its configuration says.
+
+    At 224 x 224 that is E = 4 x 28 x 28 = 3136.
+    """
+
+    decodable = True
+
+    def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
+        _no_argument("sd_vae", argument)
+        folder, files = _folder("sd_vae", weights)
+        super().__init__("sd_vae", precision, files)
+        self.vae = self.frozen(
+            _from_pretrained("sd_vae", "diffusers", "AutoencoderKL", folder, low_cpu_mem_usage=False)
+        )
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _check_multiple("sd_vae", factor, height, width)
+        self.shape = (self.vae.config.latent_channels, height // factor, width // factor)
+        self.embedding_dim = self.shape[0] * self.shape[1] * self.shape[2]
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode((2 * images - 1).to(self.dtype)).latent_dist
+        return (posterior.mean * self.vae.config.scaling_factor).flatten(1)
+
+    def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
+        latents = embeddings.view(-1, *self.shape) / self.vae.config.scaling_factor
+        return (self.vae.decode(latents.to(self.dtype)).sample.float() + 1) / 2
+
+
+class DinoV2(Encoder):
+    """The embedding of DINOv2's class token, after its last norm; E = 768 for the base model."""
+
+    def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
+        _no_argument("dinov2", argument)
+        folder, files = _folder("dinov2", weights)
+        super().__init__("dinov2", precision, files)
+        self.model = self.frozen(_from_pretrained("dinov2", "transformers", "Dinov2Model", folder))
+        _check_multiple("dinov2", self.model.config.patch_size, height, width)
+        self.embedding_dim = self.model.config.hidden_size
+        self.normalise = _Normalise(*IMAGENET)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=self.normalise(images).to(self.dtype)).last_hidden_state[:, 0]
+
+
+class TorchvisionModel(Encoder):
+    """A classifier of torchvision without its last linear layer."""
+
+    def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
+        from torchvision import models
+
+        spec = f"torchvision:{argument}"
+        if argument not in (known := models.list_models(module=models)):
+            near = [name for name in known if name[:3] == argument[:3]] or known
+            raise UserError(f"encoder {spec!r}: torchvision has no such classifier; it has {', '.join(near[:12])}, ...")
+        if weights is None or not weights.is_file():
+            raise _no_weights(spec, weights, _STATE_DICT)
+        super().__init__(spec, precision, [weights])
+        model = models.get_model(argument, weights=None)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError(f"encoder {spec!r} has no linear layer to take its input as the embedding")
+        model.set_submodule(linear[-1], nn.Identity())
+        state = {k: v for k, v in _read_state_dict(weights).items() if not k.startswith(f"{linear[-1]}.")}
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise DataError(
+                f"{weights} does not hold the weights of {argument}: {' '.join(str(error).split())}"
+            ) from None
+        self.model = self.frozen(model)
+        preset = models.get_model_weights(argument).DEFAULT.transforms()
+        self.normalise = _Normalise(preset.mean, preset.std)
+        if hasattr(model, "transform_input"):  # two models turn this into other statistics themselves
+            model.transform_input = True
+        self.embedding_dim = self._width(height, width)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(self.normalise(images).to(self.dtype)).flatten(1)
+
+    @torch.no_grad()
+    def _width(self, height: int, width: int) -> int:
+        try:
+            return self._encode(torch.zeros(1, 3, height, width)).shape[1]
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"encoder {self.spec} cannot take frames of {height} x {width}: {error}") from None
+
+
+class _Normalise(nn.Module):
+    """Subtract the mean of each channel and divide by its standard deviation; `[N, 3, H, W]`, in float32."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std
+
+
+def _no_argument(kind: str, argument: str) -> None:
+    if argument:
+        raise UserError(
+            f"encoder '{kind}:{argument}': {kind} takes nothing after a colon; weights are a path of their own"
+        )
+
+
+def _no_weights(spec: str, weights: Path | None, expected: str) -> UserError:
+    found = "none were given" if weights is None else f"{weights} is not that"
+    return UserError(f"encoder {spec} needs weights: {expected}; {found} (nothing is downloaded)")
+
+
+def _folder(kind: str, weights: Path | None) -> tuple[Path, list[Path]]:
+    """Return the folder of the weights and the files in it that fix what the encoder computes."""
+    files = [] if weights is None else sorted(weights.glob("*.safetensors"))
+    if weights is None or not files or not (weights / "config.json").is_file():
+        raise _no_weights(kind, weights, _FOLDER)
+    return weights, [weights / "config.json", *files]
+
+
+def _from_pretrained(kind: str, library: str, name: str, folder: Path, **options: Any) -> nn.Module:
+    """Load a model; weights that are missing or misshapen are an error, where the libraries would make some up."""
+    try:
+        module = importlib.import_module(library)
+    except ImportError as error:
+        raise UserError(f"encoder {kind} needs {library} ({error}): pip install 'ebwm_dist[encoders]'") from None
+    logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        model, report = getattr(module, name).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:
+        raise DataError(
+            f"{folder} does not hold a {name} that {library} can load: {' '.join(str(error).split())}"
+        ) from None
+    if lacking := sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", []))):
+        raise DataError(f"{folder} does not hold all weights of {name}: {', '.join(lacking[:4])}, ... are missing")
+    return model
+
+
+def _check_multiple(kind: str, factor: int, height: int, width: int) -> None:
+    if height % factor or width % factor:
+        raise UserError(
+            f"encoder {kind} takes frames whose height and width are multiples of {factor}, not {height} x {width}"
+        )
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict without running anything that a file may hold."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install 'ebwm_dist[encoders]'") from None
+    except Exception as error:
+        raise DataError(f"{path} is not a state dict that can be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(state, dict):
+        raise DataError(f"{path} holds {type(state).__name__}, not a state dict")
+    return state
