@@ -6,77 +6,120 @@ python data_tools/verify.py data/text --deep
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
+from ebwm_dist.data.content import TokenContent
 from ebwm_dist.data.files import sha256_of_file
+from ebwm_dist.data.index import Index, read_index
 from ebwm_dist.data.manifest import Manifest, Shard
-from ebwm_dist.data.shards import open_reader, read_index
+from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError, UserError
+
+BYTES_PER_WORKER = 256 << 20
+"""Deep checks of less than this are not worth a process of their own."""
 
 
 def fast_problems(manifest: Manifest, shard: Shard) -> Iterator[str]:
     """Yield what existence, size and index show to be wrong with a shard."""
-    try:
-        manifest.check_shard(shard)
-        read_index(manifest, shard)
-    except DataError as error:
-        yield str(error)
+    for check in (manifest.check_shard, partial(read_index, manifest)):
+        try:
+            check(shard)
+        except DataError as error:
+            yield str(error)
 
 
-def deep_problems(manifest: Manifest, split: str, number: int) -> Iterator[str]:
-    """Yield what reading all of a shard shows to be wrong: its hash, its members against the index, its rows."""
+def deep_problems(manifest: Manifest, split: str, number: int, totals: Counter[str]) -> Iterator[str]:
+    """Yield what reading all of a shard shows to be wrong: its hash, its members, every sample; add to `totals`."""
     shard = manifest.splits[split].shards[number]
     path = manifest.folder / shard.path
+    if not path.is_file():
+        return
     if sha256_of_file(path) != shard.sha256:
         yield f"{path}: its content differs from the manifest (SHA-256)"
-    index = [(f"{m.key}.npy", m.offset, m.size) for m in read_index(manifest, shard)]
+    reader = open_reader(manifest, split)
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = [(m.name, m.offset_data, m.size) for m in tar]
-        if members != index:
-            yield f"{path}: its {len(members)} members are not the {len(index)} that {shard.index_path} lists"
-    except tarfile.TarError as error:
-        yield f"{path}: not a tar file ({error})"
-    try:
-        for _ in open_reader(manifest, split).blocks([number]):
-            pass  # reading checks header, shape, dtype and token ids
+        opened = reader.shard(number)
     except DataError as error:
         yield str(error)
+        return
+    yield from member_problems(path, opened.index)
+    for record in range(len(opened.index.records)):
+        try:
+            totals.update(manifest.content.count(opened.record(record)))
+        except DataError as error:
+            yield str(error)
 
 
-def token_problems(manifest: Manifest, split: str) -> Iterator[str]:
-    """Yield a problem if the split does not predict as many tokens as the manifest says."""
-    blocks, pad_id = open_reader(manifest, split).blocks(), manifest.token_content.pad_id
-    found, expected = (
-        sum(int(np.count_nonzero(b[:, 1:] != pad_id)) for b in blocks),
-        manifest.splits[split].totals["tokens"],
-    )
-    if found != expected:
-        yield f"the {split} split holds {found} tokens, the manifest says {expected}"
-
-
-def find_problems(manifest: Manifest, deep: bool) -> list[str]:
-    """Check everything and return all problems."""
-    problems = []
+def member_problems(path: Path, index: Index) -> Iterator[str]:
+    """Yield what is wrong with the members of a tar; nothing is extracted."""
+    listed = [(f"{r.key}.{m.extension}", m.offset, m.size, True) for r in index.records for m in r.members]
     try:
-        load_tokenizer(manifest)
-    except DataError as error:
-        problems.append(str(error))
+        with tarfile.open(path, "r:") as tar:
+            found = [(member.name, member.offset_data, member.size, member.isreg()) for member in tar]
+    except tarfile.TarError as error:
+        yield f"{path}: not a whole tar file ({error})"
+        return
+    if found != listed:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(found, listed, strict=False)) if a != b), min(len(found), len(listed))
+        )
+        first = (listed[same:] or found[same:])[0][0]
+        yield f"{path}: its {len(found)} members are not the {len(listed)} of its index, from {first!r} on"
+
+
+def check_shard(manifest: Manifest, deep: bool, place: tuple[str, int]) -> tuple[list[str], Counter[str]]:
+    """Return the problems of one shard, and what was counted in it."""
+    split, number = place
+    totals: Counter[str] = Counter()
+    problems = list(fast_problems(manifest, manifest.splits[split].shards[number]))
+    if deep:
+        problems += deep_problems(manifest, split, number, totals)
+    return list(dict.fromkeys(problems)), totals
+
+
+def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]:
+    """Check everything, in `workers` processes or in this one if 0, and return all problems."""
+    problems = []
+    if isinstance(manifest.content, TokenContent):
+        try:
+            load_tokenizer(manifest)
+        except DataError as error:
+            problems.append(str(error))
+    places = [(name, number) for name, split in manifest.splits.items() for number in range(len(split.shards))]
+    check = partial(check_shard, manifest, deep)
+    if workers:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            chunk = 1 + len(places) // (16 * workers)
+            results = _shown(pool.map(check, places, chunksize=chunk), len(places))
+    else:
+        results = _shown(map(check, places), len(places))
     for name, split in manifest.splits.items():
-        before = len(problems)
-        for number, shard in enumerate(tqdm(split.shards, unit=" shards", desc=name, disable=None)):
-            found = list(fast_problems(manifest, shard))
-            problems += found or (deep_problems(manifest, name, number) if deep else [])
-        if deep and len(problems) == before:
-            problems += token_problems(manifest, name)
+        of_split = [result for place, result in zip(places, results, strict=True) if place[0] == name]
+        found = [problem for shard, _ in of_split for problem in shard]
+        problems += found
+        if deep and not found:
+            counted = sum((totals for _, totals in of_split), Counter())
+            problems += [
+                f"the {name} split holds {number} {what}, the manifest says {split.totals[what]}"
+                for what, number in counted.items()
+                if number != split.totals[what]
+            ]
     return problems
+
+
+def _shown(results: Iterator[tuple[list[str], Counter[str]]], total: int) -> list[tuple[list[str], Counter[str]]]:
+    return list(tqdm(results, total=total, unit=" shards", desc="verify", disable=None))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,16 +128,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("path", type=Path, help="data folder")
     parser.add_argument(
-        "--deep", action="store_true", help="read everything: hashes, tar members, dtypes, shapes and token ids"
+        "--deep", action="store_true", help="read everything: hashes, tar members, shapes and values of every sample"
     )
+    parser.add_argument("--workers", type=int, help="processes that read (default: by the size of the folder)")
     options = parser.parse_args(arguments)
     manifest = Manifest.load(options.path)
-    problems = find_problems(manifest, options.deep)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    workers = options.workers
+    if workers is None:
+        size = sum(shard.bytes for shard in shards) if options.deep else 0
+        workers = min(os.cpu_count() or 1, size // BYTES_PER_WORKER)
+    problems = find_problems(manifest, options.deep, max(workers, 0))
     for problem in problems:
         print(problem, file=sys.stderr)
-    shards = sum(len(split.shards) for split in manifest.splits.values())
     how = "read in full" if options.deep else "sizes and indexes; --deep reads everything"
-    print(f"{options.path}: {shards} shards checked ({how}), {len(problems)} problems")
+    print(f"{options.path}: {len(shards)} shards checked ({how}), {len(problems)} problems")
     return 1 if problems else 0
 
 

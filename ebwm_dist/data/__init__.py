@@ -1,6 +1,7 @@
-"""Token shards and the order they are read in.
+"""Shards of text and video, and the order they are read in.
 
 Documents (`documents.py`) are encoded (`encoding.py`, `tokenizer.py`), packed into rows (`packing.py`) and written as
-tar shards with an index (`writer.py`) by `build.py`, which puts a manifest (`manifest.py`) beside them. Training reads
-rows by position (`shards.py`) in a shuffled order (`order.py`) through a resumable stream (`stream.py`).
+tar shards (`writer.py`) with an index (`index.py`) by `build.py`, which puts a manifest (`manifest.py`) beside them, as
+the video tools do. What the samples of a folder are is said by `content.py`. Training reads samples by position
+(`shards.py`, `decode.py`) in a shuffled order (`order.py`) through a resumable stream (`stream.py`).
 """

@@ -180,7 +180,7 @@ def _clear(out: Path) -> None:
     (out / FILE_NAME).unlink(missing_ok=True)
     (out / REJECTS_NAME).unlink(missing_ok=True)
     for split in SPLITS:
-        for pattern in (f"{split}-[0-9]*.tar", f"{split}-[0-9]*.index.json"):
+        for pattern in (f"{split}-[0-9]*.tar", f"{split}-[0-9]*.index.json", f".{split}-[0-9]*.tmp"):
             for path in out.glob(pattern):
                 path.unlink()
 

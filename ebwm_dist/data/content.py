@@ -1,7 +1,7 @@
 """What the samples of a data folder are: token rows, latents of video frames, or clips of frames.
 
-Whatever depends on the kind is here: the shape and dtype of a sample, which values are possible, and which tool makes
-it. Everything else handles samples without asking what they are.
+Whatever depends on the kind is here: the shape and dtype of a sample, which values are possible, the members of its
+record in a shard, and which tool makes it. Everything else handles samples without asking what they are.
 
 Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's latent, H and W the size of a frame.
 """
@@ -25,6 +25,7 @@ class TokenContent:
     kind: ClassVar[str] = "tokens"
     tool: ClassVar[str] = "data_tools/tokenize_text.py"
     totals: ClassVar[tuple[str, ...]] = ("documents", "tokens", "text_bytes")
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
 
     sequence_length: int
     dtype: str
@@ -61,6 +62,10 @@ class TokenContent:
             raise ValueError(f"token id {largest} is beyond the vocabulary of {self.vocab_size}")
         return rows
 
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves: the tokens that are predicted."""
+        return {"tokens": int(np.count_nonzero(samples[:, 1:] != self.pad_id))}
+
 
 @dataclass(frozen=True)
 class LatentContent:
@@ -73,6 +78,7 @@ class LatentContent:
     kind: ClassVar[str] = "latents"
     tool: ClassVar[str] = "data_tools/encode_video.py"
     totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
 
     frames: int
     embedding_dim: int
@@ -121,6 +127,10 @@ class LatentContent:
         values /= np.float32(self.std)
         return values
 
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves."""
+        return {"frames": len(samples) * self.frames}
+
 
 @dataclass(frozen=True)
 class ClipContent:
@@ -155,6 +165,23 @@ class ClipContent:
     def sample_dtype(self) -> np.dtype:
         """Return the dtype of a sample as readers return it."""
         return np.dtype(np.uint8)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Return the extensions of the members that hold the frames, in the order of the frames."""
+        if self.storage == "mp4":
+            return ("mp4",)
+        digits = max(3, len(str(self.frames - 1)))
+        return tuple(f"{number:0{digits}d}.jpg" for number in range(self.frames))
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Return the extensions of the members of a record, in the order of the tar."""
+        return tuple(sorted((*self.media, "json")))
+
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves."""
+        return {"frames": len(samples) * self.frames}
 
 
 Content = TokenContent | LatentContent | ClipContent

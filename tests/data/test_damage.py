@@ -13,8 +13,9 @@ import pytest
 
 from data_tools import verify
 from ebwm_dist.config.schema import DataConfig
+from ebwm_dist.data.index import read_index
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import open_reader, read_index
+from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.stream import TokenStream
 from ebwm_dist.errors import DataError
 
@@ -29,9 +30,9 @@ def read_all(manifest: Manifest) -> None:
 
 def patch(manifest: Manifest, member: int, position: int, data: bytes) -> str:
     """Overwrite bytes of a member's payload; returns the member's key."""
-    entry = read_index(manifest, manifest.train.shards[SHARD])[member]
+    entry = read_index(manifest, manifest.train.shards[SHARD]).records[member]
     with open(manifest.folder / NAME, "r+b") as file:
-        file.seek(entry.offset + position)
+        file.seek(entry.members[0].offset + position)
         file.write(data)
     return entry.key
 
@@ -75,10 +76,11 @@ def test_missing_index(copied: Manifest) -> None:
 def test_truncated_shard(copied: Manifest) -> None:
     path = copied.folder / NAME
     size = path.stat().st_size
-    entry = read_index(copied, copied.train.shards[SHARD])[-1]
+    entry = read_index(copied, copied.train.shards[SHARD]).records[-1]
+    kept = entry.members[0].offset + 200
     with open(path, "r+b") as file:
-        file.truncate(entry.offset + 200)
-    with pytest.raises(DataError, match=f"{NAME} has {entry.offset + 200} bytes, the manifest says {size}"):
+        file.truncate(kept)
+    with pytest.raises(DataError, match=f"{NAME} has {kept} bytes, the manifest says {size}"):
         copied.check_files()
     with pytest.raises(DataError, match=f"{NAME}, key {entry.key}: the file ends"):
         read_all(copied)
@@ -150,11 +152,13 @@ def test_token_beyond_the_vocabulary(copied: Manifest) -> None:
     assert any("beyond the vocabulary" in problem for problem in problems(copied, deep=True))
 
 
-def test_a_changed_token_is_found_by_its_hash(copied: Manifest) -> None:
+def test_a_changed_token_is_found_by_its_checksum(copied: Manifest) -> None:
     patch(copied, 1, 130, b"\x05\x00")
     assert problems(copied, deep=False) == []
-    (problem,) = problems(copied, deep=True)
-    assert "SHA-256" in problem and NAME in problem
+    of_shard, of_sample = problems(copied, deep=True)
+    assert "SHA-256" in of_shard and NAME in of_shard and "key 00000013: its bytes are not those" in of_sample
+    with pytest.raises(DataError, match=f"{NAME}, key 00000013: its bytes are not those that were written"):
+        read_all(copied)
 
 
 def test_lost_tokens_are_counted(copied: Manifest) -> None:
@@ -165,23 +169,30 @@ def test_lost_tokens_are_counted(copied: Manifest) -> None:
 
 def test_an_index_that_points_at_another_member(copied: Manifest) -> None:
     def swap(content: Any) -> None:
-        first, second = content["members"][:2]
-        first["offset"], second["offset"] = second["offset"], first["offset"]
+        first, second = content["records"][:2]
+        first["members"], second["members"] = second["members"], first["members"]
 
     edit(copied.folder / "train-000003.index.json", swap)
-    with pytest.raises(DataError, match=f"{NAME}, key 00000012: the index points at '00000013.npy' instead"):
+    with pytest.raises(DataError, match=f"{NAME}, key 00000012: .* has '00000013.npy' instead"):
         read_all(copied)
     found = problems(copied, deep=True)
-    assert len(found) == 2 and "are not the 4" in found[0]
+    assert len(found) == 3 and "are not the 4 of its index, from '00000012.npy' on" in found[0]
 
 
-@pytest.mark.parametrize(("change", "message"), [(10**9, "outside the shard"), (-600, "outside the shard")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (10**9, f"{NAME}, key 00000012: .*outside the shard"),
+        (-200, f"{NAME}, key 00000012: .*outside"),
+        (-600, "is not a count"),
+    ],
+)
 def test_an_index_that_points_outside(copied: Manifest, change: int, message: str) -> None:
     def move(content: Any) -> None:
-        content["members"][0]["offset"] += change
+        content["records"][0]["members"][0][1] += change
 
     edit(copied.folder / "train-000003.index.json", move)
-    with pytest.raises(DataError, match=f"{NAME}, key 00000012: .*{message}"):
+    with pytest.raises(DataError, match=message):
         read_all(copied)
 
 
