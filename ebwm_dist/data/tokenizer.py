@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sentencepiece
 
 from ebwm_dist.data.files import sha256_of_bytes, write_atomically
-from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from ebwm_dist.data.manifest import Manifest  # it needs numpy, which a tokenizer does without
 
 PROBES = (
     "Two  spaces,   three, a trailing one ",

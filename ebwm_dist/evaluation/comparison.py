@@ -17,13 +17,13 @@ from tqdm import tqdm
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import validation_batches
-from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.data.unigram import unigram_perplexity
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.inference.generate import generate
-from ebwm_dist.inference.load import load_run
+from ebwm_dist.inference.load import load_model
 from ebwm_dist.registry import Model
 
 THINKING_STEPS = (1, 2, 3, 4, 8)
@@ -38,15 +38,19 @@ class Run:
     folder: Path
     model: Model
     config: Config
+    tokenizer: Tokenizer
     manifest: Manifest
     records: list[dict[str, Any]]
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Run:
         """Read the newest checkpoint and the metrics of `folder`."""
-        model, config, manifest = load_run(folder, device)
+        loaded = load_model(folder, device)
+        manifest = Manifest.load(loaded.config.data.path)
+        loaded.check_data(manifest)
+        assert loaded.tokenizer is not None
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return cls(folder, model, config, manifest, records)
+        return cls(folder, loaded.model, loaded.config, loaded.tokenizer, manifest, records)
 
     @property
     def parameters(self) -> int:
@@ -88,7 +92,6 @@ class Run:
 
     def sample(self, num_texts: int, num_steps: int) -> list[tuple[str, str]]:
         """Return (held-out prompt, generated continuation) pairs."""
-        tokenizer = load_tokenizer(self.manifest)
         batches = validation_batches(
             self.config.data, self.manifest, batch_size=1, max_sequences=num_texts, dp_rank=0, dp_world_size=1
         )
@@ -104,7 +107,7 @@ class Run:
                 max_context=self.config.data.sequence_length,
                 seed=number,
             )
-            texts.append((tokenizer.decode(prompt), tokenizer.decode(tokens)))
+            texts.append((self.tokenizer.decode(prompt), self.tokenizer.decode(tokens)))
         return texts
 
 

@@ -23,6 +23,7 @@ from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.inference.inputs import keep_inputs
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
@@ -94,6 +95,7 @@ class Trainer:
         checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
         if world.rank == 0:
             save_config(config, self.run_dir / "config.yaml")
+            keep_inputs(manifest, self.run_dir)
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)

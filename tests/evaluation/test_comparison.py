@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import Batch
 from ebwm_dist.data.unigram import unigram_perplexity
-from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
 from ebwm_dist.evaluation.perplexity import evaluate
-from ebwm_dist.inference.load import load_run
+from ebwm_dist.inference.load import load_model
 from ebwm_dist.models.output import Evaluation
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn, write_config
@@ -46,9 +47,9 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ebt["val_energy_by_steps"]["0"] == pytest.approx(ebt_val["energy_first"], rel=1e-4, abs=1e-5)
     assert ebt["val_energy_by_steps"]["2"] == pytest.approx(ebt_val["energy_last"], rel=1e-4, abs=1e-5)
     assert ar["val_perplexity"] == pytest.approx(ar_val["perplexity"], rel=1e-5)
-    model, _, manifest = load_run(runs / "ebt")
+    model = load_model(runs / "ebt").model
     assert ebt["parameters"] == sum(p.numel() for p in model.parameters())
-    assert summary["unigram_perplexity"] == unigram_perplexity(manifest)
+    assert summary["unigram_perplexity"] == unigram_perplexity(Manifest.load(runs / "text"))
     assert (runs / "ebt" / "thinking.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "autoregressive twin" in printed and "Thinking" in printed and "|" in printed
@@ -80,15 +81,3 @@ def test_errors_of_the_difference_are_those_over_sequences() -> None:
     assert result.standard_errors[1] == pytest.approx((difference.std() / math.sqrt(10)).item(), rel=1e-5)
     assert result.step_losses[1] == pytest.approx((losses[1].sum() / tokens.sum()).item(), rel=1e-6)
     assert result.standard_errors[0] == 0 and result.perplexities[2] == math.inf and result.tokens == tokens.sum()
-
-
-def test_a_run_without_a_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text((runs / "ebt" / "config.yaml").read_text())
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        load_run(tmp_path)
-
-
-def test_loaded_weights_are_the_trained_ones(runs: Path) -> None:
-    model, config, _ = load_run(runs / "ar")
-    assert config.model.kind == "ar"
-    assert all(p.dtype == torch.float32 and not p.is_meta for p in model.parameters())

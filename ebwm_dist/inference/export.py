@@ -1,0 +1,119 @@
+"""A folder that holds a model and nothing of its training: weights as safetensors, configuration, tokenizer.
+
+model.safetensors            or model-00001-of-0000N.safetensors and model.safetensors.index.json, if it is large
+config.yaml, inputs.json, tokenizer.model
+export.json                  written last: format, versions, step, SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ebwm_dist import __version__
+from ebwm_dist.checkpoints import load_module_state, read_marker
+from ebwm_dist.config.loading import load_config, save_config
+from ebwm_dist.config.schema import Config
+from ebwm_dist.data.files import sha256_of_file, write_json
+from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.inference.inputs import INPUTS_FILE, TOKENIZER_FILE, Inputs, load_inputs
+from ebwm_dist.inference.load import CONFIG_FILE, EXPORT_FILE, EXPORT_FORMAT, EXPORT_VERSION, check_state, locate
+from ebwm_dist.registry import build_model
+
+LARGEST_FILE = 5_000_000_000
+"""Bytes of weights that a file holds at most, but for a larger single tensor."""
+
+
+def export_run(run: Path, out: Path, largest_file: int = LARGEST_FILE) -> Path:
+    """Export the newest intact checkpoint of a run folder, or the checkpoint that `run` is; return `out`."""
+    folder, checkpoint = locate(run)
+    inputs, tokenizer = load_inputs(folder)
+    config = load_config(folder / CONFIG_FILE)
+    return write_export(
+        out,
+        config,
+        inputs,
+        load_module_state(checkpoint),
+        tokenizer=None if tokenizer is None else tokenizer.path,
+        step=read_marker(checkpoint)["step"],
+        source=str(checkpoint),
+        largest_file=largest_file,
+    )
+
+
+def write_export(
+    out: Path,
+    config: Config,
+    inputs: Inputs,
+    state: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None,
+    step: int,
+    source: str,
+    largest_file: int = LARGEST_FILE,
+) -> Path:
+    """Write the folder `out`, all of it or nothing; `source` says where the weights are from, in errors too."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: name a new folder, or delete it")
+    with torch.device("meta"):
+        check_state(build_model(config, inputs.get("pad_id", 0)), state, source)
+    staging = out.with_name(f"{out.name}.tmp")
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        _write_weights(staging, state, largest_file)
+        save_config(config, staging / CONFIG_FILE)
+        write_json(staging / INPUTS_FILE, inputs)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, staging / TOKENIZER_FILE)
+        record = {
+            "format": EXPORT_FORMAT,
+            "version": EXPORT_VERSION,
+            "ebwm_dist": __version__,
+            "torch": torch.__version__,
+            "source": Path(source).name,
+            "step": step,
+            "parameters": sum(tensor.numel() for tensor in state.values()),
+            "files": {file.name: sha256_of_file(file) for file in sorted(staging.iterdir())},
+        }
+        write_json(staging / EXPORT_FILE, record)
+        if out.exists():
+            out.rmdir()
+        os.replace(staging, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], largest_file: int) -> None:
+    """Write tensors in the order of their names, as many to a file as fit."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(state):
+        if parts[-1] and size + state[name].nbytes > largest_file:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += state[name].nbytes
+    names = ["model.safetensors"]
+    if len(parts) > 1:
+        names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    for file, part in zip(names, parts, strict=True):
+        # Cloned, because tensors of a checkpoint may be views of one storage, which safetensors does not take.
+        save_file({name: state[name].detach().cpu().contiguous().clone() for name in part}, folder / file)
+    if len(parts) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
+            "weight_map": {name: file for file, part in zip(names, parts, strict=True) for name in part},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

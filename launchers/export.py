@@ -1,0 +1,28 @@
+"""Take a trained model out of its run: `python launchers/export.py --run runs/quickstart --out exports/quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ebwm_dist.errors import UserError
+from ebwm_dist.inference.export import export_run
+
+
+def main() -> int:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
+    args = parser.parse_args()
+    try:
+        print(f"exported to {export_run(args.run, args.out)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
