@@ -24,6 +24,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.inference.generate import generate
 from ebwm_dist.inference.load import load_model
+from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.registry import Model
 
 THINKING_STEPS = (1, 2, 3, 4, 8)
@@ -90,7 +91,7 @@ class Run:
         assert result is not None
         return result
 
-    def sample(self, num_texts: int, num_steps: int) -> list[tuple[str, str]]:
+    def sample(self, num_texts: int) -> list[tuple[str, str]]:
         """Return (held-out prompt, generated continuation) pairs."""
         batches = validation_batches(
             self.config.data, self.manifest, batch_size=1, max_sequences=num_texts, dp_rank=0, dp_world_size=1
@@ -98,16 +99,17 @@ class Run:
         texts = []
         for number, batch in enumerate(islice(batches, num_texts)):
             prompt = batch.observed[0, :PROMPT_TOKENS].tolist()
-            tokens = generate(
+            (continuation,) = generate(
                 self.model,
-                prompt,
+                self.tokenizer,
+                [prompt],
                 num_tokens=GENERATED_TOKENS,
-                num_steps=num_steps,
-                temperature=TEMPERATURE,
                 max_context=self.config.data.sequence_length,
-                seed=number,
+                sampling=Sampling(temperature=TEMPERATURE),
+                seeds=[number],
+                slide=True,
             )
-            texts.append((self.tokenizer.decode(prompt), self.tokenizer.decode(tokens)))
+            texts.append((self.tokenizer.decode(prompt), continuation.text))
         return texts
 
 
@@ -139,7 +141,7 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     }
     print(_table(summary))
     print("\nHeld-out text continued by the EBT (after |):")
-    for prompt, continuation in ebt.sample(3, ebt.config.mcmc.num_steps):
+    for prompt, continuation in ebt.sample(3):
         print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
     plot(ebt, ar, thinking, baseline, unigram, ebt_folder / "thinking.png")
     partial = ebt_folder / "summary.json.tmp"

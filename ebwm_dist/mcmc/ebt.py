@@ -18,7 +18,8 @@ from ebwm_dist.mcmc.replay import Compact, ReplayBuffer
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 from ebwm_dist.mcmc.second_order import Refinement, energy_and_gradient
 from ebwm_dist.mcmc.space import Space
-from ebwm_dist.models.energy_transformer import EnergyTransformer, KeysValues
+from ebwm_dist.models.energy_transformer import EnergyTransformer
+from ebwm_dist.models.layers import KeysValues
 from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput
 
 
@@ -172,13 +173,28 @@ class EnergyBasedTransformer(PassModule):
                     losses[step - 1] += self.space.sequence_losses(state, targets[:, start:stop])
         return Evaluation(losses, energies, counted.sum(-1))
 
-    def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:
-        """Return the refined logits [B, V] of the token after `tokens` [B, S]."""
-        last = tokens.shape[1] - 1
-        state = self.space.start(sample_ids, self.seed, last, last + 1, tokens)
-        for _, refined in self.refine(tokens, state, num_steps, sample_ids, last):
-            state = refined
-        return state[:, -1]
+    @torch.no_grad()
+    def extend(self, observed: Tensor, context: KeysValues, landscape: int, last: Tensor) -> KeysValues:
+        """Return keys and values of observed states [B, 1, ...] added to a context: see `EnergyTransformer.extend`."""
+        return self.transformer.extend(self.space.embed_context(observed), context, landscape, last)
+
+    @torch.no_grad()
+    def energies(self, observed: Tensor, landscape: int | None = None) -> Tensor:
+        """Return the energy [B, S] of each of the observed states [B, S+1, ...] given those before it.
+
+        It is measured on the last landscape unless another is named.
+        """
+        landscape = self.transformer.num_landscapes - 1 if landscape is None else landscape
+        context = self.context_stream(observed[:, :-1], landscape)
+        return torch.cat(
+            [
+                self.transformer.energy(
+                    self.space.embed_next(observed[:, start + 1 : stop + 1]), context, landscape, start
+                )
+                for start, stop in self._slices(observed.shape[1] - 1)
+            ],
+            dim=1,
+        )
 
     def _refine(
         self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, start: int

@@ -36,6 +36,10 @@ class EmbeddingSpace(Space):
             return self._zeros(sample_ids, stop - start, observed.device)
         return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
 
+    def embed_next(self, states: Tensor) -> Tensor:
+        """Return the projection [B, C, D] of embeddings [B, C, E]: observed and predicted ones are read alike."""
+        return self.embed_context(states)
+
     @torch.no_grad()
     def read_in(self, state: Tensor) -> Tensor:
         """Return the projection [B, C, D] of a state, without a graph."""

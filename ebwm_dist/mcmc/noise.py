@@ -18,8 +18,8 @@ INITIAL = 0
 STEP_SIZE = 1
 LANGEVIN = 2
 
-# Positions that share a generator: a short slice draws at most one block too many at either end, and a whole
-# sequence takes few launches. A multiple of 16, below which torch's CPU kernel would draw by another rule.
+# Positions that share a generator: a short slice draws at most a block too many before it, and a whole sequence takes
+# few launches. A multiple of 16, below which torch's CPU kernel would draw by another rule.
 BLOCK = 32
 
 _MASK = (1 << 64) - 1
@@ -64,6 +64,12 @@ def uniform(
     return _draw(torch.Tensor.uniform_, seed, sample_ids, draw, start, stop, width, device)
 
 
+def _numbers(positions: int, width: int, device: torch.device) -> int:
+    """Return how many numbers of a block to draw so that those of its first positions are what the whole block has."""
+    # torch's CPU kernel draws one number after the other, 16 at a time; on CUDA each depends on how many there are.
+    return -(-positions * width // 16) * 16 if device.type == "cpu" else BLOCK * width
+
+
 def _draw(
     fill: Callable[..., Tensor],
     seed: int,
@@ -82,8 +88,11 @@ def _draw(
             first, last = block * BLOCK, (block + 1) * BLOCK
             low, high = max(first, start), min(last, stop)
             here = row[low - start : high - start]
-            whole = here if high - low == BLOCK else row.new_empty(BLOCK, width)
-            fill(whole, generator=generator.manual_seed(mix_seed(seed, sample_id, draw, block)))
-            if whole is not here:
-                here.copy_(whole[low - first : high - first])
+            generator.manual_seed(mix_seed(seed, sample_id, draw, block))
+            if high - low == BLOCK:
+                fill(here, generator=generator)
+                continue
+            drawn = row.new_empty(_numbers(high - first, width, device))
+            fill(drawn, generator=generator)
+            here.copy_(drawn[: (high - first) * width].view(-1, width)[low - first :])
     return noise

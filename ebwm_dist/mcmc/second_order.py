@@ -31,12 +31,13 @@ from torch import Tensor
 from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.space import Space
-from ebwm_dist.models.energy_transformer import EnergyTransformer, KeysValues
+from ebwm_dist.models.energy_transformer import EnergyTransformer
+from ebwm_dist.models.layers import KeysValues
 from ebwm_dist.models.output import Backward, Forward, TrainingOutput
 
 
 def energy_and_gradient(
-    transformer: EnergyTransformer, embedded: Tensor, context: KeysValues, landscape: int, start: int
+    transformer: EnergyTransformer, embedded: Tensor, context: KeysValues, landscape: int, start: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the energies [B, C] of embedded candidates and their gradient dE/de [B, C, D], both detached.
 

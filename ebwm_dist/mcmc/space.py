@@ -49,14 +49,15 @@ class Space(nn.Module, ABC):
         """Precision of states and losses: at least float32, whatever the weights have."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
-    def perturb(self, state: Tensor, seed: int, sample_ids: Tensor, step: int, start: int) -> Tensor:
-        """Return the state with the Langevin noise of MCMC step `step` added to it."""
-        if self.langevin_noise == 0:
+    def perturb(
+        self, state: Tensor, seed: int, sample_ids: Tensor, step: int, start: int, scale: float | None = None
+    ) -> Tensor:
+        """Return the state with the Langevin noise of MCMC step `step`; `scale` replaces that of training."""
+        scale = self.langevin_noise if scale is None else scale
+        if scale == 0:
             return state
         stop = start + state.shape[1]
-        return state + self.langevin_noise * self._noise(
-            seed, sample_ids, noise.LANGEVIN + step, start, stop, state.device
-        )
+        return state + scale * self._noise(seed, sample_ids, noise.LANGEVIN + step, start, stop, state.device)
 
     def step_factor(self, seed: int, sample_ids: Tensor, start: int, stop: int, device: torch.device) -> Tensor | float:
         """Return the factor [B, C, 1] of alpha that training draws for each position."""
@@ -73,6 +74,10 @@ class Space(nn.Module, ABC):
     @abstractmethod
     def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
         """Return the initial states for positions `start` to `stop` of the samples whose context is `observed`."""
+
+    @abstractmethod
+    def embed_next(self, states: Tensor) -> Tensor:
+        """Return the candidate embedding [B, C, D] of next states [B, C, ...] that are known."""
 
     @abstractmethod
     def read_in(self, state: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class VocabularySpace(Space):
             return self._zeros(sample_ids, stop - start, observed.device)
         return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
 
+    def embed_next(self, states: Tensor) -> Tensor:
+        """Return e = W[token] [B, C, D] for tokens [B, C]: distributions without doubt."""
+        return self._matrix("look_up", states)
+
     def read_in(self, state: Tensor) -> Tensor:
         """Return the embedding e = softmax(z) W [B, C, D] of logits [B, C, V], without a graph."""
         return self._matrix("read_in", state)

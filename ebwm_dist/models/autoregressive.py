@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Block, Blocks, Linear, RMSNorm, rotary_table
+from ebwm_dist.models.layers import Block, Blocks, KeysValues, Linear, RMSNorm, places_after, rotary_table
 from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput, summed_cross_entropy
 
 
@@ -31,11 +31,32 @@ class AutoregressiveTransformer(PassModule):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return next-token logits [B, S, V] for `tokens` [B, S]."""
-        x = self.embeddings(tokens)
+        return self.head(self.norm(self._run(tokens)[0]))
+
+    def context_stream(self, tokens: Tensor, landscape: int = 0) -> KeysValues:
+        """Return the keys and values of every block for `tokens` [B, S]; there is only one landscape."""
+        return self._run(tokens)[1]
+
+    def extend(self, tokens: Tensor, context: KeysValues, last: Tensor) -> tuple[Tensor, KeysValues]:
+        """Return the logits [B, 1, V] after `tokens` [B, 1] that are added to a context, and their keys and values.
+
+        `last` [B, 1] is for each row the position before the new token's; keys after it may be of anything.
+        """
+        x, added = self.embeddings(tokens), []
+        positions, hidden = places_after(last, 1, context[0][0])
+        rotary = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
+        for block, (keys, values) in zip(self.blocks, context, strict=True):
+            x, *pair = self.blocks.run(block, "extend", x, keys, values, rotary, hidden, None)
+            added.append((pair[0], pair[1]))
+        return self.head(self.norm(x)), tuple(added)
+
+    def _run(self, tokens: Tensor) -> tuple[Tensor, KeysValues]:
+        x, keys_values = self.embeddings(tokens), []
         rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_base, x.dtype)
         for block in self.blocks:
-            x, _, _ = self.blocks.run(block, "context", x, rotary, None)
-        return self.head(self.norm(x))
+            x, keys, values = self.blocks.run(block, "context", x, rotary, None)
+            keys_values.append((keys, values))
+        return x, tuple(keys_values)
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the mean cross-entropy of `tokens` [B, S+1], padding counting as 0."""
@@ -70,8 +91,3 @@ class AutoregressiveTransformer(PassModule):
         targets = tokens[:, 1:]
         loss = summed_cross_entropy(self.logits(tokens[:, :-1]), targets, self.pad_id)
         return Evaluation(loss[None], None, (targets != self.pad_id).sum(-1))
-
-    @torch.no_grad()
-    def next_token_logits(self, tokens: Tensor, num_steps: int, sample_ids: Tensor) -> Tensor:
-        """Return the logits [B, V] of the token after `tokens` [B, S]."""
-        return self.logits(tokens)[:, -1].float()

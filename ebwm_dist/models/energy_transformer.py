@@ -17,17 +17,16 @@ from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import (
     Block,
     Blocks,
+    KeysValues,
     Linear,
     Modulation,
     RMSNorm,
     Rotary,
     modulate,
     modulate_with_tangent,
+    places_after,
     rotary_table,
 )
-
-KeysValues = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values [B, H, T, d] of every block, for one landscape."""
 
 
 class EnergyHead(Linear):
@@ -78,14 +77,35 @@ class EnergyTransformer(nn.Module):
         keys_values.append(self.blocks.run(last, "context_keys_values", x, rotary, condition))
         return tuple(keys_values)
 
-    def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int) -> Tensor:
+    def extend(self, x: Tensor, context: KeysValues, landscape: int, last: Tensor) -> KeysValues:
+        """Return keys and values [B, H, 1, d] of embedded observed states `x` [B, 1, D] that are added to a context.
+
+        Args:
+            x: the states that follow the observed positions `last` [B, 1], counted from 0 and without a time token.
+            context: what `context` has returned for this landscape; of each row, keys after those of `last` may be of
+                anything.
+            landscape: the step conditioning.
+            last: for each row, the position before the new state's.
+        """
+        condition = self._condition(landscape, x)
+        context, rotary, hidden = self._positions(x, context, last)
+        added = []
+        *body, final = self.blocks
+        for block, (keys, values) in zip(body, context, strict=False):
+            x, *pair = self.blocks.run(block, "extend", x, keys, values, rotary, hidden, condition)
+            added.append((pair[0], pair[1]))
+        added.append(self.blocks.run(final, "context_keys_values", x, rotary, condition))
+        return tuple(added)
+
+    def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
         """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D].
 
         Args:
             candidate: candidates for the states after the observed positions `start` to `start` + C.
             context: what `context` has returned for this landscape, over at least these positions.
             landscape: the step conditioning.
-            start: first observed position, counted from 0 and without a time token.
+            start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
+                the observed position that it follows.
         """
         x, condition = candidate, self._condition(landscape, candidate)
         context, rotary, hidden = self._positions(candidate, context, start)
@@ -122,12 +142,15 @@ class EnergyTransformer(nn.Module):
     def _rotary(self, positions: Tensor, like: Tensor) -> Rotary:
         return rotary_table(positions, self.head_dim, self.rope_base, like.dtype)
 
-    def _positions(self, candidate: Tensor, context: KeysValues, start: int) -> tuple[KeysValues, Rotary, Tensor]:
-        """Return what of the context can be seen, the rotary angles, and the hidden keys [C, T].
+    def _positions(
+        self, candidate: Tensor, context: KeysValues, start: int | Tensor
+    ) -> tuple[KeysValues, Rotary, Tensor]:
+        """Return what of the context can be seen, the rotary angles, and the hidden keys.
 
         A candidate sits where the state it predicts will be.
         """
-        size, offset, device = candidate.shape[1], self.time_tokens + start, candidate.device
-        positions = torch.arange(offset + 1, offset + 1 + size, device=device)
-        hidden = torch.ones(size, offset + size, dtype=torch.bool, device=device).triu(offset + 1)
-        return self.slice_context(context, start + size), self._rotary(positions, candidate), hidden
+        size = candidate.shape[1]
+        if isinstance(start, int):
+            context = self.slice_context(context, start + size)
+        positions, hidden = places_after(self.time_tokens + start, size, context[0][0])
+        return context, self._rotary(positions, candidate), hidden

@@ -2,10 +2,11 @@
 
 Shapes: B batch, S candidate positions, T context positions (keys), D width, H heads, d head width.
 
-The energy model runs each block in three ways:
+The energy model runs each block in these ways:
 
 * context: causal self-attention over observed states; hands out its keys and values.
-* candidate: position i attends to the context up to i and to itself.
+* candidate: position i attends to the context up to i and to itself. So does an observed state that is added to a
+  context of which keys and values are kept (`extend`): it is a candidate that stays.
 * candidate with tangent: the same, and beside every activation its derivative along a constant direction.
   Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
   operations are used, so one first-order backward through this pass yields second-order gradients.
@@ -26,13 +27,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary angles, each [S, d/2]."""
+"""Cosines and sines of the rotary angles, each [S, d/2], or [B, 1, S, d/2] where every row has positions of its own."""
+
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values [B, H, T, d] of every block, for one landscape."""
+
+
+def places_after(last: int | Tensor, size: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of candidates, and which of the keys [B, H, T, d] each of them does not see.
+
+    Args:
+        last: index of the last key that the first of the candidates sees, the others seeing one more each; or the
+            index for every candidate [B, C].
+        size: number C of candidates.
+        keys: what they attend to.
+
+    Returns:
+        positions [C] and hidden keys [C, T], or [B, 1, C] and [B, 1, C, T].
+    """
+    if isinstance(last, int):
+        positions = torch.arange(last + 1, last + 1 + size, device=keys.device)
+    else:
+        positions = last[:, None] + 1
+    return positions, torch.arange(keys.shape[2], device=keys.device) >= positions[..., None]
 
 
 def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
-    """Return the rotary angles of `positions` [S]; made in float64, as low precision cannot hold a position."""
+    """Return the rotary angles of `positions` [..., S]; made in float64, as low precision cannot hold a position."""
     frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
-    angle = positions.to(torch.float64)[:, None] * frequency
+    angle = positions.to(torch.float64)[..., None] * frequency
     dtype = torch.promote_types(dtype, torch.float32)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -119,11 +142,16 @@ class Attention(nn.Module):
         q, k, v = self._qkv(h, rotary)
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
 
-    def candidate(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-        """Attend from `h` [B, S, D] to the context and itself; `hidden` [S, T] is true where a key is not seen."""
+    def candidate(
+        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend from `h` [B, S, D] to the context and itself; return the output and its own keys and values.
+
+        `hidden` [S, T] or [B, 1, S, T] is true where a key is not seen.
+        """
         q, k, v = self._qkv(h, rotary)
         p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, hidden))
-        return self._output(p[..., :-1] @ values + p[..., -1:] * v)
+        return self._output(p[..., :-1] @ values + p[..., -1:] * v), k, v
 
     def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
@@ -206,10 +234,18 @@ class Block(nn.Module):
         self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, hidden: Tensor, condition: Tensor | None
     ) -> Tensor:
         """Run the candidate stream `x` [B, S, D]."""
+        return self.extend(x, keys, values, rotary, hidden, condition)[0]
+
+    def extend(
+        self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, hidden: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the candidate stream; return it and its own keys and values, so that later states can attend to them."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate(self.attention_norm(x), attention_mod)
-        x = x + gate(self.attention.candidate(h, rotary, keys, values, hidden), attention_mod)
-        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+        y, k, v = self.attention.candidate(h, rotary, keys, values, hidden)
+        x = x + gate(y, attention_mod)
+        x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+        return x, k, v
 
     def candidate_with_tangent(
         self,

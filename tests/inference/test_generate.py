@@ -1,39 +1,216 @@
-"""Generated tokens: greedy ones are the model's best, sampled ones follow the seed."""
+"""Generation with the context cache against running the whole prefix for every token; sampling, stops, streaming."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
-from ebwm_dist.config import Config, MCMCConfig, ModelConfig
-from ebwm_dist.inference.generate import generate
-from ebwm_dist.registry import Model, build_model
+from ebwm_dist.config import ModelConfig
+from ebwm_dist.errors import UserError
+from ebwm_dist.inference.generate import Continuation, RollOut, generate, roll_out
+from ebwm_dist.inference.sampling import Sampling
+from ebwm_dist.inference.thinking import Thinking, landscapes, think
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
+from ebwm_dist.registry import Model
+from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
+
+CONTEXT, NEW = 14, 6
+PROMPTS = [[5, 9, 30], [7], [8, 8, 4, 21, 40, 12, 6, 19, 33]]
+SEEDS = [3, 4, 5]
+THINKING = Thinking(steps=4, candidates=2, langevin_noise=0.2, stop_energy=0.05)
 
 
-def model(kind: str) -> Model:
+class Letters:
+    """A tokenizer whose tokens are letters; its end token is none of the model's."""
+
+    pad_id, eos_id = PAD, VOCAB
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(ord("A") + token) for token in ids)
+
+
+def energy_model(
+    variant: str = "default", dtype: torch.dtype = torch.float64, **changes: int
+) -> EnergyBasedTransformer:
+    return build(settings("mirror", step_size=1.0), variant, **changes).to(dtype)
+
+
+def twin(dtype: torch.dtype = torch.float64) -> AutoregressiveTransformer:
     torch.manual_seed(0)
-    config = Config(
-        model=ModelConfig(kind=kind, vocab_size=40, dim=16, num_heads=2, num_layers=2),
-        mcmc=MCMCConfig(num_steps=2, step_size=0.5),
+    config = ModelConfig(kind="ar", vocab_size=VOCAB, dim=16, num_heads=2, num_layers=2)
+    return AutoregressiveTransformer(config, PAD).to(dtype)
+
+
+@torch.no_grad()
+def rerun(model: Model, states: Tensor, seed: int) -> tuple[Tensor, list[float]]:
+    """Predict what follows `states` [S, ...] without a cache; return the prediction and its energies."""
+    if isinstance(model, AutoregressiveTransformer):
+        return model.logits(states[None])[0, -1], []
+    contexts = {number: model.context_stream(states[None], number) for number in landscapes(model, THINKING)}
+    last = torch.tensor([[len(states) - 1]])
+    thought = think(model, contexts, last, states[None, -1:], THINKING, [seed])
+    return thought.state[0, 0], thought.energies[: int(thought.steps) + 1, 0, 0].tolist()
+
+
+def written(model: Model, prompt: list[int], seed: int, new: int = NEW) -> tuple[list[int], list[list[float]]]:
+    """Return greedy tokens and their energies, from the whole prefix each time."""
+    tokens, energies = list(prompt), []
+    for _ in range(new):
+        logits, of_token = rerun(model, torch.tensor(tokens), seed)
+        logits[PAD] = -torch.inf
+        tokens.append(int(logits.argmax()))
+        energies.append(of_token)
+    return tokens[len(prompt) :], energies
+
+
+def continued(model: Model, prompts: list[list[int]], seeds: list[int], **options: object) -> list[Continuation]:
+    options = {"num_tokens": NEW, "max_context": CONTEXT, "thinking": thinking_of(model)} | options
+    return generate(model, Letters(), prompts, seeds=seeds, **options)
+
+
+def thinking_of(model: Model) -> Thinking:
+    return THINKING if isinstance(model, EnergyBasedTransformer) else Thinking()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("name", [*VARIANTS, "ar"])
+def test_cached_equals_running_the_prefix_again(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The same tokens and energies, for prompts of different lengths in one batch."""
+    model = twin(dtype) if name == "ar" else energy_model(name, dtype)
+    texts = continued(model, PROMPTS, SEEDS)
+    for prompt, seed, text in zip(PROMPTS, SEEDS, texts, strict=True):
+        tokens, energies = written(model, prompt, seed)
+        assert text.tokens == tokens and text.finish == "length"
+        if name != "ar":
+            assert list(map(len, text.energies)) == list(map(len, energies))
+            for found, expected in zip(text.energies, energies, strict=True):
+                assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+            assert text.steps == [len(e) - 1 for e in energies] and text.passes >= sum(map(len, energies))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rolled_out_embeddings_equal_running_the_prefix_again(variant: str) -> None:
+    model = energy_model(variant, embedding_dim=6)
+    generator = torch.Generator().manual_seed(0)
+    observed = [torch.randn(n, 6, generator=generator).double() for n in (4, 1, 7)]
+    out: RollOut = roll_out(model, observed, num_states=3, max_context=CONTEXT, thinking=THINKING, seeds=SEEDS)
+    assert out.states.shape == (3, 3, 6) and out.energies.shape == (3, 3, 5) and out.steps.shape == (3, 3)
+    for row, seed in enumerate(SEEDS):
+        states = observed[row]
+        for n in range(3):
+            state, energies = rerun(model, states, seed)
+            assert torch.allclose(out.states[row, n], state, rtol=1e-10, atol=1e-10)
+            assert out.energies[row, n, : len(energies)].tolist() == pytest.approx(energies)
+            states = torch.cat((states, state[None]))
+
+
+@pytest.mark.parametrize("name", ["time_embed", "ar"])
+def test_texts_that_end_leave_the_others_as_they_were(name: str) -> None:
+    """The first and the last end early, by the end token and by a stop string."""
+    model = twin() if name == "ar" else energy_model(name)
+    free = continued(model, PROMPTS, SEEDS)
+    decoder = Letters()
+    decoder.eos_id = next(token for token in free[0].tokens if token not in free[1].tokens)
+    stop = next(letter for letter in free[2].text if letter not in free[1].text)
+    found = generate(
+        model,
+        decoder,
+        PROMPTS,
+        seeds=SEEDS,
+        num_tokens=NEW,
+        max_context=CONTEXT,
+        thinking=thinking_of(model),
+        stop=[stop],
     )
-    return build_model(config, pad_id=0)
+    assert found[1].tokens == free[1].tokens and found[1].finish == "length"
+    assert found[0].finish == "end" and found[0].tokens == free[0].tokens[: free[0].tokens.index(decoder.eos_id)]
+    assert len(found[0].steps) == (len(found[0].tokens) + 1 if name != "ar" else 0)
+    assert found[2].finish in ("stop", "end") and stop not in found[2].text
 
 
-@pytest.mark.parametrize("kind", ["ebt", "ar"])
-def test_greedy_follows_the_logits(kind: str) -> None:
-    network, prompt = model(kind), [5, 9, 3]
-    tokens = generate(network, prompt, num_tokens=4, num_steps=2, temperature=0, max_context=8, seed=0)
-    for position, token in enumerate(tokens):
-        seen = torch.tensor([prompt + tokens[:position]])
-        logits = network.next_token_logits(seen, 2, torch.tensor([position]))
-        assert token == int(logits.argmax())
+def test_a_text_depends_on_its_prompt_and_seed_alone() -> None:
+    model, warm = energy_model("time_embed"), Sampling(temperature=1.5)
+    together = continued(model, PROMPTS, SEEDS, sampling=warm)
+    for prompt, seed, text in zip(PROMPTS, SEEDS, together, strict=True):
+        assert continued(model, [prompt], [seed], sampling=warm)[0].tokens == text.tokens
+    assert continued(model, PROMPTS, [13, 14, 15], sampling=warm)[0].tokens != together[0].tokens
+    one, other = continued(model, [PROMPTS[0]] * 2, [1, 2], sampling=warm)
+    assert one.tokens != other.tokens
 
 
-def test_sampling_follows_the_seed_and_the_window() -> None:
-    network = model("ebt")
+@pytest.mark.parametrize("name", ["time_embed", "ar"])
+def test_a_sliding_context_looks_at_what_it_says(name: str) -> None:
+    """It grows to `max_context`, then goes on from the newer half; prompts of different lengths slide apart."""
+    model = twin() if name == "ar" else energy_model(name)
+    texts = continued(model, PROMPTS, SEEDS, num_tokens=9, max_context=6, slide=True)
+    for prompt, seed, text in zip(PROMPTS, SEEDS, texts, strict=True):
+        seen = prompt[-6:]
+        for token in text.tokens:
+            if len(seen) > 6:
+                seen, seed = seen[-3:], mix_seed(seed)
+            logits, _ = rerun(model, torch.tensor(seen), seed)
+            logits[PAD] = -torch.inf
+            assert int(logits.argmax()) == token
+            seen = [*seen, token]
 
-    def sample(prompt: list[int], seed: int) -> list[int]:
-        return generate(network, prompt, num_tokens=12, num_steps=1, temperature=1.0, max_context=4, seed=seed)
 
-    assert sample([1, 2, 3, 4], 7) == sample([1, 2, 3, 4], 7) != sample([1, 2, 3, 4], 8)
-    assert sample([9, 9, 1, 2, 3, 4], 7) == sample([1, 2, 3, 4], 7)  # only the last four are looked at
+def test_what_does_not_fit_the_context_is_refused() -> None:
+    model = energy_model()
+    with pytest.raises(UserError, match="a prompt of 15 tokens: the model was trained with a context of 14; shorten"):
+        continued(model, [[5] * 15], [0])
+    with pytest.raises(UserError, match="has room for 3 new ones; ask for no more, or let the context slide"):
+        continued(model, [[5] * 12], [0], num_tokens=4)
+    assert len(continued(model, [[5] * 12], [0], num_tokens=3)[0].tokens) == 3
+    with pytest.raises(UserError, match="an autoregressive model does not think"):
+        continued(twin(), PROMPTS, SEEDS, thinking=THINKING)
+
+
+def test_streamed_text_is_never_taken_back() -> None:
+    class Halves(Letters):
+        """Two tokens make a character; one alone is unfinished."""
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return super().decode(ids[1::2]) + "\ufffd" * (len(ids) % 2)
+
+    parts: list[str] = []
+    decoder = Halves()
+    model = energy_model()
+    (free,) = generate(model, decoder, [[5]], num_tokens=10, max_context=CONTEXT)
+    stop = free.text[2:4]
+    (text,) = generate(
+        model,
+        decoder,
+        [[5]],
+        num_tokens=10,
+        max_context=CONTEXT,
+        stop=[stop, "zz"],
+        on_text=lambda _, new: parts.append(new),
+    )
+    assert "".join(parts) == text.text == free.text[: free.text.index(stop)] and text.finish == "stop"
+
+
+def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.3, 0.2]]).log()
+    keep = {
+        Sampling(1.0): [0.1, 0.4, 0.3, 0.2],
+        Sampling(0.5): [1 / 30, 16 / 30, 9 / 30, 4 / 30],
+        Sampling(1.0, top_k=2): [0, 4 / 7, 3 / 7, 0],
+        Sampling(1.0, top_p=0.6): [0, 4 / 7, 3 / 7, 0],
+        Sampling(1.0, top_p=0.39): [0, 1, 0, 0],
+        Sampling(1.0, min_p=0.6): [0, 4 / 7, 3 / 7, 0],
+        Sampling(1.0, top_k=3, top_p=0.5): [0, 4 / 7, 3 / 7, 0],
+    }
+    for sampling, expected in keep.items():
+        assert sampling.probabilities(logits)[0].tolist() == pytest.approx(expected), sampling
+    assert Sampling().choose(logits, [0], 0).item() == 1
+    drawn = [Sampling(1.0).choose(logits, [seed], 5).item() for seed in range(2000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 2000
+    assert torch.allclose(shares, torch.tensor([0.1, 0.4, 0.3, 0.2]), atol=0.04)
+    for values in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 1.5}):
+        with pytest.raises(UserError, match=next(iter(values))):
+            Sampling(**values)

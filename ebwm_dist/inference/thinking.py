@@ -1,0 +1,314 @@
+"""Thinking: predictions refined for as long as each of them needs, with several candidates for each.
+
+A prediction starts from noise and descends its energy. How many steps that takes is not the same everywhere: a
+candidate whose energy has converged leaves the batch, so that what is computed falls with every one that is done.
+Nothing here has a graph of parameters or of second order: a step is one candidate pass, differentiated to the state.
+
+Energies of different landscapes cannot be compared. So the steps that lead to the last landscape are always taken, and
+stopping, accepting and choosing look at energies of that landscape alone.
+
+Shapes: B sequences, C predicted positions of each, G candidates for each of them; N = B x C x G candidates, of which n
+still go on; K steps, D width. States are [N, 1, ...], as the model's space has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebwm_dist.errors import UserError
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.mcmc.second_order import energy_and_gradient
+from ebwm_dist.models.layers import KeysValues
+
+SELECTIONS = ("energy", "drop")
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How long and how to think about a prediction; None stands for what the model was trained with."""
+
+    steps: int | None = None
+    """Most MCMC steps of a candidate."""
+    candidates: int = 1
+    """Refinements of every position from different noise, of which one is chosen."""
+    select: str = "energy"
+    """Choose the candidate that ends with the lowest `energy`, or whose energy has had the largest `drop`."""
+    langevin_noise: float | None = None
+    """Standard deviation of the noise added to the state before every step."""
+    step_size: float | None = None
+    """Alpha."""
+    accept: bool = False
+    """Take only steps that lower the energy; without noise the first other one ends a refinement."""
+    stop_energy: float | None = None
+    """Stop a candidate when a step changes its energy by no more than this; None: never."""
+    budget: int | None = None
+    """Most candidate passes spent on one position, by all its candidates together; K steps are K + 1 passes."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for name, low in (("steps", 1), ("candidates", 1), ("budget", 2)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{name} = {value}: must be at least {low}")
+        for name in ("langevin_noise", "step_size", "stop_energy"):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value < math.inf and (value > 0 or name != "step_size")):
+                raise UserError(f"{name} = {value}: must be {'more than' if name == 'step_size' else 'at least'} 0")
+        if self.select not in SELECTIONS:
+            raise UserError(f"select = {self.select!r}: choose from {', '.join(SELECTIONS)}")
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What thinking has led to, for every position."""
+
+    state: Tensor
+    """The chosen prediction [B, C, ...]: logits, or an embedding."""
+    energies: Tensor
+    """Its energy before the first and after every step [K + 1, B, C]; once it has stopped, the last one again."""
+    steps: Tensor
+    """MCMC steps that it has taken [B, C]."""
+    passes: Tensor
+    """Candidate passes that the position has cost, over all its candidates [B, C]."""
+
+    @property
+    def energy(self) -> Tensor:
+        """Return the energy [B, C] of the prediction."""
+        return self.energies[-1]
+
+
+@torch.no_grad()
+def think(
+    model: EnergyBasedTransformer,
+    contexts: dict[int, KeysValues],
+    positions: Tensor,
+    observed: Tensor,
+    thinking: Thinking,
+    seeds: Sequence[int],
+) -> Thought:
+    """Predict what follows some positions of every sequence.
+
+    Args:
+        model: the energy model.
+        contexts: keys and values of the B sequences for each landscape that `landscapes` names.
+        positions: for each prediction [B, C] the position of the observed state that it follows.
+        observed: these states [B, C, ...].
+        thinking: how.
+        seeds: one for each sequence. With the positions they determine all noise, whatever else is in the batch.
+    """
+    refinement = _Refinement(model, contexts, positions, observed, thinking, seeds)
+    for step in range(refinement.num_steps + 1):
+        refinement.visit(step)
+        if not len(refinement.index):
+            break
+    return refinement.chosen()
+
+
+def think_sequences(
+    model: EnergyBasedTransformer, observed: Tensor, thinking: Thinking, seeds: Sequence[int]
+) -> Iterator[tuple[int, int, Thought]]:
+    """Predict what follows each of the observed states [B, S, ...]; yield (start, stop, thought) of slices of S."""
+    with torch.no_grad():
+        contexts = {number: model.context_stream(observed, number) for number in landscapes(model, thinking)}
+    size = max(1, model.positions_per_pass // thinking.candidates)
+    for start in range(0, observed.shape[1], size):
+        stop = min(start + size, observed.shape[1])
+        positions = torch.arange(start, stop, device=observed.device).expand(len(observed), -1)
+        seen = {number: model.transformer.slice_context(context, stop) for number, context in contexts.items()}
+        yield start, stop, think(model, seen, positions, observed[:, start:stop], thinking, seeds)
+
+
+def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
+    """Return the landscapes that thinking visits."""
+    return range(model.transformer.landscape(_num_steps(model, thinking) - 1) + 1)
+
+
+def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
+    """Refuse candidates that would all be the same, and a budget that ends before the last landscape."""
+    noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
+    if thinking.candidates > 1 and model.space.initial_state != "random_noise" and noise == 0:
+        raise UserError(
+            f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
+            f"({model.space.initial_state}); set langevin_noise, or use 1"
+        )
+    fewest = thinking.candidates * max(2, len(landscapes(model, thinking)))
+    if thinking.budget is not None and thinking.budget < fewest:
+        raise UserError(
+            f"budget = {thinking.budget}: {thinking.candidates} candidate{'s' * (thinking.candidates > 1)} of this "
+            f"model need at least {fewest} passes"
+        )
+
+
+def _num_steps(model: EnergyBasedTransformer, thinking: Thinking) -> int:
+    return model.mcmc.most_steps if thinking.steps is None else thinking.steps
+
+
+class _Refinement:
+    """The candidates on their way down; `index` [n] says which of all N go on, in order."""
+
+    def __init__(
+        self,
+        model: EnergyBasedTransformer,
+        contexts: dict[int, KeysValues],
+        positions: Tensor,
+        observed: Tensor,
+        thinking: Thinking,
+        seeds: Sequence[int],
+    ):
+        check_thinking(model, thinking)
+        self.model, self.thinking, self.contexts = model, thinking, contexts
+        self.num_steps, self.final = _num_steps(model, thinking), landscapes(model, thinking)[-1]
+        device, group = positions.device, thinking.candidates
+        self.shape = (*positions.shape, group)
+        self.positions = positions.repeat_interleave(group, 1).flatten()
+        # Each candidate is to the noise a sample of its own.
+        self.ids = torch.tensor(
+            [
+                mix_seed(seed, position, number)
+                for seed, row in zip(seeds, positions.tolist(), strict=True)
+                for position in row
+                for number in range(group)
+            ]
+        )
+        self.index = torch.arange(len(self.ids), device=device)
+        self.layout = _Layout(self._rows(), self.positions)
+        observed = observed.repeat_interleave(group, 1).flatten(0, 1)[:, None]
+        self.state = model.space.start(self.ids, model.seed, 0, 1, observed)
+        self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
+        self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
+        self.steps, self.passes = (torch.zeros_like(self.index) for _ in range(2))
+        self.done: list[tuple[Tensor, Tensor]] = []
+
+    def visit(self, step: int) -> None:
+        """Measure the energy of the states that `step` steps have led to, put by those that are done, step on."""
+        model, thinking, last = self.model, self.thinking, step == self.num_steps
+        landscape = model.transformer.landscape(min(step, self.num_steps - 1))
+        state, energy, gradient = self._measure(step, landscape, last)
+        finished = torch.full_like(self.index, last, dtype=torch.bool)
+        # The state before was measured on the landscape of its own step.
+        if self.before is not None and step > 0 and landscape == model.transformer.landscape(step - 1):
+            change = energy - self.before[1]
+            if thinking.stop_energy is not None:
+                finished |= change.abs() <= thinking.stop_energy
+            if thinking.accept:
+                worse = ~(change <= 0)  # an energy that is no number is not accepted
+                state, energy, gradient = (
+                    torch.where(worse.view(-1, *[1] * (old.ndim - 1)), old, new)
+                    for old, new in zip(self.before, (state, energy, gradient), strict=True)
+                )
+                finished = finished & ~worse | last | worse & (self._noise() == 0)
+        self.energies[step:, self.index] = energy
+        self.steps[self.index] = step
+        self.passes[self.index] += 1
+        if thinking.budget is not None:
+            finished |= self._over_budget(energy, thinking.budget)
+        if last or (self._may_stop() and finished.any()):
+            self.done.append((self.index[finished], state[finished] if not last else state))
+            state, energy, gradient = self._leave(~finished, state, energy, gradient)
+        if len(self.index):
+            if thinking.accept or thinking.stop_energy is not None:
+                self.before = (state if thinking.accept else energy, energy, gradient if thinking.accept else energy)
+            self.state = model.space.update(state, gradient * self._factor())
+
+    def chosen(self) -> Thought:
+        """Return the chosen candidate of every position."""
+        rows, positions, group = self.shape
+        ends, drops = self.energies[-1], self.energies[self.final] - self.energies[-1]
+        score = (ends if self.thinking.select == "energy" else -drops).view(-1, group)
+        best = score.nan_to_num(nan=math.inf).argmin(-1) + torch.arange(0, len(self.ids), group, device=score.device)
+        order, states = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.done, strict=True))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        state = states if group == 1 and len(self.done) == 1 else states[place[best]]
+        return Thought(
+            state=state.view(rows, positions, *state.shape[2:]),
+            energies=self.energies[:, best].unflatten(1, (rows, positions)),
+            steps=self.steps[best].view(rows, positions),
+            passes=self.passes.view(rows, positions, group).sum(-1),
+        )
+
+    def _measure(self, step: int, landscape: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states with the noise of this step, their energies [n] and dE/de [n, 1, D] (of the last: none)."""
+        model, layout, state = self.model, self.layout, self.state
+        del self.state
+        if not last:
+            ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
+            state = model.space.perturb(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
+        embedded = layout.pack(model.space.read_in(state)[:, 0])
+        context = self.contexts[landscape]
+        if last:
+            energy = model.transformer.energy(embedded, context, landscape, layout.positions)
+            gradient = torch.zeros_like(embedded)
+        else:
+            energy, gradient = energy_and_gradient(model.transformer, embedded, context, landscape, layout.positions)
+        return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
+
+    def _over_budget(self, energy: Tensor, budget: int) -> Tensor:
+        """Return which candidates have no pass left: those of the highest energies, where it is enough for some."""
+        group = self.shape[-1]
+        of_all = energy.new_full((len(self.ids),), math.inf)
+        of_all[self.index] = energy
+        rank = of_all.view(-1, group).argsort(stable=True, dim=-1).argsort(-1).flatten()[self.index]
+        left = budget - self.passes.view(-1, group).sum(-1)
+        return rank >= left[self.index // group]
+
+    def _leave(self, going: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Narrow everything to the candidates that go on, and the contexts to the rows that still have some."""
+        self.index = self.index[going]
+        if len(self.index):
+            rows = self.layout.rows
+            self.layout = _Layout(self._rows(), self.positions[self.index])
+            if len(self.layout.rows) < len(rows):
+                kept = torch.isin(rows, self.layout.rows).nonzero().flatten()
+                self.contexts = {
+                    number: tuple((keys[kept], values[kept]) for keys, values in context)
+                    for number, context in self.contexts.items()
+                }
+        return tuple(tensor[going] for tensor in tensors)
+
+    def _rows(self) -> Tensor:
+        """Return the row of each candidate that goes on [n]."""
+        return self.index // (self.shape[1] * self.shape[2])
+
+    def _noise(self) -> float:
+        own = self.thinking.langevin_noise
+        return self.model.space.langevin_noise if own is None else own
+
+    def _may_stop(self) -> bool:
+        thinking = self.thinking
+        return thinking.accept or thinking.stop_energy is not None or thinking.budget is not None
+
+    def _factor(self) -> Tensor | float:
+        """Return what to scale gradients by so that a step has the size asked for."""
+        return 1.0 if self.thinking.step_size is None else self.thinking.step_size / self.model.space.step_size()
+
+
+class _Layout:
+    """Where candidates [n], in order of their rows, stand in a batch [R, M]: side by side, R rows that have some."""
+
+    def __init__(self, rows: Tensor, positions: Tensor):
+        self.rows, counts = rows.unique_consecutive(return_counts=True)
+        self.shape = (len(self.rows), int(counts.max()))
+        self.whole = math.prod(self.shape) == len(rows)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        number = torch.arange(len(rows), device=rows.device)
+        row = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+        self.places = row * self.shape[1] + number - first
+        self.positions = self.pack(positions)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return `x` [n, ...] as [R, M, ...]; free places are zero."""
+        if not self.whole:
+            x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy_(0, self.places, x)
+        return x.view(*self.shape, *x.shape[1:])
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Return the candidates [n, ...] of `x` [R, M, ...]."""
+        x = x.flatten(0, 1)
+        return x if self.whole else x[self.places]
