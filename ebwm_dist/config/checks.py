@@ -39,6 +39,7 @@ _FROM_1 = Range(1)
 RANGES: dict[str, Range] = {
     "seed": Range(0, 2**63 - 1),
     "model.num_landscapes": _FROM_1,
+    "model.embedding_dim": _FROM_1,
     "model.vocab_size": Range(2),
     "model.dim": _FROM_1,
     "model.num_layers": _FROM_1,
@@ -136,10 +137,25 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             "model.tie_embeddings = True: model.kind = 'ar' has a head of its own; set it to false, or use 'ebt'"
         )
+    if model.tie_embeddings and model.embedding_dim is not None:
+        raise ConfigError(
+            f"model.tie_embeddings = True: frames of model.embedding_dim = {model.embedding_dim} have no token "
+            "embeddings; set it to false"
+        )
 
 
 def _check_mcmc(config: Config) -> None:
     model, mcmc, max_steps = config.model, config.mcmc, config.training.max_steps
+    if model.embedding_dim is None and mcmc.initial_state == "most_recent_embedding":
+        raise ConfigError(
+            "mcmc.initial_state = 'most_recent_embedding': needs model.embedding_dim, the width of the frame "
+            "embeddings; tokens start from 'random_noise' or 'zeros'"
+        )
+    if model.embedding_dim is not None and mcmc.update != "probabilities":
+        raise ConfigError(
+            f"mcmc.update = {mcmc.update!r}: frames of model.embedding_dim = {model.embedding_dim} have no logits to "
+            "update; leave it out"
+        )
     if mcmc.max_num_steps is not None and mcmc.max_num_steps < mcmc.num_steps:
         raise ConfigError(
             f"mcmc.max_num_steps = {mcmc.max_num_steps}: at least mcmc.num_steps = {mcmc.num_steps}, "

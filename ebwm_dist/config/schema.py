@@ -26,8 +26,10 @@ class ModelConfig:
     """How the energy knows the MCMC step: not at all, by a learned token before the context, or by modulation."""
     num_landscapes: int = 1
     """Number of trained step conditionings; later steps repeat the last one. Always 1 for `default`."""
+    embedding_dim: int | None = None
+    """Width E of the frame embeddings that are predicted; null: the tokens of a vocabulary are."""
     vocab_size: int = 50277
-    """Size of the vocabulary; must equal that of the tokenizer the data was made with."""
+    """Size of the vocabulary; must equal that of the tokenizer the data was made with. Unused with `embedding_dim`."""
     dim: int = 384
     """Width D of the residual stream."""
     num_layers: int = 6
@@ -76,9 +78,11 @@ class MCMCConfig:
     gradient: str = choice("step", "chain")
     """`step`: the state that enters a step is a constant; `chain`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
-    """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`."""
-    initial_state: str = choice("random_noise", "zeros")
-    """Where a prediction starts: logits drawn from N(0, 1), or all zero."""
+    """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`.
+
+    Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
+    initial_state: str = choice("random_noise", "zeros", "most_recent_embedding")
+    """Where a prediction starts: numbers drawn from N(0, 1), all zero, or a copy of the last observed embedding."""
     replay_size: int = 0
     """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
     replay_fraction: float = 0.5

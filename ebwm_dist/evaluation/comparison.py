@@ -49,7 +49,8 @@ class Run:
         loaded = load_model(folder, device)
         manifest = Manifest.load(loaded.config.data.path)
         loaded.check_data(manifest)
-        assert loaded.tokenizer is not None
+        if loaded.tokenizer is None:
+            raise UserError(f"{folder} was trained on video: use launchers/video_report.py")
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return cls(folder, loaded.model, loaded.config, loaded.tokenizer, manifest, records)
 

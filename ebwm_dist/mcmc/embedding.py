@@ -6,7 +6,6 @@ Shapes: B batch, S observed positions, C candidate positions, E width of the emb
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig
@@ -14,6 +13,7 @@ from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact, compress_embeddings, expand_embeddings
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.layers import Linear
+from ebwm_dist.models.output import summed_smooth_l1
 
 
 class EmbeddingSpace(Space):
@@ -26,7 +26,7 @@ class EmbeddingSpace(Space):
 
     def embed_context(self, observed: Tensor) -> Tensor:
         """Project the embeddings `observed` [B, S, E] to [B, S, D]."""
-        return observed if self.projection is None else self.projection(observed)
+        return observed.to(self.step_size.alpha.dtype) if self.projection is None else self.projection(observed)
 
     def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
         """Return initial embeddings [B, C, E]: noise, zeros, or a copy of the last observed one."""
@@ -89,7 +89,7 @@ class EmbeddingSpace(Space):
 
     def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
         """Return the SmoothL1 loss [B] of states [B, C, E], summed over positions, a mean over each one's numbers."""
-        return F.smooth_l1_loss(state, targets.to(state.dtype), reduction="none", beta=1.0).mean(-1).sum(-1)
+        return summed_smooth_l1(state, targets)
 
 
 class Projection(Linear):

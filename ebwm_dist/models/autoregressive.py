@@ -1,48 +1,80 @@
-"""Transformer++: the autoregressive twin of the energy model, from the same blocks.
+"""Transformer++: the autoregressive twins of the energy model, from the same blocks, for tokens and for embeddings.
 
-Shapes: B batch, S positions, D width, V vocabulary.
+Shapes: B batch, S positions, D width, V vocabulary, E width of the embeddings; observed states are tokens [B, S] or
+embeddings [B, S, E], predictions [B, S, V or E].
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import Block, Blocks, KeysValues, Linear, RMSNorm, places_after, rotary_table
-from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput, summed_cross_entropy
+from ebwm_dist.models.output import (
+    Backward,
+    Evaluation,
+    Forward,
+    PassModule,
+    TrainingOutput,
+    summed_cross_entropy,
+    summed_smooth_l1,
+)
 
 
-class AutoregressiveTransformer(PassModule):
-    """A causal language model with an untied head."""
+class AutoregressiveTransformer(PassModule, ABC):
+    """A causal transformer that predicts each next state in one pass.
 
-    def __init__(self, config: ModelConfig, pad_id: int, activation_checkpointing: str = "none"):
+    Args:
+        config: shape of the blocks.
+        embeddings: maps observed states to the width of the blocks.
+        predicted: numbers per predicted state.
+        bias: whether the head adds a bias.
+        activation_checkpointing: as in the configuration.
+    """
+
+    def __init__(
+        self, config: ModelConfig, embeddings: nn.Module, predicted: int, bias: bool, activation_checkpointing: str
+    ):
         super().__init__()
         dim = config.dim
-        self.pad_id = pad_id
         self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
-        self.embeddings = nn.Embedding(config.vocab_size, dim)
+        self.embeddings = embeddings
         self.blocks = Blocks(
             Block(dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps) for _ in range(config.num_layers)
         )
         self.blocks.checkpointing = activation_checkpointing == "block"
         self.norm = RMSNorm(dim, config.norm_eps)
-        self.head = Linear(dim, config.vocab_size, bias=False)
+        self.head = Linear(dim, predicted, bias=bias)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return next-token logits [B, S, V] for `tokens` [B, S]."""
-        return self.head(self.norm(self._run(tokens)[0]))
+    @abstractmethod
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return which of the positions [B, S] count."""
 
-    def context_stream(self, tokens: Tensor, landscape: int = 0) -> KeysValues:
-        """Return the keys and values of every block for `tokens` [B, S]; there is only one landscape."""
-        return self._run(tokens)[1]
+    @abstractmethod
+    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B] of predictions, summed over the positions that count."""
 
-    def extend(self, tokens: Tensor, context: KeysValues, last: Tensor) -> tuple[Tensor, KeysValues]:
-        """Return the logits [B, 1, V] after `tokens` [B, 1] that are added to a context, and their keys and values.
+    def embed(self, observed: Tensor) -> Tensor:
+        """Return the embedding [B, S, D] of observed states."""
+        return self.embeddings(observed)
 
-        `last` [B, 1] is for each row the position before the new token's; keys after it may be of anything.
+    def predict(self, observed: Tensor) -> Tensor:
+        """Return predictions [B, S, V or E] of what follows each of the observed states."""
+        return self.head(self.norm(self._run(observed)[0]))
+
+    def context_stream(self, observed: Tensor, landscape: int = 0) -> KeysValues:
+        """Return the keys and values of every block for observed states; there is only one landscape."""
+        return self._run(observed)[1]
+
+    def extend(self, observed: Tensor, context: KeysValues, last: Tensor) -> tuple[Tensor, KeysValues]:
+        """Return what follows states [B, 1(, E)] added to a context, [B, 1, V or E], and their keys and values.
+
+        `last` [B, 1] is for each row the position before the new state's; keys after it may be of anything.
         """
-        x, added = self.embeddings(tokens), []
+        x, added = self.embed(observed), []
         positions, hidden = places_after(last, 1, context[0][0])
         rotary = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
@@ -50,22 +82,22 @@ class AutoregressiveTransformer(PassModule):
             added.append((pair[0], pair[1]))
         return self.head(self.norm(x)), tuple(added)
 
-    def _run(self, tokens: Tensor) -> tuple[Tensor, KeysValues]:
-        x, keys_values = self.embeddings(tokens), []
+    def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:
+        x, keys_values = self.embed(observed), []
         rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_base, x.dtype)
         for block in self.blocks:
             x, keys, values = self.blocks.run(block, "context", x, rotary, None)
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
-    def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean cross-entropy of `tokens` [B, S+1], padding counting as 0."""
-        loss = summed_cross_entropy(self.logits(tokens[:, :-1]), tokens[:, 1:], self.pad_id)
-        return loss.sum() / tokens[:, 1:].numel()
+    def loss(self, observed: Tensor) -> Tensor:
+        """Return the mean loss of S+1 observed states, padding counting as 0."""
+        targets = observed[:, 1:]
+        return self.sequence_losses(self.predict(observed[:, :-1]), targets).sum() / targets[..., 0].numel()
 
     def training_step(
         self,
-        tokens: Tensor,
+        observed: Tensor,
         sample_ids: Tensor,
         plan: None = None,
         *,
@@ -73,8 +105,8 @@ class AutoregressiveTransformer(PassModule):
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Do forward and backward of `tokens` [B, S+1]; nothing is drawn, and there are no MCMC steps to plan."""
-        loss = (forward or self)("loss", tokens)
+        """Do forward and backward of S+1 observed states; nothing is drawn, and there are no MCMC steps to plan."""
+        loss = (forward or self)("loss", observed)
         backward(loss * weight)
         return TrainingOutput(loss.detach(), loss.detach()[None])
 
@@ -86,8 +118,45 @@ class AutoregressiveTransformer(PassModule):
         """Return nothing: there are no MCMC steps."""
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
-        """Return summed losses of `tokens` [B, S+1]; there are no steps, so `num_steps` is not used."""
-        targets = tokens[:, 1:]
-        loss = summed_cross_entropy(self.logits(tokens[:, :-1]), targets, self.pad_id)
-        return Evaluation(loss[None], None, (targets != self.pad_id).sum(-1))
+    def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
+        """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
+        targets = observed[:, 1:]
+        loss = self.sequence_losses(self.predict(observed[:, :-1]), targets)
+        return Evaluation(loss[None], None, self.counted(targets).sum(-1))
+
+
+class AutoregressiveTokens(AutoregressiveTransformer):
+    """A causal language model with an untied head."""
+
+    def __init__(self, config: ModelConfig, pad_id: int, activation_checkpointing: str = "none"):
+        embeddings = nn.Embedding(config.vocab_size, config.dim)
+        super().__init__(config, embeddings, config.vocab_size, False, activation_checkpointing)
+        self.pad_id = pad_id
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return which targets [B, S] are not padding."""
+        return targets != self.pad_id
+
+    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy [B] of logits [B, S, V], summed over the targets that are not padding."""
+        return summed_cross_entropy(predictions, targets, self.pad_id)
+
+
+class AutoregressiveEmbeddings(AutoregressiveTransformer):
+    """Predicts the next embedding itself; where embeddings are not as wide as the model, a projection reads them in."""
+
+    def __init__(self, config: ModelConfig, embedding_dim: int, activation_checkpointing: str = "none"):
+        embeddings = nn.Identity() if embedding_dim == config.dim else Linear(embedding_dim, config.dim)
+        super().__init__(config, embeddings, embedding_dim, True, activation_checkpointing)
+
+    def embed(self, observed: Tensor) -> Tensor:
+        """Return the embedding [B, S, D] of embeddings [B, S, E], whatever their precision."""
+        return super().embed(observed.to(self.norm.weight.dtype))
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Return true for all positions [B, S]."""
+        return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
+
+    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the SmoothL1 loss [B] of embeddings [B, S, E], summed over positions."""
+        return summed_smooth_l1(predictions, targets)

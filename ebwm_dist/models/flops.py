@@ -19,25 +19,29 @@ def stream_flops(config: ModelConfig, sequence_length: int) -> float:
 def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_length: int) -> float:
     """Return the FLOPs of a training step per predicted token.
 
-    With F one forward of a stream and 2VD one product with the vocabulary matrix:
+    With F one forward of a stream and M = 2VD one product with the vocabulary matrix, or, for embeddings, 2ED one with
+    the projection (none, where E = D):
 
-    * autoregressive: 3 (F + 2VD).
-    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and two vocabulary products (read-in,
-      read-out); each step that is trained: 6 F (candidate and tangent, forward and backward) and the three gradients of
-      those products; and 3 F for the context stream of each landscape, whose last block only makes keys and values.
-      A random number of steps counts by its mean, replayed sequences as so many more tokens.
+    * autoregressive: 3 (F + M), M being that with the head; embeddings that are projected: 2 M more.
+    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (read-in, read-out); each step
+      that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products; and
+      for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings that
+      are projected 2 M. A random number of steps counts by its mean, replayed sequences as so many more tokens.
     """
     forward = stream_flops(config, sequence_length)
-    vocabulary = 2.0 * config.vocab_size * config.dim
+    video = config.embedding_dim is not None
+    head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
+    product = 0.0 if config.embedding_dim == config.dim else head
+    read_context = 2 * product if video else 0.0
     if config.kind == "ar":
-        return 3 * (forward + vocabulary)
+        return 3 * (forward + head) + read_context
     last_block = forward / config.num_layers - 4.0 * config.dim**2
     contexts = min(mcmc.num_steps, config.num_landscapes)
     steps = (mcmc.num_steps + mcmc.most_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "step" else steps
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
-    refinement = steps * (2 * forward + 2 * vocabulary) + trained * (6 * forward + 3 * vocabulary)
-    return rows * (refinement + contexts * 3 * (forward - last_block))
+    refinement = steps * (2 * forward + 2 * product) + trained * (6 * forward + 3 * product)
+    return rows * (refinement + contexts * (3 * (forward - last_block) + read_context))
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

@@ -1,6 +1,6 @@
 """What a model hands to the trainer and to evaluation, the same for energy and autoregressive models.
 
-Shapes: K MCMC steps (1 for an autoregressive model), B batch, S positions, V vocabulary.
+Shapes: K MCMC steps (1 for an autoregressive model), B batch, S positions, V vocabulary, E width of embeddings.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class TrainingOutput(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sums over the predicted tokens of each sequence; padding does not count."""
+    """Sums over the predicted tokens or frames of each sequence; padding does not count."""
 
     step_losses: Tensor
-    """Summed cross-entropy after each MCMC step [K, B]."""
+    """Summed loss after each MCMC step [K, B]: cross-entropy of tokens, SmoothL1 of embeddings."""
     energies: Tensor | None
     """Summed energy of the initial state and of the state after each step [K + 1, B]; None without an energy."""
     tokens: Tensor
-    """Number of predicted tokens [B]."""
+    """Number of predicted tokens or frames [B]."""
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
@@ -64,3 +64,10 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="none")
     return losses.view_as(targets).sum(-1)
+
+
+def summed_smooth_l1(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the SmoothL1 loss [B] of embeddings [B, S, E], summed over positions, a mean over each one's numbers."""
+    predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    losses = F.smooth_l1_loss(predictions, targets.to(predictions.dtype), reduction="none", beta=1.0)
+    return losses.mean(-1).sum(-1)

@@ -26,19 +26,20 @@ LAYOUTS = {
 
 
 def describe(config: Config) -> str:
-    """Return the resolved configuration, parameters, FLOPs per token and memory per GPU by ZeRO stage."""
+    """Return the resolved configuration, parameters, FLOPs per token or frame and memory per GPU by ZeRO stage."""
     parameters = parameter_count(config)
     flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
     training = config.training
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     tokens = tokens_per_step * training.max_steps
     activations = activation_bytes(config)
+    unit = "token" if config.model.embedding_dim is None else "frame"
     lines = [
         OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(),
         "---",
         f"parameters: {parameters:,}",
-        f"training FLOPs per token: {flops:.4g} ({flops / parameters:.1f} per parameter)",
-        f"tokens: {tokens_per_step:,} per step, {tokens:.4g} in {training.max_steps:,} ({flops * tokens:.3g} FLOPs)",
+        f"training FLOPs per {unit}: {flops:.4g} ({flops / parameters:.1f} per parameter)",
+        f"{unit}s: {tokens_per_step:,} per step, {tokens:.4g} in {training.max_steps:,} ({flops * tokens:.3g} FLOPs)",
         f"memory per GPU in GiB ({training.precision}, micro-batch {training.micro_batch_size}: "
         f"{activations / GIB:.2f} of activations, the rest weights, gradients and optimizer state):",
         "  GPUs  " + "".join(f"{name:>14}" for name in LAYOUTS),
@@ -112,10 +113,11 @@ def _live_bytes(config: Config, layers: int) -> int:
         model = build_model(config, pad_id=0).to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        tokens = torch.zeros(rows, config.data.sequence_length + 1, dtype=torch.long)
+        length, width = config.data.sequence_length + 1, config.model.embedding_dim
+        observed = torch.zeros(rows, length, dtype=torch.long) if width is None else torch.zeros(rows, length, width)
         plan: Any = StepPlan(mcmc.most_steps)
         with _LiveBytes() as live:
-            model.training_step(tokens, torch.arange(rows, device="cpu"), plan)
+            model.training_step(observed, torch.arange(rows, device="cpu"), plan)
     return live.most
 
 

@@ -75,6 +75,19 @@ def test_defaults_pass() -> None:
         ),
         ({"training__micro_batch_size": 0}, "training.micro_batch_size = 0: must be at least 1"),
         ({"model__kind": "ar", "model__tie_embeddings": True}, "model.tie_embeddings = True: model.kind = 'ar' has a"),
+        (
+            {"model__embedding_dim": 768, "model__tie_embeddings": True},
+            "model.tie_embeddings = True: frames of model.embedding_dim = 768 have no token",
+        ),
+        (
+            {"mcmc__initial_state": "most_recent_embedding"},
+            "mcmc.initial_state = 'most_recent_embedding': needs model.embedding_dim, .*'random_noise' or 'zeros'",
+        ),
+        (
+            {"model__embedding_dim": 768, "mcmc__update": "mirror"},
+            "mcmc.update = 'mirror': frames of model.embedding_dim = 768 have no logits to update; leave it out",
+        ),
+        ({"model__embedding_dim": 0}, "model.embedding_dim = 0: must be at least 1"),
         ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
         ({"mcmc__num_steps_warmup": 1_000_001}, "mcmc.num_steps_warmup = 1000001: at most .*max_steps = 1000000"),
         ({"mcmc__step_size_warmup": 1_000_001}, "mcmc.step_size_warmup = 1000001: at most .*max_steps = 1000000"),
@@ -125,6 +138,8 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         {"training__stop_after": 1_000_000},
         {"model__variant": "time_embed", "model__num_landscapes": 1},
         {"model__tie_embeddings": True},
+        {"model__embedding_dim": 1, "mcmc__initial_state": "most_recent_embedding"},
+        {"model__kind": "ar", "mcmc__initial_state": "most_recent_embedding"},
         {"mcmc__max_num_steps": 2, "mcmc__num_steps_warmup": 1_000_000, "mcmc__step_size_warmup": 1_000_000},
         {"mcmc__learn_step_size": False},
         {"mcmc__loss": "last"},

@@ -10,8 +10,8 @@ from ebwm_dist.config.schema import Config, ModelConfig
 from ebwm_dist.errors import ConfigError
 
 MODEL_KEYS = (
-    "kind, variant, num_landscapes, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, rope_base, "
-    "tie_embeddings"
+    "kind, variant, num_landscapes, embedding_dim, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, "
+    "rope_base, tie_embeddings"
 )
 
 

@@ -15,7 +15,7 @@ from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking, landscapes, think
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.models.autoregressive import AutoregressiveTransformer
+from ebwm_dist.models.autoregressive import AutoregressiveTokens
 from ebwm_dist.registry import Model
 from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
 
@@ -40,17 +40,17 @@ def energy_model(
     return build(settings("mirror", step_size=1.0), variant, **changes).to(dtype)
 
 
-def twin(dtype: torch.dtype = torch.float64) -> AutoregressiveTransformer:
+def twin(dtype: torch.dtype = torch.float64) -> AutoregressiveTokens:
     torch.manual_seed(0)
     config = ModelConfig(kind="ar", vocab_size=VOCAB, dim=16, num_heads=2, num_layers=2)
-    return AutoregressiveTransformer(config, PAD).to(dtype)
+    return AutoregressiveTokens(config, PAD).to(dtype)
 
 
 @torch.no_grad()
 def rerun(model: Model, states: Tensor, seed: int) -> tuple[Tensor, list[float]]:
     """Predict what follows `states` [S, ...] without a cache; return the prediction and its energies."""
-    if isinstance(model, AutoregressiveTransformer):
-        return model.logits(states[None])[0, -1], []
+    if isinstance(model, AutoregressiveTokens):
+        return model.predict(states[None])[0, -1], []
     contexts = {number: model.context_stream(states[None], number) for number in landscapes(model, THINKING)}
     last = torch.tensor([[len(states) - 1]])
     thought = think(model, contexts, last, states[None, -1:], THINKING, [seed])

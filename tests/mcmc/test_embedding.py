@@ -38,6 +38,16 @@ def embedding_settings(**changes: Any) -> Any:
 
 
 @WIDTHS
+@pytest.mark.parametrize("initial_state", STARTS)
+@in_every_mode
+def test_every_start_has_the_gradients_of_a_double_backward(
+    gradient: str, loss: str, initial_state: str, width: int
+) -> None:
+    mcmc = embedding_settings(gradient=gradient, loss=loss, initial_state=initial_state)
+    check_training_step(build(mcmc, "time_embed", embedding_dim=width, positions_per_pass=6), mcmc, *frames(width))
+
+
+@WIDTHS
 @pytest.mark.parametrize("variant", VARIANTS)
 @in_every_mode
 def test_gradients_equal_a_double_backward(gradient: str, loss: str, variant: str, width: int) -> None:

@@ -1,0 +1,82 @@
+"""The autoregressive twin on embeddings: its loss in plain words, its gradients, and what it may look at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebwm_dist.config import Config, ModelConfig
+from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
+from ebwm_dist.registry import build_model
+
+DIM, LENGTH = 16, 7
+WIDTHS = pytest.mark.parametrize("width", [DIM, 10], ids=["as wide", "projected"])
+
+
+def build(width: int, kind: str = "ar") -> AutoregressiveEmbeddings:
+    torch.manual_seed(0)
+    model = ModelConfig(kind=kind, embedding_dim=width, dim=DIM, num_heads=2, num_layers=2)
+    built = build_model(Config(model=model), pad_id=None)
+    assert isinstance(built, AutoregressiveEmbeddings)
+    return built.double()
+
+
+def frames(width: int) -> Tensor:
+    """Return embeddings [B, S+1, E], some of which are so far from any prediction that the loss is linear there."""
+    return 2 * torch.randn(3, LENGTH + 1, width, generator=torch.Generator().manual_seed(1)).double()
+
+
+@WIDTHS
+def test_the_loss_is_smooth_l1_on_the_next_embedding(width: int) -> None:
+    model, observed = build(width), frames(width)
+    error = (model.predict(observed[:, :-1]) - observed[:, 1:]).abs()
+    assert (error < 1).any() and (error > 1).any()
+    losses = torch.where(error < 1, error.square() / 2, error - 0.5)
+    assert torch.allclose(model.loss(observed), losses.mean())
+    result = model.evaluate(observed, torch.arange(3), num_steps=5)
+    assert torch.allclose(result.step_losses, losses.mean(-1).sum(-1)[None])
+    assert result.energies is None and result.tokens.tolist() == [LENGTH] * 3
+
+
+@WIDTHS
+def test_gradients_equal_finite_differences(width: int) -> None:
+    model, observed = build(width), frames(width)
+    output = model.training_step(observed, torch.arange(3), weight=0.5)
+    assert output.loss == output.step_losses[0] and not output.loss.requires_grad
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        start, direction, h = weight.detach().clone(), torch.randn_like(weight), 1e-6
+        ends = []
+        for sign in (1, -1):
+            weight.data = start + sign * h * direction
+            ends.append(model.loss(observed).item())
+        weight.data = start
+        slope = 0.5 * (ends[0] - ends[1]) / (2 * h)
+        assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
+
+
+@WIDTHS
+def test_nobody_sees_the_future(width: int) -> None:
+    model, observed, position = build(width), frames(width), 4
+    before = model.predict(observed)
+    observed[:, position] += 1
+    touched = (model.predict(observed) != before).any(-1)
+    assert not touched[:, :position].any() and touched[:, position:].all()
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", ["ar", "ebt"])
+def test_bf16_weights_take_embeddings_in_fp32(kind: str, width: int) -> None:
+    """As under bf16 training: losses and states stay in float32, and are near those of float32 weights."""
+    model = ModelConfig(kind=kind, embedding_dim=width, dim=DIM, num_heads=2, num_layers=2)
+    config = Config(model=model)
+    config.mcmc.step_size = 1.0
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        network = build_model(config, pad_id=None).to(dtype)
+        loss = network.training_step(frames(width).float(), torch.arange(3), network.plan(1, 0)).loss
+        assert loss.dtype == torch.float32
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
