@@ -1,12 +1,14 @@
 """Time and memory of one training step: double backward against the first-order engine, side by side.
 
 python benchmarks/second_order.py --steps 1,2,16 --seq-len 512 --vocab 8000
-python benchmarks/second_order.py --grid
+python benchmarks/second_order.py --grid --save
 
 All methods train the same weights on the same tokens from the same states (zero logits), and the run fails if their
 losses and gradients differ. Every method is measured in a fresh process, after a warm-up step: `seconds` is the median
-of `--repeats` steps, `peak_bytes` what one more step holds at most beyond weights and gradients. On the CPU the
-methods of one setting take turns, so that whatever else slows the machine down slows all of them.
+of `--repeats` steps, `peak_bytes` what one more step holds at most beyond weights and gradients. On the CPU `seconds`
+is processor time, the sum of all threads, which other processes hardly change; with one thread, the default, it is the
+duration on a quiet machine. The methods of one setting take turns there, so that what still slows the machine down
+slows all of them.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -38,12 +41,16 @@ GRID = {
     "seq_len": [256, 1024],
     "vocab": [1000, 32000],
     "dtype": ["float32", "bfloat16"],
+    "batch": 1,
 }
 HEADER = (
     "| steps | sequence | vocabulary | dtype | method | seconds | ratio | peak MiB | ratio |\n"
     "|--:|--:|--:|---|---|--:|--:|--:|--:|"
 )
 RECORD = ("method", "steps", "seq_len", "vocab", "dtype", "device")
+LIMIT_OPTIONS = ("memory_limit", "time_limit")
+LIMITS = ("out of memory", "out of time")
+"""Errors that are results."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest relative difference between the methods, of the loss and of the gradients' norm."""
 
@@ -95,7 +102,11 @@ class Worker:
     def _answer(self) -> Record:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        answer: Record = json.loads(line) if line else {"error": f"ended with status {self.process.wait()}"}
+        if line:
+            answer: Record = json.loads(line)
+        else:
+            status = self.process.wait()
+            answer = {"error": "out of time" if status == -signal.SIGXCPU else f"ended with status {status}"}
         self.error = answer.get("error")
         return answer
 
@@ -115,7 +126,7 @@ def problems_of(workers: list[Worker]) -> Iterator[str]:
     """Yield a line for every method that failed other than by its memory, or that computes something else."""
     trained = [worker for worker in workers if "loss" in worker.warm_up]
     for worker in workers:
-        if worker.error not in (None, "out of memory"):
+        if worker.error not in (None, *LIMITS):
             yield f"{worker.setting['method']}: {worker.error}"
     for worker, name in product(trained[1:], ("loss", "gradient_norm")):
         found, expected = worker.warm_up[name], trained[0].warm_up[name]
@@ -149,7 +160,7 @@ def ratio(record: Record, baseline: Record, name: str) -> str:
 
 
 def environment(args: argparse.Namespace) -> Record:
-    """Describe the machine, the versions and the options that are the same in all records."""
+    """Describe the machine, the versions and the options, without those that records hold."""
     device = processor()
     if args.device == "cuda":
         import torch
@@ -161,8 +172,20 @@ def environment(args: argparse.Namespace) -> Record:
         "python": platform.python_version(),
         "torch": version("torch"),
         "platform": platform.platform(),
-        **{name: getattr(args, name) for name in ("layers", "width", "batch", "threads", "repeats", "memory_limit")},
+        **{name: getattr(args, name) for name in ("layers", "width", "batch", "threads", "repeats", *LIMIT_OPTIONS)},
     }
+
+
+def save(path: Path, about: Record, records: list[Record], key: Sequence[str] = RECORD) -> None:
+    """Put `records` into the run of the file that is described by `about`, in place of what it holds of the same."""
+    runs: list[Record] = json.loads(path.read_text())["runs"] if path.exists() else []
+    run = next((run for run in runs if about.items() <= run.items()), None)
+    if run is None:
+        run = about | {"records": []}
+        runs.append(run)
+    known = {tuple(record[name] for name in key): record for record in [*run["records"], *records]}
+    run["records"] = list(known.values())
+    path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 def processor() -> str:
@@ -201,7 +224,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps per method")
     parser.add_argument(
         "--memory-limit",
@@ -209,8 +232,12 @@ def arguments() -> argparse.Namespace:
         default=0.8 * available_gib(),
         help="GiB per process on the CPU; default: 80 %% of what is free",
     )
+    parser.add_argument(
+        "--time-limit", type=int, help="seconds of processor time per process on the CPU; default: none"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--grid", action="store_true", help="measure the whole grid and write benchmarks/results/")
+    parser.add_argument("--grid", action="store_true", help="measure the whole grid, where nothing else is said")
+    parser.add_argument("--save", action="store_true", help="add the results to those in benchmarks/results/")
     if parser.parse_known_args()[0].grid:
         parser.set_defaults(**GRID)
     return parser.parse_args()
@@ -219,9 +246,9 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure every setting; return 1 if a method fails or disagrees with the others."""
     args = arguments()
-    shared = {name: getattr(args, name) for name in ("layers", "width", "batch", "device", "threads", "memory_limit")}
+    shared = {name: getattr(args, name) for name in ("layers", "width", "batch", "device", "threads", *LIMIT_OPTIONS)}
     about = environment(args)
-    path = ROOT / "benchmarks" / "results" / f"{args.device}_torch-{about['torch']}.json"
+    path = ROOT / "benchmarks" / "results" / f"{args.device}_torch-{about['torch'].split('+')[0]}.json"
     readable = sys.stderr if args.json else sys.stdout
     print(HEADER, file=readable)
     records: list[Record] = []
@@ -237,8 +264,8 @@ def main() -> int:
         print(*wrong, sep="\n", end="", file=sys.stderr, flush=True)
         records += measured
         failed = failed or bool(wrong)
-        if args.grid:
-            path.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
+        if args.save:
+            save(path, about, measured)
     if args.json:
         print(json.dumps(records, indent=1))
     return 1 if failed else 0

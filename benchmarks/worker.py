@@ -29,6 +29,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.vocabulary import VocabularySpace
 
+LIBC = ctypes.CDLL(None)
 M_MMAP_THRESHOLD = -3  # of malloc.h
 PAD_ID = 0  # never drawn, so that every token counts
 STEP_SIZE = 0.01
@@ -51,6 +52,8 @@ class Setting:
     threads: int
     memory_limit: float | None = None
     """GiB of memory that the process may take on the CPU after its imports; None: no limit."""
+    time_limit: int | None = None
+    """Seconds of processor time after which the process is ended, on the CPU; None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,13 @@ def build(setting: Setting) -> Method:
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """Return how long one `step` takes."""
+    """Return how long one `step` takes: on the CPU, the processor time of all threads."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(step: Callable[[], object], device: str) -> int:
@@ -128,9 +132,13 @@ def unpack_heap() -> None:
     Otherwise the profiler's many small records come to lie between the tensors, whose space then cannot be used again:
     the process grows to several times what it holds, and may meet its limit although the step itself does not.
     """
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    give_memory_back()
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+
+
+def give_memory_back() -> None:
+    """Give what malloc keeps of freed memory to the processes that measure meanwhile."""
+    LIBC.malloc_trim(0)
 
 
 def synchronize(device: str) -> None:
@@ -158,12 +166,15 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print must not come between the answers
 
     def answer(**values: Any) -> None:
+        give_memory_back()
         answers.write(json.dumps(values) + "\n")
 
     torch.set_num_threads(setting.threads)
     try:
         if setting.memory_limit is not None and setting.device == "cpu":
             limit_memory(setting.memory_limit)
+        if setting.time_limit is not None and setting.device == "cpu":
+            resource.setrlimit(resource.RLIMIT_CPU, (setting.time_limit, resource.RLIM_INFINITY))
         method = build(setting)
         for weight in method.weights.values():
             weight.grad = torch.zeros_like(weight)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.second_order import RECORD, Record, save
 from benchmarks.worker import Setting, build, peak_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,29 @@ def test_out_of_memory_is_a_record() -> None:
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)[:1]
     assert record["error"] == "out of memory" and record["seconds"] is None and record["peak_bytes"] is None
+
+
+@pytest.mark.slow
+def test_out_of_time_is_a_record() -> None:
+    done = run("--json", "--time-limit", "1", "--methods", "first_order")  # which the imports take already
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(done.stdout)
+    assert record["error"] == "out of time" and record["seconds"] is None and record["peak_bytes"] is None
+
+
+def test_results_are_added_to_those_of_the_same_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+
+    def record(steps: int, seconds: float) -> Record:
+        return {**dict.fromkeys(RECORD, "same"), "steps": steps, "seconds": seconds}
+
+    save(path, {"batch": 1, "limit": None}, [record(1, 1.0), record(2, 1.0)])
+    save(path, {"batch": 2, "limit": None}, [record(1, 2.0)])
+    save(path, {"batch": 1, "limit": None}, [record(2, 3.0), record(4, 3.0)])
+    first, second = json.loads(path.read_text())["runs"]
+    assert (first["batch"], second["batch"]) == (1, 2)
+    assert [(r["steps"], r["seconds"]) for r in first["records"]] == [(1, 1.0), (2, 3.0), (4, 3.0)]
+    assert [(r["steps"], r["seconds"]) for r in second["records"]] == [(1, 2.0)]
 
 
 @pytest.mark.slow
