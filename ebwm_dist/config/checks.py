@@ -105,6 +105,7 @@ def check_config(config: Config) -> None:
         _check_replay(config)
     _check_schedule(config)
     _check_batch(config)
+    _check_encoder(config)
     _check_zero(config)
 
 
@@ -240,6 +241,17 @@ def _check_batch(config: Config) -> None:
             f"training.micro_batch_size = {training.micro_batch_size}: must divide training.global_batch_size = "
             f"{training.global_batch_size}; allowed are {_either(fitting)}"
         )
+
+
+def _check_encoder(config: Config) -> None:
+    data = config.data
+    if data.encoder is not None and config.model.embedding_dim is None:
+        raise ConfigError(
+            f"data.encoder = {data.encoder!r}: needs model.embedding_dim, the width of the embeddings that it makes; "
+            "text has no encoder"
+        )
+    if data.encoder_weights is not None and data.encoder is None:
+        raise ConfigError(f"data.encoder_weights = {data.encoder_weights!r}: needs data.encoder, which reads them")
 
 
 def _check_zero(config: Config) -> None:

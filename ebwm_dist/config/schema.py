@@ -156,12 +156,17 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
-    """The token shards to train on."""
+    """The shards to train on: tokens, latents of video frames, or clips."""
 
     path: str = "data/text"
     """Folder made by data_tools/tokenize_text.py (holds manifest.json)."""
     sequence_length: int = 256
-    """Tokens of context S; must equal the length the shards were packed with."""
+    """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
+    encoder: str | None = None
+    """What makes embeddings of the frames of clips, as they are read: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or
+    torchvision:MODEL. Latents have been encoded before: null."""
+    encoder_weights: str | None = None
+    """Local file or folder of the encoder's weights; `pixels` has none."""
     shuffle_window: int = 8
     """Shards whose samples are shuffled together; their index is what is held in memory."""
     num_workers: int = 0

@@ -132,8 +132,8 @@ class Console:
         self._log.close()
 
 
-def train_line(record: Record, max_steps: int, eta_seconds: float) -> str:
-    """Return the console line of a training step."""
+def train_line(record: Record, max_steps: int, eta_seconds: float, unit: str = "tok") -> str:
+    """Return the console line of a training step; `unit` is what is predicted."""
     parts = [f"step {record['step']}/{max_steps}", f"loss {record['loss']:.4f}"]
     if record["energy_first"] is not None:
         if record["energy_first"] != record["energy_last"]:  # with a single step they are of the same state
@@ -142,7 +142,7 @@ def train_line(record: Record, max_steps: int, eta_seconds: float) -> str:
     parts += [
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
-        f"{_si(record['tokens_per_second'])} tok/s",
+        f"{_si(record['tokens_per_second'])} {unit}/s",
         f"MFU {100 * record['mfu']:.1f} %",
         f"mem {record['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"data {100 * record['data_wait']:.1f} %",
@@ -158,6 +158,8 @@ def val_line(record: Record) -> str:
         line += (
             f" -> {record['loss_last_step']:.4f} | energy {record['energy_first']:.3f} -> {record['energy_last']:.3f}"
         )
+    if "copy_loss" in record:
+        return f"{line} | copy of the last frame {record['copy_loss']:.4f}"
     return f"{line} | perplexity {record['perplexity']:.2f}"
 
 

@@ -18,15 +18,17 @@ from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
+from ebwm_dist.data.content import ClipContent, TokenContent
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
-from ebwm_dist.errors import ConfigError, PeerError, UserError, same_on_all_ranks
+from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.inference.inputs import keep_inputs
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.observation import Observer, build_observer, check_content, embedding_statistics
 from ebwm_dist.registry import Model, build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import (
@@ -97,11 +99,13 @@ class Trainer:
             save_config(config, self.run_dir / "config.yaml")
             keep_inputs(manifest, self.run_dir)
 
+        self.unit = "token" if config.model.embedding_dim is None else "frame"
+        self.observer = self._build_observer()
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        self.engine, self.optimizer = create_engine(
-            config, lambda: build_model(config, manifest.token_content.pad_id), world
-        )
+        content = self.manifest.content
+        pad_id = content.pad_id if isinstance(content, TokenContent) else None
+        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), world)
         self.model = cast("Model", self.engine.module)
         if config.training.compile:
             self.model.compile_blocks()
@@ -126,7 +130,7 @@ class Trainer:
         self._say(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
-            f"{self.manifest.train.samples:,} training sequences of {config.data.sequence_length} tokens, "
+            f"{self.manifest.train.samples:,} training sequences of {config.data.sequence_length} {self.unit}s, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
 
@@ -182,7 +186,7 @@ class Trainer:
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                batch.observed.to(self.world.device, non_blocking=True),
+                self.observer(batch.observed),
                 batch.sample_ids,
                 plan,
                 weight=1 / accumulation,
@@ -252,7 +256,8 @@ class Trainer:
         step, training = record["step"], self.config.training
         if step % training.log_interval == 0 or step in (1, training.max_steps):
             remaining = (training.max_steps - step) * self.state.seconds / step
-            self._say(train_line(record, training.max_steps, remaining))
+            unit = "tok" if self.unit == "token" else "frames"
+            self._say(train_line(record, training.max_steps, remaining, unit))
 
     def _validation_due(self) -> bool:
         step = self.state.step
@@ -281,7 +286,7 @@ class Trainer:
             self.watchdog.beat(step, "validation")
             return not any_rank(self.stop.requested, self.world)
 
-        result = evaluate(self.engine, batches, config.mcmc.most_steps, self.world.device, proceed)
+        result = evaluate(self.engine, batches, config.mcmc.most_steps, self.world.device, proceed, self.observer)
         if result is None:
             return True
         record = {
@@ -292,7 +297,9 @@ class Trainer:
             "loss_last_step": result.step_losses[-1],
             "energy_first": result.energies[0] if result.energies else None,
             "energy_last": result.energies[-1] if result.energies else None,
-            "perplexity": result.perplexities[-1],
+            **(
+                {"perplexity": result.perplexities[-1]} if result.copy_loss is None else {"copy_loss": result.copy_loss}
+            ),
             "mcmc_step_size": self._step_size(),
             "tokens": self.state.tokens,
         }
@@ -300,6 +307,16 @@ class Trainer:
             log.write(record)
         self._say(val_line(record))
         return False
+
+    def _build_observer(self) -> Observer:
+        """Return what shows batches to the model; the statistics of clips are the same on all ranks."""
+        with same_on_all_ranks():
+            observer = build_observer(self.config, self.manifest.content, self.world.device)
+        if isinstance(self.manifest.content, ClipContent):
+            self.watchdog.beat(0, "statistics of the embeddings")
+            found = embedding_statistics(observer, self.manifest, self.run_dir) if self.world.rank == 0 else None
+            observer.mean, observer.std = from_rank_0(found, self.world)
+        return observer
 
     def _save(self) -> None:
         self.watchdog.beat(self.state.step, "checkpoint")
@@ -332,14 +349,7 @@ def load_data(config: Config) -> Manifest:
     with same_on_all_ranks():
         manifest = Manifest.load(config.data.path)
         manifest.check_files()
-        load_tokenizer(manifest)
-    for key, wanted, found in (
-        ("model.vocab_size", config.model.vocab_size, manifest.token_content.vocab_size),
-        ("data.sequence_length", config.data.sequence_length, manifest.content.sequence_length),
-    ):
-        if wanted != found:
-            raise ConfigError(
-                f"{key} is {wanted}, but the shards in {config.data.path} were made with {found}: "
-                f"set {key}={found}, or make shards that fit"
-            )
+        check_content(config, manifest.content)
+        if isinstance(manifest.content, TokenContent):
+            load_tokenizer(manifest)
     return manifest

@@ -87,6 +87,8 @@ def test_defaults_pass() -> None:
             {"model__embedding_dim": 768, "mcmc__update": "mirror"},
             "mcmc.update = 'mirror': frames of model.embedding_dim = 768 have no logits to update; leave it out",
         ),
+        ({"data__encoder": "pixels:16"}, "data.encoder = 'pixels:16': needs model.embedding_dim"),
+        ({"data__encoder_weights": "w"}, "data.encoder_weights = 'w': needs data.encoder"),
         ({"model__embedding_dim": 0}, "model.embedding_dim = 0: must be at least 1"),
         ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
         ({"mcmc__num_steps_warmup": 1_000_001}, "mcmc.num_steps_warmup = 1000001: at most .*max_steps = 1000000"),

@@ -1,0 +1,163 @@
+"""From the samples of a batch to what a model observes, on its device: there clips are encoded by a frozen encoder.
+
+Shapes: B batch, F = S+1 frames of H x W pixels, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebwm_dist.config.schema import Config
+from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
+from ebwm_dist.data.files import write_json
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.shards import open_reader
+from ebwm_dist.encoders import Encoder, build_encoder
+from ebwm_dist.errors import ConfigError, UserError
+
+STATISTICS_FILE = "embedding_statistics.json"
+STATISTICS_CLIPS = 256
+"""Clips, spread over the training split, that mean and standard deviation of their embeddings are taken from."""
+_CLIPS_AT_ONCE = 16
+
+
+class Observer:
+    """Hands samples to a model as they are, or, with an encoder, as normalised embeddings of their frames."""
+
+    def __init__(self, device: torch.device, encoder: Encoder | None = None, mean: float = 0.0, std: float = 1.0):
+        self.device, self.encoder = device, None if encoder is None else encoder.to(device)
+        self.mean, self.std = mean, std
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Return tokens [B, S+1] and latents [B, S+1, E] on the device, and frames [B, F, H, W, 3] as latents."""
+        samples = samples.to(self.device, non_blocking=True)
+        if self.encoder is None or samples.dtype != torch.uint8:
+            return samples
+        return (self.encode(samples) - self.mean) / self.std
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Return the embeddings [B, F, E] of frames [B, F, H, W, 3] as the encoder makes them."""
+        assert self.encoder is not None
+        return self.encoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    @property
+    def decodable(self) -> bool:
+        """Return whether embeddings can be shown."""
+        return self.encoder is not None and self.encoder.decodable
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Return the frames [..., H, W, 3] uint8 that normalised embeddings [..., E] stand for."""
+        assert self.encoder is not None
+        frames = self.encoder.decode(embeddings.flatten(0, -2).float() * self.std + self.mean)
+        return frames.unflatten(0, embeddings.shape[:-1])
+
+
+def check_content(config: Config, content: Content) -> None:
+    """Refuse data that the configured model cannot be trained on, naming both sides."""
+    model, data, where = config.model, config.data, f"the {content.kind} in {config.data.path}"
+    wanted: list[tuple[str, int | None, int]] = [
+        ("data.sequence_length", data.sequence_length, content.sequence_length)
+    ]
+    if isinstance(content, TokenContent):
+        if model.embedding_dim is not None:
+            raise ConfigError(
+                f"model.embedding_dim is {model.embedding_dim}, but {where} are text: set it to null, or data.path to "
+                "a folder of latents or clips"
+            )
+        wanted.append(("model.vocab_size", model.vocab_size, content.vocab_size))
+    elif model.embedding_dim is None:
+        width = f" of width {content.embedding_dim}" if isinstance(content, LatentContent) else ""
+        raise ConfigError(
+            f"model.embedding_dim is null, but {where} are video{width}: set it to the width of the embeddings"
+        )
+    if isinstance(content, LatentContent):
+        wanted.append(("model.embedding_dim", model.embedding_dim, content.embedding_dim))
+        if data.encoder not in (None, content.encoder):
+            raise ConfigError(
+                f"data.encoder is {data.encoder!r}, but {where} were made with {content.encoder!r}: set "
+                "data.encoder=null, or data.path to a folder of clips"
+            )
+    if isinstance(content, ClipContent) and data.encoder is None:
+        raise ConfigError(
+            f"data.encoder is null, but {where} have to be encoded: set data.encoder=pixels:16, or another"
+        )
+    for key, here, there in wanted:
+        if here != there:
+            raise ConfigError(f"{key} is {here}, but {where} were made with {there}: set {key}={there}")
+
+
+def build_observer(config: Config, content: Content, device: torch.device) -> Observer:
+    """Return what shows samples of `content` to the configured model; of clips, without their statistics yet.
+
+    Latents have an encoder where it can be built from its name alone; it only serves to decode them.
+    """
+    if isinstance(content, LatentContent):
+        encoder = None
+        if content.encoder.startswith("pixels"):
+            encoder = build_encoder(content.encoder, None, content.height, content.width)
+        return Observer(device, encoder, content.mean, content.std)
+    if not isinstance(content, ClipContent):
+        return Observer(device)
+    data, width = config.data, config.model.embedding_dim
+    assert data.encoder is not None
+    encoder = build_encoder(
+        data.encoder, data.encoder_weights, content.height, content.width, config.training.precision
+    )
+    if encoder.embedding_dim != width:
+        raise ConfigError(
+            f"model.embedding_dim is {width}, but data.encoder = {data.encoder!r} makes embeddings of "
+            f"{encoder.embedding_dim} from the frames in {data.path}: set model.embedding_dim={encoder.embedding_dim}"
+        )
+    return Observer(device, encoder)
+
+
+def embedding_statistics(observer: Observer, manifest: Manifest, run_dir: Path) -> tuple[float, float]:
+    """Return mean and standard deviation of the embeddings of training clips.
+
+    They are computed at the first start of a run, kept in its folder, and the same ever after.
+    """
+    assert observer.encoder is not None
+    file = run_dir / STATISTICS_FILE
+    if file.is_file():
+        return read_statistics(file, observer.encoder)
+    counts = np.cumsum([0, *manifest.train.counts])
+    chosen = min(STATISTICS_CLIPS, manifest.train.samples)
+    numbers = np.arange(chosen) * manifest.train.samples // chosen
+    shards = np.searchsorted(counts, numbers, side="right") - 1
+    reader = open_reader(manifest, "train", max_open=4)
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, chosen, _CLIPS_AT_ONCE):
+        part = slice(start, start + _CLIPS_AT_ONCE)
+        frames, _ = reader.read(shards[part], (numbers - counts[shards])[part])
+        embeddings = observer.encode(torch.from_numpy(frames).to(observer.device)).double()
+        count += embeddings.numel()
+        total += embeddings.sum().item()
+        squares += embeddings.square().sum().item()
+    reader.close()
+    mean = total / count
+    std = max(squares / count - mean**2, 1e-12) ** 0.5
+    run_dir.mkdir(parents=True, exist_ok=True)
+    encoder = observer.encoder
+    write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "clips": chosen, "mean": mean, "std": std})
+    return mean, std
+
+
+def read_statistics(file: Path, encoder: Encoder) -> tuple[float, float]:
+    """Read them back; refuse those of another encoder."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        spec, sha256, mean, std = content["encoder"], content["sha256"], float(content["mean"]), float(content["std"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): restore it, or start a new run_dir") from None
+    if sha256 != encoder.sha256:
+        raise UserError(
+            f"{file.parent} was trained with the encoder {spec} (sha256 {sha256[:12]}), now it is {encoder.spec} "
+            f"({encoder.sha256[:12]}): set data.encoder and data.encoder_weights to what they were, or start a new "
+            "run_dir"
+        )
+    return mean, std

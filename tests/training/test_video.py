@@ -1,0 +1,133 @@
+"""Training on video: resumed runs, clips encoded on the fly, and data that does not fit the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.data.content import TokenContent
+from ebwm_dist.encoders import build_encoder
+from ebwm_dist.errors import ConfigError, DataError, UserError
+from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, embedding_statistics
+from ebwm_dist.training.trainer import load_data
+from tests.distributed import run_distributed_test
+from tests.runs import assert_same, metrics, newest_state, train_in_turn
+from tests.tiny_shards import DIM, FRAMES, SAMPLES, make_tiny_clips, make_tiny_latents, tiny_frames, tiny_latents
+
+CPU = torch.device("cpu")
+CONFIG = f"""
+model: {{variant: time_embed, num_landscapes: 2, embedding_dim: {DIM}, dim: 16, num_layers: 2, num_heads: 2}}
+mcmc: {{num_steps: 2, step_size: 1.0, initial_state: most_recent_embedding}}
+optimizer: {{lr: 3.0e-3, warmup_steps: 2}}
+training: {{max_steps: 9, global_batch_size: 4, micro_batch_size: 2, log_interval: 5, step_timeout: 60}}
+data: {{sequence_length: {FRAMES - 1}, shuffle_window: 2}}
+validation: {{interval: 3, max_sequences: 5}}
+checkpoint: {{interval: 100}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `latents` of pixels:1, `clips` and a configuration for the first."""
+    folder = tmp_path_factory.mktemp("video")
+    make_tiny_latents(folder / "latents")
+    make_tiny_clips(folder / "clips", "jpeg")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    return folder
+
+
+CLIPS = ["data.encoder=pixels:2", "model.embedding_dim=12"]
+
+
+def overrides(folder: Path, kind: str, run_dir: Path, *more: str) -> list[str]:
+    return [f"data.path={folder / kind}", f"run_dir={run_dir}", *(CLIPS if kind == "clips" else []), *more]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+    """4 + 5 steps on one rank give everything that 9 give: latents with a replay buffer, clips, and the twin."""
+    system_2 = ["model.num_landscapes=1", "mcmc.max_num_steps=3", "mcmc.langevin_noise=0.1", "mcmc.replay_size=4"]
+    cases = {"latents": system_2, "clips": [], "ar": ["model.kind=ar"]}
+    runs = []
+    for name, more in cases.items():
+        kind = "clips" if name == "clips" else "latents"
+        runs.append(overrides(folder, kind, tmp_path / name / "whole", *more))
+        parts = overrides(folder, kind, tmp_path / name / "parts", *more)
+        runs += [[*parts, "training.stop_after=4"], parts]
+    run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", runs, timeout=240)
+    volatile = {"tokens_per_second", "data_wait", "peak_memory_bytes"}
+    for name in cases:
+        for kind, count in (("train", 9), ("val", 3)):
+            got, want = (metrics(tmp_path / name / part, kind) for part in ("parts", "whole"))
+            assert len(want) == count
+            assert [{k: v for k, v in r.items() if k not in volatile} for r in got] == [
+                {k: v for k, v in r.items() if k not in volatile} for r in want
+            ]
+        states = [newest_state(tmp_path / name / part) for part in ("parts", "whole")]
+        assert_same(*states, skip=lambda where: where.endswith("training_state/seconds") or "args" in where)
+
+
+def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
+    """5 held-out clips: the last micro-batch is filled up by rows that do not count, in the copy's error as well."""
+    runs = {n: overrides(folder, "latents", tmp_path / str(n), "training.max_steps=3") for n in (1, 2)}
+    for ranks, run in runs.items():
+        run_distributed_test(train_in_turn, ranks, folder / "tiny.yaml", [run], timeout=120)
+    (one,), (two,) = (metrics(tmp_path / str(n), "val") for n in (1, 2))
+    assert "perplexity" not in one
+    observed = torch.from_numpy((tiny_latents("val").astype("float32") - 0.5) / 2)[[0, 1, 2, 3, 4]]
+    copied = torch.nn.functional.smooth_l1_loss(observed[:, :-1], observed[:, 1:])
+    assert one["copy_loss"] == pytest.approx(copied.item(), rel=1e-5)
+    for key in ("copy_loss", "loss_last_step", "energy_first"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
+    config = load_config(folder / "tiny.yaml", overrides(folder, "clips", tmp_path / "run"))
+    manifest = load_data(config)
+    observer = build_observer(config, manifest.content, CPU)
+    observer.mean, observer.std = embedding_statistics(observer, manifest, tmp_path / "run")
+    frames = torch.from_numpy(tiny_frames("train"))
+    observed = observer(frames)
+    assert observed.shape == (SAMPLES["train"], FRAMES, 12)
+    assert abs(observed.mean()) < 0.02 and abs(observed.std() - 1) < 0.02  # jpeg changes colours a little
+    assert (observer.decode(observed).int() - frames[:, :, :2, :2].int()).abs().max() <= 1
+
+    # The same at every later start, whatever the clips are; but never those of another encoder.
+    kept = (tmp_path / "run" / STATISTICS_FILE).read_text()
+    assert embedding_statistics(observer, manifest, tmp_path / "run") == (observer.mean, observer.std)
+    assert (tmp_path / "run" / STATISTICS_FILE).read_text() == kept
+    other = Observer(CPU, build_encoder("pixels:2/1"))
+    with pytest.raises(UserError, match=r"was trained with the encoder pixels:2 .*now it is pixels:2/1 .*new run_dir"):
+        embedding_statistics(other, manifest, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("latents", ["model.embedding_dim=6"], f"model.embedding_dim is 6, but the latents in .* were made with {DIM}"),
+        ("latents", ["data.sequence_length=9"], "data.sequence_length is 9, but the latents in .* were made with 2"),
+        ("latents", ["model.embedding_dim=null", "mcmc.initial_state=zeros"], "null, but .* are video of width 5"),
+        ("latents", ["data.encoder=pixels:2"], "data.encoder is 'pixels:2', but .* were made with 'pixels:1'"),
+        ("clips", ["data.encoder=null"], "data.encoder is null, but the clips in .* have to be encoded"),
+        (
+            "clips",
+            ["model.embedding_dim=13"],
+            "model.embedding_dim is 13, but data.encoder = 'pixels:2' makes .* of 12",
+        ),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, kind: str, changes: list[str], message: str
+) -> None:
+    config = load_config(folder / "tiny.yaml", overrides(folder, kind, tmp_path / "run", *changes))
+    with pytest.raises((ConfigError, DataError), match=message):
+        build_observer(config, load_data(config).content, CPU)
+
+
+def test_text_is_refused_by_a_model_of_embeddings(folder: Path, tmp_path: Path) -> None:
+    config = load_config(folder / "tiny.yaml", overrides(folder, "latents", tmp_path / "run"))
+    tokens = TokenContent(2, "uint16", 320, 0, 1, 2, "tokenizer.model", "0" * 64)
+    with pytest.raises(ConfigError, match=r"model.embedding_dim is 5, but the tokens in .* are text: set it to null"):
+        check_content(config, tokens)
