@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
@@ -19,11 +20,14 @@ from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
 from ebwm_dist.encoders import Encoder, build_encoder
 from ebwm_dist.errors import ConfigError, UserError
+from ebwm_dist.mcmc.noise import mix_seed
 
 STATISTICS_FILE = "embedding_statistics.json"
 STATISTICS_CLIPS = 256
 """Clips, spread over the training split, that mean and standard deviation of their embeddings are taken from."""
 _CLIPS_AT_ONCE = 16
+CROP = 0xC409
+"""Keeps the seeds of crops apart from those of a model's noise."""
 
 
 class Observer:
@@ -40,6 +44,14 @@ class Observer:
             return samples
         return (self.encode(samples) - self.mean) / self.std
 
+    def augmented(self, samples: Tensor, sample_ids: Tensor, seed: int, smallest_crop: float) -> Tensor:
+        """Return the same of a part of each clip, chosen by its id, another one in every epoch, and the run's seed."""
+        if smallest_crop < 1 and samples.dtype == torch.uint8:
+            draws = [mix_seed(seed, CROP, sample_id) for sample_id in sample_ids.tolist()]
+            clips = zip(samples.to(self.device), draws, strict=True)
+            samples = torch.stack([_cropped(clip, draw, smallest_crop) for clip, draw in clips])
+        return self(samples)
+
     def encode(self, frames: Tensor) -> Tensor:
         """Return the embeddings [B, F, E] of frames [B, F, H, W, 3] as the encoder makes them."""
         assert self.encoder is not None
@@ -55,6 +67,19 @@ class Observer:
         assert self.encoder is not None
         frames = self.encoder.decode(embeddings.flatten(0, -2).float() * self.std + self.mean)
         return frames.unflatten(0, embeddings.shape[:-1])
+
+
+def _cropped(clip: Tensor, seed: int, smallest: float) -> Tensor:
+    """Return a random square of a clip [F, H, W, 3], the same of every frame, at the size of the whole."""
+    height, width = clip.shape[1:3]
+    drawn = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    side = max(1, round(min(height, width) * (smallest + (1 - smallest) * drawn[0])))
+    top, left = int(drawn[1] * (height - side + 1)), int(drawn[2] * (width - side + 1))
+    part = clip[:, top : top + side, left : left + side].movedim(-1, 1).float()
+    if drawn[3] < 0.5:
+        part = part.flip(-1)
+    part = interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
+    return part.round().to(torch.uint8).movedim(1, -1)
 
 
 def check_content(config: Config, content: Content) -> None:

@@ -75,6 +75,7 @@ RANGES: dict[str, Range] = {
     "training.startup_timeout": _POSITIVE,
     "training.step_timeout": _POSITIVE,
     "data.sequence_length": _FROM_1,
+    "data.smallest_crop": Range(0, 1, open_low=True),
     "data.shuffle_window": _FROM_1,
     "data.num_workers": _FROM_0,
     "validation.interval": _FROM_1,
@@ -252,6 +253,11 @@ def _check_encoder(config: Config) -> None:
         )
     if data.encoder_weights is not None and data.encoder is None:
         raise ConfigError(f"data.encoder_weights = {data.encoder_weights!r}: needs data.encoder, which reads them")
+    if data.smallest_crop < 1 and data.encoder is None:
+        raise ConfigError(
+            f"data.smallest_crop = {data.smallest_crop}: needs clips that are encoded as they are read (data.encoder); "
+            "1 crops nothing"
+        )
 
 
 def _check_zero(config: Config) -> None:

@@ -167,6 +167,9 @@ class DataConfig:
     torchvision:MODEL. Latents have been encoded before: null."""
     encoder_weights: str | None = None
     """Local file or folder of the encoder's weights; `pixels` has none."""
+    smallest_crop: float = 1.0
+    """Train on a random square of every clip, its side drawn from this share of the frame to all of it, and mirrored
+    half of the time: few videos then go further. 1: on whole frames as they are."""
     shuffle_window: int = 8
     """Shards whose samples are shuffled together; their index is what is held in memory."""
     num_workers: int = 0

@@ -186,7 +186,7 @@ class Trainer:
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                self.observer(batch.observed),
+                self.observer.augmented(batch.observed, batch.sample_ids, config.seed, config.data.smallest_crop),
                 batch.sample_ids,
                 plan,
                 weight=1 / accumulation,

@@ -43,7 +43,8 @@ def test_published_sizes(size: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ar_*.yaml")), ids=lambda path: path.stem)
 def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
-    other = "quickstart.yaml" if path.stem == "ar_quickstart" else path.name.replace("ar_", "ebt_")
+    other = path.name.replace("ar_", "ebwm_" if "video" in path.stem else "ebt_")
+    other = "quickstart.yaml" if path.stem == "ar_quickstart" else other
     twin, config = asdict(load_config(path)), asdict(load_config(CONFIGS / other))
     assert (twin["model"].pop("kind"), config["model"].pop("kind")) == ("ar", "ebt")
     assert twin.pop("run_dir") != config.pop("run_dir")
@@ -68,6 +69,21 @@ def test_s2_is_another_recipe_for_the_same_size(size: str) -> None:
     assert (s1.model.num_landscapes, config.model.num_landscapes) == (2, 1)
     s1.model.num_landscapes, s1.mcmc, s1.run_dir = 1, config.mcmc, config.run_dir
     assert config == s1
+
+
+@pytest.mark.parametrize("size", ["xxs", "small", "large"])
+def test_published_video_recipes(size: str) -> None:
+    config, s2 = (load_config(CONFIGS / f"ebwm_video_{size}{suffix}.yaml") for suffix in ("", "_s2"))
+    model = config.model
+    assert (model.num_layers, model.num_heads, model.dim, config.optimizer.lr) == SIZES[size]
+    assert (model.variant, model.num_landscapes, model.embedding_dim) == ("time_embed", 2, 4 * 28 * 28)
+    assert config.mcmc == MCMCConfig(num_steps=2, step_size=30_000.0, step_size_lr_multiplier=90_000.0)
+    assert (config.training.global_batch_size, config.data.sequence_length) == (256, 15)
+    text = load_config(CONFIGS / f"ebt_{size}_s2.yaml").mcmc
+    text.step_size, text.langevin_noise = 3000.0, 1.0
+    assert s2.mcmc == text
+    config.model.num_landscapes, config.mcmc, config.run_dir = 1, s2.mcmc, s2.run_dir
+    assert s2 == config
 
 
 def test_every_run_has_a_folder_of_its_own() -> None:

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CLIPS = ["data.encoder=pixels:2", "model.embedding_dim=12"]
+CLIPS = ["data.encoder=pixels:2", "model.embedding_dim=12", "data.smallest_crop=0.5"]
 
 
 def overrides(folder: Path, kind: str, run_dir: Path, *more: str) -> list[str]:
@@ -103,6 +103,28 @@ def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
         embedding_statistics(other, manifest, tmp_path / "run")
 
 
+def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
+    """Of frames with a colour for each place and time: crops keep time, and are no larger than asked for."""
+    ramp = torch.arange(32, dtype=torch.uint8)
+    frames = torch.zeros(3, FRAMES, 32, 32, 3, dtype=torch.uint8)
+    frames[..., 0], frames[..., 1] = 7 * ramp[:, None], 7 * ramp
+    frames[..., 2] = 50 * torch.arange(FRAMES, dtype=torch.uint8)[:, None, None]
+    observer = Observer(CPU, build_encoder("pixels:32"))
+
+    def cropped(*ids: int, seed: int = 0) -> torch.Tensor:
+        return observer.decode(observer.augmented(frames[: len(ids)], torch.tensor(ids), seed, 0.5)).int()
+
+    crops = cropped(0, 1, 2)
+    assert torch.equal(crops[..., 2], frames[..., 2].int())
+    assert torch.equal(crops[:, 0, ..., :2], crops[:, -1, ..., :2])
+    heights = crops[:, 0, -1, 0, 0] - crops[:, 0, 0, 0, 0]
+    widths = (crops[:, 0, 0, -1, 1] - crops[:, 0, 0, 0, 1]).abs()
+    assert (heights >= 7 * 14).all() and (heights <= 7 * 31).all() and len(set(heights.tolist())) == 3
+    assert ((heights - widths).abs() <= 1).all()
+    assert torch.equal(cropped(2), crops[2:]) and not torch.equal(cropped(2, seed=1), crops[2:])
+    assert torch.equal(observer.augmented(frames, torch.arange(3), 0, 1.0), observer(frames))
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -110,7 +132,11 @@ def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
         ("latents", ["data.sequence_length=9"], "data.sequence_length is 9, but the latents in .* were made with 2"),
         ("latents", ["model.embedding_dim=null", "mcmc.initial_state=zeros"], "null, but .* are video of width 5"),
         ("latents", ["data.encoder=pixels:2"], "data.encoder is 'pixels:2', but .* were made with 'pixels:1'"),
-        ("clips", ["data.encoder=null"], "data.encoder is null, but the clips in .* have to be encoded"),
+        (
+            "clips",
+            ["data.encoder=null", "data.smallest_crop=1"],
+            "data.encoder is null, but the clips in .* have to be encoded",
+        ),
         (
             "clips",
             ["model.embedding_dim=13"],
