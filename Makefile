@@ -7,6 +7,8 @@ STAMP := $(VENV)/.setup-done
 SAMPLE := data/raw/sample.jsonl
 TOKENIZER := data/text/tokenizer.model
 SHARDS := data/text/manifest.json
+VIDEOS := data/raw/video
+VIDEO_SHARDS := data/video/manifest.json
 # Share of whole books that neither the tokenizer nor the model sees in training.
 HOLDOUT := 0.05
 
@@ -15,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # A package path meant for another interpreter would win over what is installed here.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: setup data train test check clean
+.PHONY: setup data data-video train test check clean
 
 setup: $(STAMP)
 
@@ -28,6 +30,8 @@ $(STAMP): pyproject.toml constraints.txt ebwm_dist/torchvision_compat.py ebwm_di
 	touch $@
 
 data: $(SHARDS)
+
+data-video: $(VIDEO_SHARDS)
 
 train: setup data
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/quickstart.yaml
@@ -55,3 +59,9 @@ $(TOKENIZER): $(SAMPLE)
 $(SHARDS): $(TOKENIZER)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $(SAMPLE) --tokenizer $(TOKENIZER) --out $(dir $@) \
 		--sequence-length 128 --holdout-fraction $(HOLDOUT)
+
+# Every frame of the sample videos is used: they are short, and between frames further apart much changes.
+$(VIDEO_SHARDS): | setup
+	$(VENV)/bin/python data_tools/fetch_video.py --out $(VIDEOS)
+	$(VENV)/bin/python data_tools/cut_clips.py --input $(VIDEOS) --out $(dir $@) \
+		--frames 16 --frame-interval 0.04 --stride 0.04 --size 64 --holdout-last 1.5 --gap 1

@@ -76,7 +76,7 @@ class LatentContent:
     """
 
     kind: ClassVar[str] = "latents"
-    tool: ClassVar[str] = "data_tools/encode_video.py"
+    tool: ClassVar[str] = "data_tools/encode_frames.py"
     totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
     extensions: ClassVar[tuple[str, ...]] = ("npy",)
 
@@ -137,7 +137,7 @@ class ClipContent:
     """Clips of `frames` frames `[H, W, 3]`, `frame_interval` seconds apart, stored as one mp4 or as jpegs."""
 
     kind: ClassVar[str] = "clips"
-    tool: ClassVar[str] = "data_tools/cut_video.py"
+    tool: ClassVar[str] = "data_tools/cut_clips.py"
     totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
 
     frames: int

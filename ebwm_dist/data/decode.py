@@ -1,7 +1,7 @@
 """Decode the clips of shards, and video files at given times; encode clips so that equal frames give equal bytes.
 
 All frames are 8-bit RGB. F: frames of a clip; H, W: height and width. Whole clips are decoded: seeking inside a video
-costs more than all the rest, so it is done once, when clips are cut (`cut.py`). What cannot be decoded raises a
+costs more than all the rest, so it is done once, when clips are cut (`cutting.py`). What cannot be decoded raises a
 DataError that begins with the name the caller gave.
 """
 

@@ -1,0 +1,108 @@
+"""Cut videos into clips of a few frames: shards of mp4 or JPEG clips, or of latents with `--encoder`.
+
+    python data_tools/cut_clips.py --input my_videos --out data/clips --frames 16 --frame-interval 0.25 --size 224
+
+Held out for validation are whole videos (`--holdout`, `--holdout-fraction`), or the last seconds of every video
+(`--holdout-last`) with `--gap` seconds in front of them that go nowhere. An interrupted run is continued by the same
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from ebwm_dist.data.cutting import Cut
+from ebwm_dist.data.executors import add_arguments
+from ebwm_dist.data.video_shards import Encoding, Work, add_encoding_arguments, cut_clips
+from ebwm_dist.errors import UserError
+
+
+def size(text: str) -> tuple[int, int]:
+    """Parse `64` or `96x128` as height and width."""
+    match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 64 or 96x128 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="videos, or folders of them")
+    parser.add_argument("--out", type=Path, required=True, help="data folder to make")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip (default: 16)")
+    parser.add_argument("--frame-interval", type=float, default=0.25, help="seconds between two frames (default: 0.25)")
+    parser.add_argument("--stride", type=float, default=1.0, help="seconds between the starts of clips (default: 1)")
+    parser.add_argument("--size", type=size, default=(224, 224), help="height and width: 64 or 96x128 (default: 224)")
+    parser.add_argument(
+        "--crop", choices=("center", "none"), default="center", help="center (default), or none: squeeze the frame"
+    )
+    parser.add_argument("--min-length", type=float, default=0.0, help="leave out videos of fewer seconds (default: 0)")
+    parser.add_argument("--storage", choices=("mp4", "jpeg"), default="mp4", help="mp4 (default) is much smaller")
+    parser.add_argument(
+        "--holdout",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="VIDEO",
+        help="videos that are held out",
+    )
+    parser.add_argument(
+        "--holdout-fraction", type=float, help="fraction of videos to hold out, by a hash of their names"
+    )
+    parser.add_argument("--holdout-last", type=float, default=0.0, help="seconds held out at the end of the others")
+    parser.add_argument("--gap", type=float, default=1.0, help="seconds left out before those (default: 1)")
+    parser.add_argument("--clips-per-shard", type=int, default=64, help="clips per shard (default: 64)")
+    add_encoding_arguments(parser, required=False)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.holdout_fraction is None:
+        options.holdout_fraction = 0.0 if options.holdout or options.holdout_last else 0.05
+    for name, lowest in (("frames", 2), ("clips_per_shard", 1), ("min_length", 0), ("holdout_last", 0), ("gap", 0)):
+        if not getattr(options, name) >= lowest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {lowest}")
+    for name in ("frame_interval", "stride"):
+        if not getattr(options, name) >= 1e-3:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0.001 seconds")
+    if not 0.0 <= options.holdout_fraction < 1.0:
+        parser.error("--holdout-fraction must be at least 0 and below 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    options = parse_arguments(arguments)
+    cut = Cut(
+        frames=options.frames,
+        frame_interval=options.frame_interval,
+        stride=options.stride,
+        height=options.size[0],
+        width=options.size[1],
+        crop=options.crop,
+        min_length=options.min_length,
+        holdout=tuple(sorted(set(options.holdout))),
+        holdout_fraction=options.holdout_fraction,
+        holdout_last=options.holdout_last,
+        gap=options.gap,
+    )
+    report = cut_clips(
+        options.input,
+        options.out,
+        cut,
+        storage=options.storage,
+        encoding=Encoding.of(options) if options.encoder else None,
+        clips_per_shard=options.clips_per_shard,
+        work=Work(options.executor, options.workers, progress=True),
+    )
+    print(report.describe())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,38 @@
+"""Encode the frames of clip shards with a frozen encoder: latent shards, which training reads without decoding.
+
+    python data_tools/encode_frames.py data/clips --out data/latents --encoder sd_vae --weights models/sd-vae-ft-mse
+
+Encoders are pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 and torchvision:MODEL; weights are a local path. Mean and
+standard deviation over the training split are stored in the manifest. A GPU is used where there is one. An interrupted
+run is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ebwm_dist.data.executors import add_arguments
+from ebwm_dist.data.video_shards import Encoding, Work, add_encoding_arguments, encode_clips
+from ebwm_dist.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("clips", type=Path, help="data folder made by cut_clips.py")
+    parser.add_argument("--out", type=Path, required=True, help="data folder to make")
+    add_encoding_arguments(parser, required=True)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    work = Work(options.executor, options.workers, progress=True)
+    print(encode_clips(options.clips, options.out, Encoding.of(options), work=work).describe())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,131 @@
+"""Describe a data folder: samples, tokens or frames, bytes, lengths; of video also a contact sheet.
+
+    python data_tools/stats.py data/clips --contact-sheet clips.png
+
+A contact sheet shows clips spread evenly over a split, one a row. Latents are decoded where their encoder can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ebwm_dist.data.content import ClipContent, LatentContent, TokenContent
+from ebwm_dist.data.cutting import resize
+from ebwm_dist.data.manifest import SPLITS, Manifest, Split
+from ebwm_dist.data.shards import open_reader
+from ebwm_dist.errors import UserError
+
+ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
+
+
+def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
+    """Return the figures of a split."""
+    content = manifest.content
+    figures: dict[str, Any] = {
+        "samples": split.samples,
+        "groups": split.groups,
+        **split.totals,
+        "shards": len(split.shards),
+        "samples_per_shard": [min(split.counts, default=0), max(split.counts, default=0)],
+        "bytes": sum(shard.bytes for shard in split.shards),
+    }
+    if isinstance(content, TokenContent):
+        predicted = split.samples * content.sequence_length
+        figures["tokens_per_document"] = split.totals["tokens"] / max(split.totals["documents"], 1)
+        figures["bytes_per_token"] = split.totals["text_bytes"] / max(split.totals["tokens"], 1)
+        figures["padding"] = 1 - split.totals["tokens"] / max(predicted, 1)
+    else:
+        figures["seconds"] = split.totals["frames"] * content.frame_interval
+    figures["bytes_per_sample"] = figures["bytes"] / max(split.samples, 1)
+    return figures
+
+
+def describe(manifest: Manifest) -> str:
+    """Return everything as lines for a person."""
+    content = manifest.content
+    if isinstance(content, TokenContent):
+        lines = [f"tokens: {content.sequence_length} a sample, vocabulary of {content.vocab_size:,} ({content.dtype})"]
+    else:
+        size = f"{content.frames} frames of {content.height} x {content.width}, one every {content.frame_interval:g} s"
+        lines = [f"{content.kind}: {size}"]
+        if isinstance(content, LatentContent):
+            lines.append(
+                f"  {content.encoder}: {content.embedding_dim:,} values a frame ({content.dtype}), "
+                f"mean {content.mean:.4g}, standard deviation {content.std:.4g}"
+            )
+        else:
+            lines[0] += f" ({content.storage})"
+    for name, split in manifest.splits.items():
+        lines.append(f"{name}:")
+        for key, value in split_figures(manifest, split).items():
+            shown = " to ".join(map(str, value)) if isinstance(value, list) else f"{value:,.4g}"
+            shown = f"{value:,}" if isinstance(value, int) else shown
+            lines.append(f"  {key.replace('_', ' ')}: {shown}")
+    if manifest.held_out_groups:
+        lines.append(f"held out: {', '.join(manifest.held_out_groups[:8])}")
+    return "\n".join(lines)
+
+
+def spread_clips(manifest: Manifest, name: str, weights: Path | None) -> np.ndarray:
+    """Return clips spread evenly over a split, `[n, F, H, W, 3]` uint8."""
+    split, content = manifest.splits[name], manifest.content
+    if isinstance(content, TokenContent):
+        raise UserError(f"{manifest.folder} holds tokens; only video has a contact sheet")
+    numbers = np.unique(np.linspace(0, split.samples - 1, ROWS).round().astype(np.int64))
+    ends = np.cumsum(split.counts)
+    shards = np.searchsorted(ends, numbers, side="right")
+    samples, _ = open_reader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
+    if isinstance(content, ClipContent):
+        return samples
+    import torch
+
+    from ebwm_dist.encoders import build_encoder
+
+    encoder = build_encoder(content.encoder, weights, content.height, content.width)
+    latents = torch.from_numpy(samples.reshape(-1, content.embedding_dim) * content.std + content.mean)
+    frames = encoder.decode(latents).numpy()
+    return frames.reshape(len(numbers), content.frames, *frames.shape[1:])
+
+
+def contact_sheet(clips: np.ndarray) -> Image.Image:
+    """Return clips `[n, F, H, W, 3]` as an image, one a row."""
+    width = max(1, round(HEIGHT * clips.shape[3] / clips.shape[2]))
+    rows, columns = clips.shape[:2]
+    sheet = np.full((rows * (HEIGHT + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for (row, column), _ in np.ndenumerate(sheet[:rows, :columns, 0]):
+        top, left = row * (HEIGHT + GAP), column * (width + GAP)
+        sheet[top : top + HEIGHT, left : left + width] = resize(clips[row, column], HEIGHT, width, "none")
+    return Image.fromarray(sheet)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the tool."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("path", type=Path, help="data folder")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="image to write; video only")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="split of the contact sheet (default: train)")
+    parser.add_argument("--weights", type=Path, help="weights of the encoder that decodes latents, where it has any")
+    options = parser.parse_args(arguments)
+    manifest = Manifest.load(options.path)
+    if options.json:
+        print(json.dumps({name: split_figures(manifest, split) for name, split in manifest.splits.items()}))
+    else:
+        print(describe(manifest))
+    if options.contact_sheet is not None:
+        contact_sheet(spread_clips(manifest, options.split, options.weights)).save(options.contact_sheet, "PNG")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
