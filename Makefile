@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # A package path meant for another interpreter would win over what is installed here.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: setup data data-video train test check clean
+.PHONY: setup data data-video train train-video test check clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ train: setup data
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_quickstart.yaml
 	$(VENV)/bin/python launchers/quickstart_report.py
 
+train-video: setup data-video
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_video_quickstart.yaml
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_video_quickstart.yaml
+	$(VENV)/bin/python launchers/video_report.py
+
 test: setup
 	$(VENV)/bin/python -m pytest
 
@@ -47,7 +52,8 @@ check: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
+		runs/video_quickstart runs/video_quickstart_ar
 
 $(SAMPLE): | setup
 	$(VENV)/bin/python data_tools/fetch_text.py --out $@
