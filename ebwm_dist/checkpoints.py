@@ -14,34 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ebwm_dist.errors import CheckpointError
 
 MARKER = "COMMITTED.json"
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{6,})(\.tmp|\.old)?")
-_MODEL_FILE = "mp_rank_00_model_states.pt"
-_SHARD_FILES = "zero_pp_rank_{}_mp_rank_00_"
-
-
-class _Plain:
-    """Stands in for a class of DeepSpeed whose objects hold numbers only."""
-
-
-# What DeepSpeed's files hold besides tensors and plain values. Its own code is neither needed nor run.
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-]
 
 Files = dict[str, dict[str, Any]]
 """Path inside the checkpoint -> `{"bytes": size, "sha256": hex digest}`."""
@@ -117,6 +101,11 @@ def read_marker(path: Path) -> dict[str, Any]:
     return marker
 
 
+def fingerprint(path: Path) -> str:
+    """Return a digest of everything in a committed checkpoint."""
+    return _checksum(read_marker(path))
+
+
 def verify(path: Path) -> None:
     """Read every file of a checkpoint and raise a `CheckpointError` that names the first one that has changed."""
     files: Files = read_marker(path)["files"]
@@ -151,6 +140,11 @@ def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
     The shares of all ranks together are what `commit` wants.
     """
     sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
+    return _hash_files(staging, balanced_share(sizes, rank, world_size), flush=True)
+
+
+def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
+    """Return which names are this rank's share of some work of these sizes, so that all have about as much to do."""
     load = [0] * world_size
     mine = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -158,7 +152,7 @@ def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
         load[least] += sizes[name] + 1
         if least == rank:
             mine.append(name)
-    return _hash_files(staging, mine, flush=True)
+    return mine
 
 
 def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> Path:
@@ -191,10 +185,10 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     final, old = checkpoint_path(root, step), root / f"step-{step:06d}.old"
     if (final / MARKER).exists():
         if old.exists():
-            _delete(old)
+            shutil.rmtree(old)
         _rename(final, old)
     elif final.exists():
-        _delete(final)
+        shutil.rmtree(final)
     _rename(staging, final)
     if old.exists():
         _delete(old)
@@ -233,57 +227,6 @@ def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
     for path in committed:
         if path.name.endswith(".old"):
             _rename(path, path.with_suffix(""))
-
-
-def load_module_state(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of the model in a checkpoint, on the CPU, read as they are used.
-
-    They are in the precision that the model computes in. Nothing in the files is executed.
-    """
-    metadata = read_marker(path)["metadata"]
-    try:
-        if metadata.get("zero_stage") == 3:
-            return _gather_shards(path, metadata["world_size"], metadata["precision"] == "bf16")
-        return dict(_load(path, _MODEL_FILE)["module"])
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not hold weights as they are saved ({error}): take another") from None
-
-
-def _gather_shards(path: Path, world_size: int, bf16: bool) -> dict[str, torch.Tensor]:
-    """Put the shares of ZeRO-3 together; every rank holds an equal share of each parameter, the last ones padded."""
-    names = [_SHARD_FILES.format(rank) for rank in range(world_size)]
-    models = [_load(path, f"{name}model_states.pt") for name in names]
-    optimizers = [_load(path, f"{'bf16_' if bf16 else ''}{name}optim_states.pt") for name in names]
-    masters = [optimizer["optimizer_state_dict"]["fp32_flat_groups"] for optimizer in optimizers]
-    first, state = models[0], {}
-    for number, shapes in enumerate(first["param_shapes"]):
-        offset = 0
-        for name, shape in shapes.items():
-            share = -(-shape.numel() // world_size)
-            whole = torch.cat([groups[number][offset : offset + share] for groups in masters])
-            state[name] = whole[: shape.numel()].view(shape).to(torch.bfloat16 if bf16 else torch.float32)
-            offset += share
-    for name, shape in first["frozen_param_shapes"].items():
-        whole = torch.cat([model["frozen_param_fragments"][name].flatten() for model in models])
-        state[name] = whole[: shape.numel()].view(shape)
-    for name in first["buffer_names"]:
-        state[name] = first["module"][name]
-    for name, same in first["shared_params"].items():
-        state[name] = state[same]
-    return state
-
-
-def _load(path: Path, name: str) -> dict[str, Any]:
-    """Read tensors and plain values from one of DeepSpeed's files."""
-    file = Path(path) / name
-    if not file.exists():
-        raise CheckpointError(f"{path} holds no {name}: take another checkpoint")
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{file} is not a file of model weights ({reason}): take another checkpoint") from None
 
 
 def _folders(root: Path) -> list[Path]:

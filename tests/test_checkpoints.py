@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ebwm_dist.checkpoints import (
     MARKER,
@@ -16,7 +15,6 @@ from ebwm_dist.checkpoints import (
     commit,
     hash_share,
     list_checkpoints,
-    load_module_state,
     newest_intact,
     prepare_staging,
     prune,
@@ -141,6 +139,21 @@ def test_kill_while_replacing_the_same_step(tmp_path: Path) -> None:
     assert seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}  # never back to the old one
 
 
+@pytest.mark.parametrize("left", [["step-000010"], ["step-000010.old"], ["step-000010", "step-000010.old"]])
+def test_what_a_kill_has_left_makes_way_for_a_new_checkpoint(tmp_path: Path, left: list[str]) -> None:
+    """With its marker or without."""
+    for number, marked in enumerate((True, False)):
+        root = tmp_path / str(number)
+        for name in left:
+            save(root, 10, "old").rename(root / f"{name}.kept")
+        for name in left:
+            (root / f"{name}.kept").rename(root / name)
+            if not marked:
+                (root / name / MARKER).unlink()
+        assert content_of(save(root, 10, "new")) == "new"
+        assert [entry.name for entry in root.iterdir()] == ["step-000010"]
+
+
 def test_kill_while_pruning(tmp_path: Path) -> None:
     def prepare(root: Path) -> None:
         for step in (1, 2, 3):
@@ -227,60 +240,3 @@ def test_prune_never_trades_intact_checkpoints_for_passed_over_ones(tmp_path: Pa
     assert steps(tmp_path) == ["step-000009", "step-000003", "step-000002"]
     prune(tmp_path, 2)
     assert steps(tmp_path) == ["step-000009", "step-000003"]
-
-
-class Malicious:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.write_text, (self.target, "executed")
-
-
-def test_weights_are_read_without_executing_anything(tmp_path: Path) -> None:
-    weights = {"layer.weight": torch.arange(4.0)}
-    victim = tmp_path / "victim"
-    for step, content in enumerate(({"module": weights}, {"module": Malicious(victim)}, {"other": 1}), start=1):
-        staging = prepare_staging(tmp_path, step)
-        torch.save(content, staging / "mp_rank_00_model_states.pt")
-        commit(staging, [hash_share(staging)], {})
-    loaded = load_module_state(checkpoint_path(tmp_path, 1))
-    assert torch.equal(loaded["layer.weight"], weights["layer.weight"])
-    for step, reason in ((2, "not a file of model weights"), (3, "does not hold weights as they are saved")):
-        with pytest.raises(CheckpointError, match=reason):
-            load_module_state(checkpoint_path(tmp_path, step))
-    assert not victim.exists()
-    (checkpoint_path(tmp_path, 1) / MARKER).unlink()
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        load_module_state(checkpoint_path(tmp_path, 1))
-
-
-def test_shares_of_parameters_are_put_together_without_executing_anything(tmp_path: Path) -> None:
-    """Five numbers on two ranks are shares of three, the last one padded."""
-    victim = tmp_path / "victim"
-    for step, scaler in ((1, None), (2, Malicious(victim))):
-        staging = prepare_staging(tmp_path, step)
-        for rank, share in enumerate(([0.0, 1.0, 2.0, 7.0], [3.0, 4.0, -1.0, 8.0])):
-            model = {
-                "module": {},
-                "buffer_names": [],
-                "param_shapes": [{"weight": torch.Size([5]), "bias": torch.Size([2, 1])}],
-                "frozen_param_shapes": {"alpha": torch.Size([1])},
-                "frozen_param_fragments": {"alpha": torch.tensor([0.5 - rank])},
-                "shared_params": {"tied": "bias"},
-            }
-            optimizer = {"fp32_flat_groups": [torch.tensor(share)], "loss_scaler": scaler}
-            torch.save(model, staging / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-            torch.save({"optimizer_state_dict": optimizer}, staging / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        metadata = {"zero_stage": 3, "world_size": 2, "precision": "fp32"}
-        commit(staging, [hash_share(staging)], metadata)
-    state = load_module_state(checkpoint_path(tmp_path, 1))
-    assert {name: value.tolist() for name, value in state.items()} == {
-        "weight": [0.0, 1.0, 2.0, 3.0, 4.0],
-        "bias": [[7.0], [8.0]],
-        "alpha": [0.5],
-        "tied": [[7.0], [8.0]],
-    }
-    with pytest.raises(CheckpointError, match="not a file of model weights"):
-        load_module_state(checkpoint_path(tmp_path, 2))
-    assert not victim.exists()

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ebwm_dist.checkpoints import MARKER, load_module_state, newest_intact, read_marker, verify
+from ebwm_dist.checkpoints import MARKER, newest_intact, read_marker, verify
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.files import sha256_of_file
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.inference.inputs import Inputs, load_inputs
 from ebwm_dist.registry import Model, build_model
+from ebwm_dist.saved_state import load_module_state
 
 if TYPE_CHECKING:
     from ebwm_dist.data.manifest import Manifest

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.mcmc.replay import Compact, ReplayBuffer
+from ebwm_dist.mcmc.replay import Compact, ReplayBuffer, deal
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 from ebwm_dist.mcmc.second_order import Refinement, energy_and_gradient
 from ebwm_dist.mcmc.space import Space
@@ -58,6 +58,10 @@ class EnergyBasedTransformer(PassModule):
         """Put the replay buffer back; a run that had none starts with an empty one."""
         if self.replay is not None:
             self.replay.load_state_dict(state.get("replay", {}))
+
+    def deal_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """Return this rank's part of the records in the replay buffers of all ranks of the run so far."""
+        return {} if self.replay is None else {"replay": deal([s.get("replay", {}) for s in states], rank, world_size)}
 
     def training_step(
         self,

@@ -127,6 +127,29 @@ class ReplayBuffer:
             self.push(**state_dict)
 
 
+def deal(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """Return the part of `rank` when the records of several buffers are dealt out to `world_size` ranks.
+
+    They are dealt in turn, in the order of their age, so that every rank gets some of every age, the newest last.
+
+    Args:
+        states: what `ReplayBuffer.state_dict` has returned on every rank of the run so far, in their order.
+        rank: which part to return.
+        world_size: number of parts.
+    """
+    counts = [len(state["sample_ids"]) if state else 0 for state in states]
+    order = sorted((number - count, buffer, number) for buffer, count in enumerate(counts) for number in range(count))
+    if not order[rank::world_size]:
+        return {}
+    records: list[Record] = []
+    for _, buffer, number in order[rank::world_size]:
+        state = states[buffer]
+        compact = {name: tensor[number] for name, tensor in state["state"].items()}
+        records.append((state["observed"][number], state["sample_ids"][number], compact))
+    observed, sample_ids, compact = _stacked(records)
+    return {"observed": observed, "sample_ids": sample_ids, "state": compact}
+
+
 def _stacked(records: list[Record]) -> Record:
     observed, sample_ids, states = zip(*records, strict=True)
     return (

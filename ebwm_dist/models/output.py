@@ -32,6 +32,10 @@ class PassModule(nn.Module):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `extra_state` has returned."""
 
+    def deal_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """Return what of the extra states of all ranks of the run so far belongs to `rank` of `world_size` now."""
+        return {}
+
 
 class TrainingOutput(NamedTuple):
     """Result of a training step on a micro-batch; everything is detached."""

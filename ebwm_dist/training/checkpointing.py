@@ -1,12 +1,15 @@
 """Save and load the whole state of a run: DeepSpeed's shards, every rank's random state, data position, counters.
 
-How a folder becomes a checkpoint is `ebwm_dist/checkpoints.py`; here is what goes into it.
+How a folder becomes a checkpoint is `ebwm_dist/checkpoints.py`; here is what goes into it. A checkpoint of another ZeRO
+stage or number of ranks is first converted into a universal one, in a folder beside those of the checkpoints, which is
+committed in the same way and goes when the next checkpoint is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +18,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ebwm_dist import checkpoints
+from ebwm_dist import checkpoints, universal
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.saved_state import COUNTERS, SavedState, open_state
 from ebwm_dist.training.distributed import World, gather_objects, restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
 
@@ -40,12 +45,17 @@ class TrainingState:
     """Position in the data stream."""
 
 
+Deal = Callable[[list[dict[str, Any]], int, int], dict[str, Any]]
+"""Returns what of the extra states of all ranks so far belongs to a rank of so many."""
+
+
 class Checkpointer:
     """Writes and reads the checkpoints of one run, on all ranks together."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
         self.root = Path(config.run_dir) / "checkpoints"
+        self.universal_root = Path(config.run_dir) / "checkpoints_universal"
 
     def save(
         self,
@@ -62,22 +72,19 @@ class Checkpointer:
             progress: called before each part of it, on every rank.
             extra: what else this rank holds; tensors, numbers and strings, in lists and dictionaries.
         """
-        world = self.world
-        self._together(lambda: checkpoints.prepare_staging(self.root, state.step) if world.rank == 0 else None)
-        staging = checkpoints.staging_path(self.root, state.step)
-        progress()
-        self._together(lambda: self._write(engine, staging, state, extra or {}))
-        progress()
-        shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
 
-        def commit() -> None:
-            if world.rank == 0:
-                checkpoints.commit(staging, shares, self._metadata())
+        def write(staging: Path) -> None:
+            self._write(engine, staging, state, extra or {})
+
+        def tidy() -> None:
+            if self.world.rank == 0:
                 checkpoints.prune(self.root, self.config.checkpoint.keep, latest=state.step)
+                # Killed in the middle, this leaves something that is neither needed nor intact, until the next time.
+                shutil.rmtree(self.universal_root, ignore_errors=True)
 
-        progress()
-        self._together(commit)
-        return checkpoints.checkpoint_path(self.root, state.step)
+        path = self._commit(self.root, state.step, write, self._metadata(), progress)
+        self._together(tidy)
+        return path
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to continue from, the same on every rank, or None for a fresh run."""
@@ -101,13 +108,106 @@ class Checkpointer:
 
         return self._together(search)[0]
 
-    def load(self, engine: TrainingEngine, path: Path) -> tuple[TrainingState, dict[str, Any]]:
-        """Put engine and random state back to what they were; return the state, and what else this rank held."""
-        client_state = engine.load_checkpoint(path)
+    def load(
+        self,
+        engine: TrainingEngine,
+        path: Path,
+        deal: Deal = lambda states, rank, world_size: {},
+        tell: Callable[[str], None] = lambda text: None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> tuple[TrainingState, dict[str, Any]]:
+        """Put engine and random state back to what they were; return the state, and what else this rank holds.
+
+        Args:
+            engine: of the same model, at any ZeRO stage.
+            path: a checkpoint of this run, written by any number of ranks.
+            deal: divides what else the ranks held, if there are now more or fewer of them.
+            tell: is told, on every rank, about what is done to a checkpoint of another stage or number of ranks.
+            progress: called before each part of that, on every rank.
+        """
+        saved = checkpoints.read_marker(path)["metadata"]
+        if _layout(saved) == _layout(self._metadata()):
+            client = engine.load_checkpoint(path)
+        else:
+            state = open_state(path)
+            client = state.client
+            folder = self._convert(path, state, tell, progress)
+            progress()
+            engine.load_universal(folder, {name: client[name] for name in COUNTERS})
+        training_state = TrainingState(**client["training_state"])
+        return training_state, self._load_ranks(path, saved["world_size"], training_state.step, deal, tell)
+
+    def _convert(
+        self, path: Path, state: SavedState, tell: Callable[[str], None], progress: Callable[[], None]
+    ) -> Path:
+        """Return a universal checkpoint with the content of `path`: one that is there and intact, or a new one."""
+        world, step = self.world, checkpoints.step_of(path)
+        source = checkpoints.fingerprint(path)
+        folder = checkpoints.checkpoint_path(self.universal_root, step)
+
+        def usable() -> str | None:
+            if world.rank != 0 or not folder.exists():
+                return "not there"
+            try:
+                checkpoints.verify(folder)
+                return None if checkpoints.read_marker(folder)["metadata"]["source"] == source else "of other weights"
+            except CheckpointError as error:
+                return f"not used ({error})"
+
+        progress()
+        reason = self._together(usable)[0]
+        if reason is None:
+            tell(f"{path.name} has been converted before: {folder}")
+            return folder
+        if reason != "not there":
+            tell(f"WARNING: {folder} is {reason} and made again")
+
+        def write(staging: Path) -> None:
+            universal.write_share(state, staging, world.rank, world.world_size, progress)
+
+        self._commit(self.universal_root, step, write, {"source": source}, progress)
+        tell(f"converted {path.name} to {folder}, for any ZeRO stage and number of ranks")
+        return folder
+
+    def _load_ranks(
+        self, path: Path, world_size: int, step: int, deal: Deal, tell: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Put back the random state of this rank; return what else it holds."""
+        world = self.world
+        ranks = [world.rank] if world_size == world.world_size else range(world_size)
         with restricted_loading():
-            rank_state = torch.load(path / _rank_file(self.world.rank), weights_only=True)
-        _set_random_state(rank_state["random"], self.world.device)
-        return TrainingState(**client_state["training_state"]), rank_state["extra"]
+            states = {rank: torch.load(path / _rank_file(rank), weights_only=True, mmap=True) for rank in ranks}
+        if world.rank in states:
+            _set_random_state(states[world.rank]["random"], world.device)
+        else:
+            _seed_random_state(mix_seed(self.config.seed, step, world.rank))
+        if world.world_size > world_size:
+            first, last = world_size, world.world_size - 1
+            new = f"rank {first} is new: its" if first == last else f"ranks {first} to {last} are new: their"
+            tell(f"{new} random state follows from the seed, step and rank")
+        if world_size == world.world_size:
+            return dict(states[world.rank]["extra"])
+        return deal([state["extra"] for state in states.values()], world.rank, world.world_size)
+
+    def _commit(
+        self,
+        root: Path,
+        step: int,
+        write: Callable[[Path], None],
+        metadata: dict[str, Any],
+        progress: Callable[[], None],
+    ) -> Path:
+        """Let all ranks `write` into a folder of `root`, and make a checkpoint of it."""
+        world = self.world
+        staging = checkpoints.staging_path(root, step)
+        self._together(lambda: checkpoints.prepare_staging(root, step) if world.rank == 0 else None)
+        progress()
+        self._together(lambda: write(staging))
+        progress()
+        shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
+        progress()
+        self._together(lambda: checkpoints.commit(staging, shares, metadata) if world.rank == 0 else None)
+        return checkpoints.checkpoint_path(root, step)
 
     def _write(self, engine: TrainingEngine, staging: Path, state: TrainingState, extra: dict[str, Any]) -> None:
         engine.save_checkpoint(staging, {"training_state": dataclasses.asdict(state)})
@@ -126,7 +226,7 @@ class Checkpointer:
         }
 
     def _check_fits(self, path: Path, warn: Callable[[str], None]) -> None:
-        """Refuse a checkpoint of another model or layout, naming the first difference; tell of other MCMC settings."""
+        """Refuse a checkpoint of another model or precision, naming the difference; tell of other MCMC settings."""
         saved, current = checkpoints.read_marker(path)["metadata"], self._metadata()
         for key, now in current["model"].items():
             before = saved["model"].get(key)
@@ -139,17 +239,12 @@ class Checkpointer:
             if saved["mcmc"].get(key) != now:
                 note = " (the initial value only: alpha goes on from the checkpoint)" if key == "step_size" else ""
                 warn(f"mcmc.{key} was {saved['mcmc'].get(key)} when {path} was written, now it is {now}{note}")
-        for key, name in (
-            ("world_size", "ranks"),
-            ("zero_stage", "zero.stage"),
-            ("offload_optimizer", "zero.offload_optimizer"),
-            ("precision", "training.precision"),
-        ):
-            if saved[key] != current[key]:
-                raise CheckpointError(
-                    f"{path} was written with {name} = {saved[key]}, this run has {current[key]}: "
-                    f"continue with {saved[key]}, or start a new run_dir"
-                )
+        before, now = saved["precision"], current["precision"]
+        if before != now:
+            raise CheckpointError(
+                f"{path} was written with training.precision = {before}, this run has {now}: "
+                f"continue with {before}, or start a new run_dir"
+            )
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Do `action` on every rank and return all results; a failure on one rank is raised on all."""
@@ -169,6 +264,12 @@ class Checkpointer:
         return [result for result, _ in outcomes]
 
 
+def _layout(metadata: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what DeepSpeed's files depend on; at stage 0 they are the same for any number of ranks."""
+    stage = metadata["zero_stage"]
+    return (stage, metadata["world_size"], metadata["offload_optimizer"]) if stage else (0,)
+
+
 def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.pt"
 
@@ -184,6 +285,12 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _seed_random_state(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_random_state(state: dict[str, Any], device: torch.device) -> None:

@@ -32,6 +32,7 @@ from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
 from ebwm_dist.config.schema import Config
 from ebwm_dist.training.distributed import World, restricted_loading
 from ebwm_dist.training.optimizer import build_optimizer
+from ebwm_dist.training.resharding import load_universal
 
 
 def create_engine(
@@ -127,10 +128,16 @@ class TrainingEngine:
         )
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Read it back; return the client state."""
+        """Read it back, on as many ranks and at the stage that wrote it; return the client state."""
         with restricted_loading(), _quiet():
             _, client_state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         return client_state
+
+    def load_universal(self, folder: Path, counters: dict[str, int]) -> None:
+        """Read weights and optimizer state from a universal checkpoint, and what DeepSpeed counts from `counters`."""
+        load_universal(self.deepspeed, folder)
+        for name, value in counters.items():
+            setattr(self.deepspeed, name, value)
 
 
 def _forget_gradients(optimizer: Any) -> None:

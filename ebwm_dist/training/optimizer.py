@@ -19,16 +19,17 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     `set_lr` scales both learning rates alike, so alpha's multiple of the model's survives the decay.
     """
     opt = config.optimizer
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    alpha = [p for name, p in trained.items() if name.endswith("alpha")]
-    rest = [p for name, p in trained.items() if not name.endswith("alpha")]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    alpha = [(name, p) for name, p in trained if name.endswith("alpha")]
+    rest = [(name, p) for name, p in trained if not name.endswith("alpha")]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": opt.lr, "weight_decay": opt.weight_decay}]
     if alpha:
         groups.append({"params": alpha, "lr": opt.lr * step_size_lr_multiplier(config), "weight_decay": 0.0})
     settings: dict[str, Any] = {"betas": (opt.betas[0], opt.betas[1]), "eps": opt.eps, "fused": True}
     if optimizer_checks(config):
         return CheckedAdamW(groups, opt.grad_clip, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    # DeepSpeed flattens the parameters, so their names would be those of something else.
+    return torch.optim.AdamW([{**group, "params": [p for _, p in group["params"]]} for group in groups], **settings)
 
 
 def step_size_lr_multiplier(config: Config) -> float:
@@ -41,21 +42,22 @@ class CheckedAdamW(torch.optim.AdamW):
     """AdamW that clips to `max_norm` and leaves everything as it was when the gradient is not finite.
 
     Of parameters in bf16 it keeps and updates copies in fp32, and it has their gradients added up in fp32. It reports
-    through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer.
+    through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer. Its state holds the names of
+    the parameters, which come with them in `groups`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], max_norm: float, **settings: Any):
         self.max_norm, self.overflow, self._global_grad_norm = max_norm, False, 0.0
-        self.weights = [p for group in groups for p in group["params"]]
+        self.weights = [p for group in groups for _, p in group["params"]]
         for weight in self.weights:
             weight.grad_dtype = torch.float32
-        super().__init__([{**group, "params": [_master(p) for p in group["params"]]} for group in groups], **settings)
+        masters = [{**group, "params": [(name, _master(p)) for name, p in group["params"]]} for group in groups]
+        super().__init__(masters, **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the parameters from gradients that all ranks hold alike, so all decide alike."""
-        masters = [p for group in self.param_groups for p in group["params"]]
-        pairs = [(p, master) for p, master in zip(self.weights, masters, strict=True) if p.grad is not None]
+        pairs = [(p, master) for p, master in self._pairs() if p.grad is not None]
         gradients = [p.grad for p, _ in pairs]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._global_grad_norm = norm.item()
@@ -65,27 +67,38 @@ class CheckedAdamW(torch.optim.AdamW):
         for p, master in pairs:
             master.grad = p.grad
         if self.max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_([master for _, master in pairs], self.max_norm, norm)
         super().step(closure)
+        self.round_weights()
         for p, master in pairs:
             if p is not master:
-                p.copy_(master)
                 master.grad = None
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Make the weights in bf16 from the copies in fp32."""
+        for p, master in self._pairs():
+            if p is not master:
+                p.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """Return moments, settings and the fp32 copies."""
-        masters = [p for group in self.param_groups for p in group["params"]]
-        copies = [master.detach() for p, master in zip(self.weights, masters, strict=True) if p is not master]
-        return {**super().state_dict(), "masters": copies}
+        return {**super().state_dict(), "masters": [master.detach() for _, master in self._copies()]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` has returned."""
         super().load_state_dict(state_dict)
-        masters = [p for group in self.param_groups for p in group["params"]]
-        copies = [master for p, master in zip(self.weights, masters, strict=True) if p is not master]
-        for master, saved in zip(copies, state_dict["masters"], strict=True):
+        for (_, master), saved in zip(self._copies(), state_dict["masters"], strict=True):
             master.copy_(saved)
+
+    def _pairs(self) -> list[tuple[Any, nn.Parameter]]:
+        """Return the parameters, each with what is updated in its place: itself, or its copy in fp32."""
+        masters = [p for group in self.param_groups for p in group["params"]]
+        return list(zip(self.weights, masters, strict=True))
+
+    def _copies(self) -> list[tuple[Any, nn.Parameter]]:
+        return [(p, master) for p, master in self._pairs() if p is not master]
 
 
 def _master(weight: torch.nn.Parameter) -> torch.nn.Parameter:

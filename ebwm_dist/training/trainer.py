@@ -111,7 +111,13 @@ class Trainer:
             self.model.compile_blocks()
         self.state = TrainingState()
         if checkpoint is not None:
-            self.state, extra = self.checkpointer.load(self.engine, checkpoint)
+            self.state, extra = self.checkpointer.load(
+                self.engine,
+                checkpoint,
+                self.model.deal_extra_state,
+                self._say,
+                lambda: watchdog.beat(0, "loading"),
+            )
             self.model.load_extra_state(extra)
             with same_on_all_ranks():
                 self.stream.load_state_dict(self.state.data)

@@ -1,6 +1,7 @@
 """Compact states keep what softmax sees, and the buffer is a reproducible first-in-first-out store of them."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from ebwm_dist.mcmc.replay import (
     ReplayBuffer,
     compress_embeddings,
     compress_logits,
+    deal,
     expand_embeddings,
     expand_logits,
 )
@@ -227,3 +229,28 @@ def test_bytes_of_a_published_record():
     """256 positions and a vocabulary of 50,277: whole, that is 51 MB."""
     compact = compress_logits(torch.randn(1, 256, 50_277))
     assert sum(tensor.nbytes for tensor in compact.values()) == 256 * (64 * (2 + 2) + 2) == 66_048
+
+
+def holding(capacity, ids):
+    buffer = ReplayBuffer(capacity)
+    ids = torch.tensor(ids, dtype=torch.int64)
+    buffer.push(ids[:, None] + torch.arange(4), ids, {"embeddings": ids[:, None].half()})
+    return buffer
+
+
+def test_records_are_dealt_out_to_another_number_of_ranks():
+    """None is lost or doubled while there is room; then the oldest of all ranks go first."""
+    states = [holding(4, ids).state_dict() for ids in ([11, 12, 13, 14], [], [31, 32, 33])]
+    for world_size in (1, 2, 3, 5, 9):
+        parts = [deal(states, rank, world_size) for rank in range(world_size)]
+        found = [part["sample_ids"].tolist() if part else [] for part in parts]
+        assert sorted(itertools.chain(*found)) == [11, 12, 13, 14, 31, 32, 33]
+        assert max(map(len, found)) - min(map(len, found)) <= 1
+        for part in filter(None, parts):
+            assert torch.equal(part["observed"], part["sample_ids"][:, None] + torch.arange(4))
+            assert torch.equal(part["state"]["embeddings"], part["sample_ids"][:, None].half())
+    buffer = ReplayBuffer(4)
+    buffer.load_state_dict(deal(states, 0, 1))
+    assert buffer.state_dict()["sample_ids"].tolist() == [13, 32, 14, 33]
+    buffer.load_state_dict(deal([{}, {}], 0, 1))
+    assert len(buffer) == 0

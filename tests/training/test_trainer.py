@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.checkpoints import list_checkpoints, load_module_state
+from ebwm_dist.checkpoints import list_checkpoints
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.saved_state import load_module_state
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 
