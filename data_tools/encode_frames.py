@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ebwm_dist.data.executors import add_arguments
-from ebwm_dist.data.video_shards import Encoding, Work, add_encoding_arguments, encode_clips
+from ebwm_dist.data.executors import Work, add_arguments
+from ebwm_dist.data.video_shards import Encoding, add_encoding_arguments, encode_clips
 from ebwm_dist.errors import UserError
 
 

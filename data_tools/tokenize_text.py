@@ -2,6 +2,8 @@
 
     python data_tools/tokenize_text.py --input data/raw/sample.jsonl --tokenizer data/text/tokenizer.model \\
         --out data/text --sequence-length 256 --holdout Ruth Jonah Mark
+
+An interrupted run is continued by the same command.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from ebwm_dist.data.build import REJECTS_NAME, Layout, Report, build
 from ebwm_dist.data.documents import Fields
+from ebwm_dist.data.executors import Work, add_arguments
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import UserError
 
@@ -46,9 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="fail",
         help=f"malformed documents: stop at the first (default), or list them in {REJECTS_NAME} and go on",
     )
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that encode; the result does not depend on it"
-    )
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.holdout_fraction is None:
         options.holdout_fraction = 0.0 if options.holdout else 0.05
@@ -111,8 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         layout,
         fields=Fields(options.text_field, options.id_field, options.group_field),
         on_error=options.on_error,
-        workers=options.workers,
-        progress=True,
+        work=Work(options.executor, options.workers, progress=True),
     )
     warn_of_leak(options.tokenizer, layout)
     print(describe(report))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ebwm_dist.data.build import Layout, build
 from ebwm_dist.data.documents import DocumentReader, find_inputs
+from ebwm_dist.data.executors import Work
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.tokenizer import train_tokenizer
 
@@ -44,4 +45,5 @@ def make_tiny_data(
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=vocab_size)
     assert tokenizer.vocab_size == vocab_size, f"ask for at most {tokenizer.vocab_size} tokens, or more documents"
     layout = Layout(sequence_length, samples_per_member=8, members_per_shard=4, holdout=(HELD_OUT,))
-    return build([source], tokenizer, folder, layout, workers=workers).manifest
+    work = Work("process", workers) if workers else Work()
+    return build([source], tokenizer, folder, layout, work=work).manifest

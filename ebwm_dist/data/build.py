@@ -1,6 +1,7 @@
-"""Make a data folder: documents -> tokens -> packed rows -> shards -> manifest.
+"""Make a data folder of text: documents -> tokens -> packed rows -> shards -> manifest.
 
-The old manifest is removed first and the new one written last, so a folder with a manifest is always whole.
+The old manifest is removed first and the new one written last, so a folder with a manifest is always whole. A run that
+was interrupted keeps its shards: the next one reads all documents again, but encodes only those after the last shard.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +27,11 @@ from ebwm_dist.data.documents import (
     is_held_out,
 )
 from ebwm_dist.data.encoding import encode_documents
+from ebwm_dist.data.executors import LOCAL, Work
 from ebwm_dist.data.files import write_atomically
-from ebwm_dist.data.manifest import FILE_NAME, SPLITS, Manifest, Split
+from ebwm_dist.data.folder import begin, finish, load_position, save_position, up_to_date
+from ebwm_dist.data.index import finished_shard
+from ebwm_dist.data.manifest import SPLITS, Manifest, Shard, Split
 from ebwm_dist.data.packing import Packer
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.data.writer import ShardWriter
@@ -57,29 +62,76 @@ class Report:
     rejects: int
 
 
+@dataclass(frozen=True)
+class _Position:
+    """Where the whole shards of a split end: after `offset` tokens of the document that follows `documents` others.
+
+    They hold `samples` rows; `tokens` are those of the documents before, and `last` is the last token of the last row.
+    """
+
+    shards: int
+    samples: int
+    documents: int
+    tokens: int
+    offset: int
+    last: int
+
+
 class _SplitBuilder:
-    """Collects one split: packs its tokens, writes its shards, counts what went in."""
+    """Collects one split: packs its tokens, writes its shards, counts what went in; begins where a run before ended."""
 
     def __init__(self, folder: Path, split: str, content: TokenContent, layout: Layout) -> None:
-        self._packer = Packer(content.sequence_length, layout.samples_per_member, content.eos_id, content.pad_id)
-        self._writer = ShardWriter(folder, split, content, layout.members_per_shard)
+        self._folder, self._split, self._length = folder, split, content.sequence_length
+        self._start, self._kept = _resume(folder, split, _Position(0, 0, 0, 0, 0, content.eos_id))
+        self._packer = Packer(self._length, layout.samples_per_member, self._start.last, content.pad_id)
+        self._writer = ShardWriter(folder, split, content, layout.members_per_shard, first_shard=self._start.shards)
         self.groups: set[str] = set()
-        self._documents = self._tokens = self._text_bytes = 0
+        self._documents = self._text_bytes = 0
+        self._added, self._samples, self._tokens = self._start.documents, self._start.samples, self._start.tokens
 
-    def add(self, document: Document, tokens: np.ndarray) -> None:
+    def is_done(self, document: Document) -> bool:
+        """Count the next document; tell whether the shards that are there hold all of it."""
         self.groups.add(document.group)
         self._documents += 1
-        self._tokens += len(tokens)
         self._text_bytes += len(document.text.encode("utf-8"))
-        for block in self._packer.add(tokens):
+        return self._documents <= self._start.documents
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append the tokens of the next document that was not done."""
+        resumed = self._added == self._start.documents
+        for block in self._packer.add(tokens[self._start.offset :] if resumed else tokens):
+            shards = len(self._writer.shards)
             self._writer.write(block)
+            self._samples += len(block)
+            if len(self._writer.shards) > shards:
+                self._save(tokens)
+        self._added += 1
+        self._tokens += len(tokens)
+
+    def _save(self, tokens: np.ndarray) -> None:
+        """Keep the position after the last shard, which ends within the document of these tokens."""
+        offset = self._samples * self._length - self._tokens
+        shards = self._start.shards + len(self._writer.shards)
+        position = _Position(shards, self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
+        save_position(self._folder, self._split, asdict(position))
 
     def finish(self) -> Split:
         for block in self._packer.finish():
             self._writer.write(block)
         self._writer.close()
         totals = {"documents": self._documents, "tokens": self._tokens, "text_bytes": self._text_bytes}
-        return Split(tuple(self._writer.shards), len(self.groups), totals)
+        return Split((*self._kept, *self._writer.shards), len(self.groups), totals)
+
+
+def _resume(folder: Path, split: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
+    """Return where to go on and the shards before it, if they are all whole; else the beginning."""
+    try:
+        position = _Position(**load_position(folder, split))
+    except TypeError:
+        return beginning, []
+    found = [finished_shard(folder, f"{split}-{number:06d}.tar") for number in range(position.shards)]
+    kept = [shard for shard in found if shard is not None]
+    return (position, kept) if len(kept) == position.shards else (beginning, [])
 
 
 def build(
@@ -90,21 +142,20 @@ def build(
     *,
     fields: Fields | None = None,
     on_error: str = "fail",
-    workers: int = 0,
-    progress: bool = False,
+    work: Work = LOCAL,
 ) -> Report:
     """Make the data folder `out`, unless it holds exactly this already."""
     start = time.monotonic()
     files = find_inputs(list(inputs))
     fields = fields or Fields()
-    source = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error, **asdict(layout)}
-    source = json.loads(json.dumps(source))  # as it will be read back: lists, not tuples
-    if (existing := _up_to_date(out, source, tokenizer)) is not None:
+    source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}
+    source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}
+    if (existing := up_to_date(out, source)) is not None and _has_tokenizer(existing):
         rejects = existing.source["rejects"]
         return Report(existing, True, time.monotonic() - start, rejects)
 
-    out.mkdir(parents=True, exist_ok=True)
-    _clear(out)
+    begin(out, source)
+    (out / REJECTS_NAME).unlink(missing_ok=True)
     if not (out / TOKENIZER_NAME).exists() or Tokenizer(out / TOKENIZER_NAME).sha256 != tokenizer.sha256:
         write_atomically(out / TOKENIZER_NAME, tokenizer.path.read_bytes())
 
@@ -120,7 +171,7 @@ def build(
         tokenizer_sha256=tokenizer.sha256,
     )
     builders = {name: _SplitBuilder(out, name, content, layout) for name in SPLITS}
-    _fill(builders, reader, tokenizer, layout, files, workers, progress)
+    _fill(builders, reader, tokenizer, layout, files, work)
     if reader.rejects:
         _write_rejects(out / REJECTS_NAME, reader.rejects)
     manifest = Manifest(
@@ -130,7 +181,7 @@ def build(
         held_out_groups=tuple(sorted(builders["val"].groups)),
         source={**source, "rejects": len(reader.rejects), "empty": reader.empty},
     )
-    manifest.save()
+    finish(manifest)
     return Report(manifest, False, time.monotonic() - start, len(reader.rejects))
 
 
@@ -140,17 +191,20 @@ def _fill(
     tokenizer: Tokenizer,
     layout: Layout,
     files: list[InputFile],
-    workers: int,
-    progress: bool,
+    work: Work,
 ) -> None:
     """Send every document to its split; both must get some, and every group named must exist."""
     from tqdm import tqdm
 
     names = frozenset(layout.holdout)
-    encoded = encode_documents(reader, tokenizer, workers)
-    for document, tokens in tqdm(encoded, unit=" documents", desc="encode", disable=None if progress else True):
-        held_out = is_held_out(document.group, names, layout.holdout_fraction)
-        builders["val" if held_out else "train"].add(document, tokens)
+
+    def builder_of(document: Document) -> _SplitBuilder:
+        return builders["val" if is_held_out(document.group, names, layout.holdout_fraction) else "train"]
+
+    left = (document for document in reader if not builder_of(document).is_done(document))
+    encoded = encode_documents(left, tokenizer, work)
+    for document, tokens in tqdm(encoded, unit=" documents", desc="encode", disable=None if work.progress else True):
+        builder_of(document).add(tokens)
     if missing := sorted(names - builders["val"].groups):
         known = ", ".join(sorted(builders["train"].groups | builders["val"].groups)[:8])
         raise UserError(f"held-out group {missing[0]!r} is not in the input; its groups are {known}, ...")
@@ -162,27 +216,13 @@ def _fill(
             )
 
 
-def _up_to_date(out: Path, source: dict[str, object], tokenizer: Tokenizer) -> Manifest | None:
-    """Return the manifest of `out` if the folder is whole and was made from the same inputs and settings."""
+def _has_tokenizer(manifest: Manifest) -> bool:
+    """Tell whether the tokenizer beside the shards is the one they were made with."""
     try:
-        manifest = Manifest.load(out)
-        manifest.check_files()
-        manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
-        manifest.check_tokenizer(Tokenizer(out / manifest.token_content.tokenizer).sha256, TOKENIZER_NAME)
+        manifest.check_tokenizer(Tokenizer(manifest.folder / TOKENIZER_NAME).sha256, TOKENIZER_NAME)
     except DataError:
-        return None
-    same = {key: manifest.source.get(key) for key in source} == source
-    return manifest if same else None
-
-
-def _clear(out: Path) -> None:
-    """Remove what an earlier run made, its manifest first, so that nothing half-made looks whole."""
-    (out / FILE_NAME).unlink(missing_ok=True)
-    (out / REJECTS_NAME).unlink(missing_ok=True)
-    for split in SPLITS:
-        for pattern in (f"{split}-[0-9]*.tar", f"{split}-[0-9]*.index.json", f".{split}-[0-9]*.tmp"):
-            for path in out.glob(pattern):
-                path.unlink()
+        return False
+    return True
 
 
 def _write_rejects(path: Path, rejects: list[Reject]) -> None:

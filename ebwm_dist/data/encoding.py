@@ -1,4 +1,4 @@
-"""Encode documents, in this process or in several, with the same result.
+"""Encode documents, in this process, in several or on Ray, with the same result.
 
 Kept apart from the writer so that a worker process imports nothing but the tokenizer.
 """
@@ -6,20 +6,18 @@ Kept apart from the writer so that a worker process imports nothing but the toke
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from ebwm_dist.data.documents import Document
+from ebwm_dist.data.executors import Work, run_in_order
 from ebwm_dist.data.tokenizer import Tokenizer
 
 _BATCH = 64  # documents handed to a worker at a time
-
-_tokenizer: Tokenizer | None = None
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -27,33 +25,30 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.uint32)
 
 
-def _start_worker(path: Path) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer(path)
-
-
-def _encode_batch(texts: list[str]) -> list[np.ndarray]:
-    assert _tokenizer is not None
-    return [encode_text(_tokenizer, text) for text in texts]
-
-
 def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
+    documents: Iterable[Document], tokenizer: Tokenizer, work: Work
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield every document with its tokens, in order; `workers` processes encode, or this one if 0."""
-    if workers <= 0:
-        for document in documents:
-            yield document, encode_text(tokenizer, document.text)
-        return
-    # Spawned, not forked: the caller may hold threads. Few batches are in flight, which bounds memory.
-    context = multiprocessing.get_context("spawn")
-    pending: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
-    source = iter(documents)
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
-        while True:
-            while len(pending) < 4 * workers and (batch := list(itertools.islice(source, _BATCH))):
-                pending.append((batch, pool.submit(_encode_batch, [document.text for document in batch])))
-            if not pending:
-                return
-            batch, future = pending.popleft()
-            yield from zip(batch, future.result(), strict=True)
+    """Yield every document with its tokens, in order."""
+    pending: deque[list[Document]] = deque()
+    path = tokenizer.path.resolve()
+
+    def tasks() -> Iterator[tuple[Path, str, list[str]]]:
+        source = iter(documents)
+        while batch := list(itertools.islice(source, _BATCH)):
+            pending.append(batch)
+            yield path, tokenizer.sha256, [document.text for document in batch]
+
+    for tokens in run_in_order(_encode_batch, tasks(), work.executor, work.workers):
+        yield from zip(pending.popleft(), tokens, strict=True)
+
+
+def _encode_batch(task: tuple[Path, str, list[str]]) -> list[np.ndarray]:
+    path, sha256, texts = task
+    tokenizer = _load(path, sha256)
+    return [encode_text(tokenizer, text) for text in texts]
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, sha256: str) -> Tokenizer:
+    """Load a tokenizer once in a process; its hash is asked for because the file may be replaced meanwhile."""
+    return Tokenizer(path)

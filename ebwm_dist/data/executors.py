@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ebwm_dist.errors import UserError
@@ -24,6 +25,18 @@ _IN_FLIGHT = 4  # tasks per worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Who does the work of a tool, which does not depend on it."""
+
+    executor: str = "local"
+    workers: int = 1
+    progress: bool = False
+
+
+LOCAL = Work()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

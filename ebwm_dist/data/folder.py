@@ -1,7 +1,8 @@
 """Begin and finish a data folder so that an interrupted run loses little and a folder with a manifest is whole.
 
 `unfinished.json` says what the shards in the folder are being made from. A run that finds the same in it keeps the
-shards that are whole; with anything else the folder is cleared first. The manifest is written last.
+shards that are whole; with anything else the folder is cleared first. A tool whose shards depend on those before them
+keeps its position after the last whole one in `unfinished-SPLIT.json`. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def begin(out: Path, source: dict[str, Any]) -> None:
     except (OSError, ValueError):
         same = False
     if not same:
-        (out / UNFINISHED).unlink(missing_ok=True)
+        _forget(out)
     for split in SPLITS:
         made = [f"{split}-[0-9]*.index.json", f"{split}-[0-9]*.tar"]
         for pattern in [f".{split}-[0-9]*.tmp", *([] if same else made)]:
@@ -49,7 +50,25 @@ def begin(out: Path, source: dict[str, Any]) -> None:
 def finish(manifest: Manifest) -> None:
     """Write the manifest: from here on the folder counts as whole."""
     manifest.save()
-    (manifest.folder / UNFINISHED).unlink()
+    _forget(manifest.folder)
+
+
+def save_position(out: Path, split: str, position: dict[str, int]) -> None:
+    """Keep where the next shard of a split starts; call it when the shard before it is whole."""
+    write_json(out / f"unfinished-{split}.json", position)
+
+
+def load_position(out: Path, split: str) -> dict[str, int]:
+    """Return what `save_position` kept, or nothing."""
+    try:
+        return dict(json.loads((out / f"unfinished-{split}.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _forget(out: Path) -> None:
+    for name in (UNFINISHED, *(f"unfinished-{split}.json" for split in SPLITS)):
+        (out / name).unlink(missing_ok=True)
 
 
 def _as_read_back(source: dict[str, Any]) -> Any:

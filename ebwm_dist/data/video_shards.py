@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ebwm_dist.data.content import ClipContent, LatentContent
 from ebwm_dist.data.cutting import Clip, Cut, find_videos, plan_clips, read_frames
 from ebwm_dist.data.decode import encode_clip, encode_jpeg
-from ebwm_dist.data.executors import run_in_order
+from ebwm_dist.data.executors import LOCAL, Work, run_in_order
 from ebwm_dist.data.files import sha256_of_file
 from ebwm_dist.data.folder import begin, finish, up_to_date
 from ebwm_dist.data.index import finished_shard
@@ -65,15 +65,6 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, required: bool) -> N
     parser.add_argument("--weights", type=Path, help="the encoder's weights: a local folder or file")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored latents")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Who makes the shards, which do not depend on it."""
-
-    executor: str = "local"
-    workers: int = 1
-    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,7 +164,7 @@ def cut_clips(
     storage: str = "mp4",
     encoding: Encoding | None = None,
     clips_per_shard: int = 64,
-    work: Work = Work(),
+    work: Work = LOCAL,
 ) -> VideoReport:
     """Make the data folder `out` of clips of video files, or of their latents if there is an `encoding`."""
     start = time.monotonic()
@@ -198,7 +189,7 @@ def cut_clips(
     return VideoReport(made, up_to_date, time.monotonic() - start, tuple(short))
 
 
-def encode_clips(clips: Path, out: Path, encoding: Encoding, *, work: Work = Work()) -> VideoReport:
+def encode_clips(clips: Path, out: Path, encoding: Encoding, *, work: Work = LOCAL) -> VideoReport:
     """Make the data folder `out` of the latents of a folder of clips, shard by shard."""
     start = time.monotonic()
     given = Manifest.load(clips)

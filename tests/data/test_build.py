@@ -12,8 +12,10 @@ import pytest
 import webdataset
 
 from ebwm_dist.data import build as build_module
+from ebwm_dist.data import encoding
 from ebwm_dist.data.build import Layout, Report, build
 from ebwm_dist.data.documents import Fields, find_inputs, is_held_out
+from ebwm_dist.data.encoding import encode_text
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -96,6 +98,35 @@ def test_the_same_again_does_nothing_and_other_settings_replace_everything(
     assert not changed.up_to_date and texts_of(changed.manifest, "train")[-1] == "more"
     next((tmp_path / "out").glob("train-*.tar")).unlink()
     assert not run(Layout(sequence_length=64, holdout=("b",))).up_to_date
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 11])
+def test_an_interrupted_run_is_continued(
+    tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """After any number of shards, within a document or not, the next run makes the rest and the same bytes."""
+    source, layout = tiny.folder.parent / f"{tiny.folder.name}.jsonl", Layout(16, 8, 4, holdout=(HELD_OUT,))
+    assert sum(len(split.shards) for split in tiny.splits.values()) > stop
+    encoded, close, closed = [], build_module.ShardWriter.close, []
+
+    def interrupted(writer: build_module.ShardWriter) -> None:
+        if len(closed) == stop:
+            raise KeyboardInterrupt
+        close(writer)
+        closed.append(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.ShardWriter, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build([source], tokenizer, tmp_path / "out", layout)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    monkeypatch.setattr(encoding, "encode_text", lambda t, text: encoded.append(text) or encode_text(t, text))
+    build([source], tokenizer, tmp_path / "out", layout)
+    contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tiny.folder, tmp_path / "out")]
+    assert contents[0] == contents[1]
+    assert len(made) == stop and made == {path: path.stat().st_mtime_ns for path in made}
+    documents = [document["text"] for document in tiny_documents(60)]
+    assert encoded == [text for text in documents if text in encoded] and len(encoded) < len(documents)
 
 
 def test_an_interrupted_run_leaves_no_manifest(

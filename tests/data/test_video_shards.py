@@ -24,10 +24,11 @@ from ebwm_dist.data import video_shards
 from ebwm_dist.data.content import LatentContent
 from ebwm_dist.data.cutting import Cut, read_frames
 from ebwm_dist.data.decode import encode_clip, encode_jpeg
+from ebwm_dist.data.executors import Work
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.moving_shapes import moving_shapes
 from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.video_shards import Encoding, VideoReport, Work, cut_clips, encode_clips
+from ebwm_dist.data.video_shards import Encoding, VideoReport, cut_clips, encode_clips
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.errors import DataError, UserError
 
