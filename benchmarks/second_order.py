@@ -97,7 +97,7 @@ class Worker:
         record = {name: self.setting[name] for name in RECORD}
         if self.error is not None:
             return record | {"seconds": None, "peak_bytes": None, "error": self.error}
-        return record | {"seconds": statistics.median(self.times), "peak_bytes": self.peak}
+        return record | {"seconds": statistics.median(self.times) if self.times else None, "peak_bytes": self.peak}
 
     def _answer(self) -> Record:
         assert self.process.stdout is not None
@@ -144,7 +144,8 @@ def rows(records: list[Record]) -> Iterator[str]:
         if "error" in record:
             cells.append(f"{record['error']} | | |")
         else:
-            cells.append(f"{record['seconds']:.3f} | {ratio(record, baseline, 'seconds')}")
+            seconds = "" if record["seconds"] is None else f"{record['seconds']:.3f}"
+            cells.append(f"{seconds} | {ratio(record, baseline, 'seconds')}")
             cells.append(f"{record['peak_bytes'] / 2**20:.1f} | {ratio(record, baseline, 'peak_bytes')}")
         yield f"| {' | '.join(cells)} |"
 
@@ -156,7 +157,7 @@ def setting_of(record: Record) -> tuple[Any, ...]:
 
 def ratio(record: Record, baseline: Record, name: str) -> str:
     """Return the figure `name` of `record` as a multiple of the baseline's, or nothing where that has none."""
-    return f"{record[name] / baseline[name]:.2f}" if baseline.get(name) else ""
+    return f"{record[name] / baseline[name]:.2f}" if baseline.get(name) and record[name] else ""
 
 
 def environment(args: argparse.Namespace) -> Record:
@@ -225,7 +226,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps per method")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps per method; 0: measure memory alone")
     parser.add_argument(
         "--memory-limit",
         type=float,
