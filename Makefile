@@ -70,4 +70,4 @@ $(SHARDS): $(TOKENIZER)
 $(VIDEO_SHARDS): | setup
 	$(VENV)/bin/python data_tools/fetch_video.py --out $(VIDEOS)
 	$(VENV)/bin/python data_tools/cut_clips.py --input $(VIDEOS) --out $(dir $@) \
-		--frames 16 --frame-interval 0.04 --stride 0.04 --size 64 --holdout-last 1.5 --gap 1
+		--frames 16 --frame-interval 0.04 --stride 0.04 --size 64 --holdout bikes.mp4

@@ -57,7 +57,7 @@ def _draw_strip(figure: Any, strip: Strip, columns: int) -> None:
     frames = [
         (f"t - {count - 1 - n}" if n < count - 1 else "t (last seen)", x, "") for n, x in enumerate(strip.context)
     ]
-    frames.append(("t + 1: truth", strip.truth, f"copy: {strip.motion:.4f}"))
+    frames.append(("t + 1: truth", strip.truth, f"copying: error {strip.motion:.4f}"))
     for step, x in enumerate(strip.steps, 1):
         before, after = strip.energies[step - 1], strip.energies[step]
         note = f"error {strip.errors[step]:.4f}\nenergy {before:.2f} \N{RIGHTWARDS ARROW} {after:.2f}"
@@ -89,7 +89,7 @@ def _draw_errors(axes: Any, summary: dict[str, Any]) -> None:
     if twin < 3 * visible:
         axes.axhline(twin, color="tab:orange", label="autoregressive twin")
     else:
-        axes.plot([], [], color="tab:orange", label=f"autoregressive twin: {twin:,.0f}")
+        axes.plot([], [], color="tab:orange", label=f"autoregressive twin: {twin:,.0f} %")
     axes.axvline(summary["ebwm"]["trained_steps"], color="0.7", linestyle=":", label="trained number of steps")
     axes.set(title="Squared error of the next frame", xlabel="MCMC steps", ylabel="% of copying", xticks=steps)
     axes.legend(fontsize=8)
