@@ -84,7 +84,11 @@ def _cropped(clip: Tensor, seed: int, smallest: float) -> Tensor:
 
 def check_content(config: Config, content: Content) -> None:
     """Refuse data that the configured model cannot be trained on, naming both sides."""
-    model, data, where = config.model, config.data, f"the {content.kind} in {config.data.path}"
+    model, data, where = (
+        config.model,
+        config.data,
+        f"the {content.kind} in {' and '.join(config.data.mixture) or config.data.path}",
+    )
     wanted: list[tuple[str, int | None, int]] = [
         ("data.sequence_length", data.sequence_length, content.sequence_length)
     ]

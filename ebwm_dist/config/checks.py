@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +75,8 @@ RANGES: dict[str, Range] = {
     "training.log_interval": _FROM_1,
     "training.startup_timeout": _POSITIVE,
     "training.step_timeout": _POSITIVE,
+    "data.mixture": _POSITIVE,
+    "data.cache_gib": _POSITIVE,
     "data.sequence_length": _FROM_1,
     "data.smallest_crop": Range(0, 1, open_low=True),
     "data.shuffle_window": _FROM_1,
@@ -91,7 +94,8 @@ def check_value(key: str, value: Any) -> None:
         check_passthrough(value)
     if key not in RANGES or value is None:
         return
-    for number in value if isinstance(value, (list, tuple)) else (value,):
+    numbers = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else (value,)
+    for number in numbers:
         if number not in RANGES[key]:
             raise ConfigError(f"{key} = {value!r}: must be {RANGES[key]}")
 

@@ -173,7 +173,8 @@ def _converted(value: Any, hint: Any) -> Any:
             return [_converted(item, type_) for item, type_ in zip(value, items, strict=True)]
     elif get_origin(hint) is dict:
         if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-            return value
+            of = get_args(hint)[1]
+            return value if of is Any else {name: _converted(item, of) for name, item in value.items()}
     elif isinstance(value, bool):
         if hint is bool:
             return value
@@ -195,7 +196,8 @@ def _expectation(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))} numbers"
     if get_origin(hint) is dict:
-        return "a section"
+        of = get_args(hint)[1]
+        return "a section" if of is Any else f"names, and {_expectation(of)} for each"
     return {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}[hint]
 
 

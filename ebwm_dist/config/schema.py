@@ -159,7 +159,14 @@ class DataConfig:
     """The shards to train on: tokens, latents of video frames, or clips."""
 
     path: str = "data/text"
-    """Folder made by data_tools/tokenize_text.py (holds manifest.json)."""
+    """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
+    or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several such folders and their weights, instead of `path`: of every 10,000 samples each gets its exact share."""
+    cache_dir: str = ".cache/shards"
+    """Where copies of remote files are kept; all processes of a machine may share it."""
+    cache_gib: float = 64.0
+    """Most GiB that these copies take; the ones opened longest ago go first."""
     sequence_length: int = 256
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None
@@ -174,6 +181,8 @@ class DataConfig:
     """Shards whose samples are shuffled together; their index is what is held in memory."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process. Does not change the order."""
+    log_sample_ids: bool = False
+    """Write the keys of every global batch to samples.jsonl in the run folder."""
 
 
 @dataclass

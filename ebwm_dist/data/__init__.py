@@ -3,5 +3,6 @@
 Documents (`documents.py`) are encoded (`encoding.py`, `tokenizer.py`), packed into rows (`packing.py`) and written as
 tar shards (`writer.py`) with an index (`index.py`) by `build.py`, which puts a manifest (`manifest.py`) beside them, as
 the video tools do. What the samples of a folder are is said by `content.py`. Training reads samples by position
-(`shards.py`, `decode.py`) in a shuffled order (`order.py`) through a resumable stream (`stream.py`).
+(`shards.py`, `decode.py`) from this machine or another (`remote.py`), in a shuffled order (`order.py`) of one data set
+or several (`mixture.py`), through a resumable stream (`stream.py`).
 """

@@ -70,7 +70,7 @@ def read_index(manifest: Manifest, shard: Shard) -> Index:
     """Read the index beside a shard and check it against the shard's entry in the manifest."""
     path = manifest.folder / shard.index_path
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(manifest.read(shard.index_path, shard.sha256))
         owner = (str(content["shard"]), str(content["sha256"]))
         records = tuple(
             Record(

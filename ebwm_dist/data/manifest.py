@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ebwm_dist.data.content import KINDS, Content, TokenContent, count, inside, parse_content
 from ebwm_dist.data.files import write_json
-from ebwm_dist.errors import DataError
+from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
+from ebwm_dist.errors import DataError, UserError
 
 FILE_NAME = "manifest.json"
 FORMAT = "ebwm-shards"
@@ -76,6 +78,13 @@ class Manifest:
     splits: dict[str, Split]
     held_out_groups: tuple[str, ...]
     source: dict[str, Any] = field(default_factory=dict)
+    remote: RemoteFolder | None = None
+    """Where the files are, if they are not in `folder`."""
+
+    @property
+    def name(self) -> str:
+        """Return where the data are, for messages."""
+        return str(self.folder) if self.remote is None else self.remote.location
 
     @property
     def train(self) -> Split:
@@ -107,7 +116,7 @@ class Manifest:
         """Return what is known of the tokens; a folder of anything else is a DataError."""
         if not isinstance(self.content, TokenContent):
             raise DataError(
-                f"the shards in {self.folder} hold {self.content.kind}, tokens are needed here; set data.path to a "
+                f"the shards in {self.name} hold {self.content.kind}, tokens are needed here; set data.path to a "
                 f"folder made by {TokenContent.tool}"
             )
         return self.content
@@ -125,17 +134,24 @@ class Manifest:
         write_json(self.folder / FILE_NAME, content)
 
     @staticmethod
-    def load(path: str | Path) -> Manifest:
-        """Read the manifest of a data folder; every way it can be wrong is a DataError saying what to do."""
-        folder = Path(path)
-        file = folder / FILE_NAME
-        if not folder.is_dir():
+    def load(path: str | Path, cache: Cache | None = None) -> Manifest:
+        """Read the manifest of a data folder; every way it can be wrong is a DataError saying what to do.
+
+        The files of a remote folder come through `cache`; without one only folders of this machine will do.
+        """
+        folder, remote = Path(path), None
+        file = f"{str(path).rstrip('/')}/{FILE_NAME}"
+        if is_remote(str(path)):
+            if cache is None:
+                raise UserError(f"{path} is not a folder of this machine; copy it here first")
+            remote = RemoteFolder(str(path), cache)
+        elif not folder.is_dir():
             raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE}")
         try:
-            content = json.loads(file.read_text("utf-8"))
+            content = json.loads(remote.read(FILE_NAME, None) if remote else (folder / FILE_NAME).read_bytes())
         except FileNotFoundError:
             raise DataError(
-                f"data folder {folder} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
+                f"data folder {path} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
             ) from None
         except ValueError as error:
             raise DataError(f"{file} is not valid JSON ({error}); {MAKE_AGAIN}") from None
@@ -146,7 +162,7 @@ class Manifest:
                 f"{file} has version {content.get('version')}, this program reads version {VERSION}; {MAKE_AGAIN}"
             )
         try:
-            return _parse(folder, content)
+            return replace(_parse(folder, content), remote=remote)
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -154,8 +170,33 @@ class Manifest:
                 f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {MAKE_AGAIN}"
             ) from None
 
+    def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
+        """Return the content of a small file of the folder, of which `version` tells copies of old ones from it."""
+        return self.remote.read(name, version, sha256) if self.remote else (self.folder / name).read_bytes()
+
+    def read_tokenizer(self) -> bytes:
+        """Return the tokenizer that the shards were made with."""
+        content = self.token_content
+        return self.read(content.tokenizer, content.tokenizer_sha256, content.tokenizer_sha256)
+
+    def open(self, shard: Shard) -> int:
+        """Return a file descriptor to read a shard with."""
+        if self.remote is not None:
+            return self.remote.open(shard.path, shard.bytes, shard.sha256)
+        return os.open(self.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def fetch(self, shard: Shard) -> None:
+        """Bring a remote shard and its index to this machine."""
+        self.read(shard.index_path, shard.sha256)
+        os.close(self.open(shard))
+
     def check_files(self) -> None:
-        """Check that every shard exists with the size the manifest gives; costs two look-ups per shard."""
+        """Check that every shard exists with the size the manifest gives; costs two look-ups per shard.
+
+        Remote ones are checked as they arrive.
+        """
+        if self.remote is not None:
+            return
         for split in self.splits.values():
             for shard in split.shards:
                 self.check_shard(shard)
@@ -179,7 +220,7 @@ class Manifest:
         expected = self.token_content.tokenizer_sha256
         if sha256 != expected:
             raise DataError(
-                f"tokenizer {name} is not the one that the shards in {self.folder} were made with (sha256 "
+                f"tokenizer {name} is not the one that the shards in {self.name} were made with (sha256 "
                 f"{sha256[:12]}, the manifest says {expected[:12]}); restore it, or run {TokenContent.tool} again"
             )
 

@@ -1,4 +1,4 @@
-"""The order of the samples of an epoch: a pure function of (shard sizes, seed, epoch, window).
+"""The order of the samples of a data set: in an epoch a pure function of (shard sizes, seed, epoch, window).
 
 Shards are permuted, then samples are permuted within windows of `window` consecutive shards of that order. The
 number of ranks and workers plays no part, which is why a run can go on with another number of either.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_KEPT_WINDOWS = 2  # a global batch can lie across two windows
+_KEPT = 2  # windows, and epochs: a global batch can lie across two of either
 
 
 def permutation(length: int, *key: int) -> np.ndarray:
@@ -30,6 +30,7 @@ class EpochOrder:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         self._key = (seed, epoch)
+        self._window = window
         self._shards = permutation(len(counts), *self._key, 0)
         sizes = np.asarray(counts, dtype=np.int64)[self._shards]
         self._shard_starts = np.concatenate([[0], np.cumsum(sizes)])  # position of each permuted shard, unshuffled
@@ -58,9 +59,52 @@ class EpochOrder:
 
     def _window_order(self, window: int) -> np.ndarray:
         if window not in self._orders:
-            if len(self._orders) == _KEPT_WINDOWS:
+            if len(self._orders) == _KEPT:
                 self._orders.popitem(last=False)
             length = int(self._starts[window + 1] - self._starts[window])
             self._orders[window] = permutation(length, *self._key, 1 + window)
         self._orders.move_to_end(window)
         return self._orders[window]
+
+    def shards_from(self, position: int) -> list[int]:
+        """Return the shards that are read from `position` on: those of its window first."""
+        window = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return [int(shard) for shard in self._shards[window * self._window :]]
+
+
+class EndlessOrder:
+    """One epoch after another: sample number n of a data set is sample `n % length` of epoch `n // length`.
+
+    `length` may be less than there are samples; those left at the end of an epoch's order are left out of that epoch.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, window: int, length: int) -> None:
+        self.length = length
+        self._arguments = (tuple(counts), seed, window)
+        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
+
+    def __getitem__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and row of each of the samples `numbers` `[n]`, both `[n]` int64."""
+        epochs, positions = np.divmod(numbers, self.length)
+        shards, rows = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            shards[chosen], rows[chosen] = self.epoch(int(epoch))[positions[chosen]]
+        return shards, rows
+
+    def coming(self, number: int) -> list[int]:
+        """Return the shards of the two windows that are read next from sample `number` on."""
+        epoch, position = divmod(number, self.length)
+        most = 2 * self._arguments[2]
+        shards = self.epoch(epoch).shards_from(position)[:most]
+        return shards if len(shards) == most else shards + self.epoch(epoch + 1).shards_from(0)[: most - len(shards)]
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """Return the order of one epoch."""
+        if epoch not in self._epochs:
+            if len(self._epochs) == _KEPT:
+                self._epochs.popitem(last=False)
+            counts, seed, window = self._arguments
+            self._epochs[epoch] = EpochOrder(counts, seed, epoch, window)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]

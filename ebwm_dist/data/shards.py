@@ -35,7 +35,7 @@ class OpenShard:
         self.index = read_index(manifest, shard)
         self._first = np.cumsum([0, *(record.samples for record in self.index.records)])
         try:
-            self._fd = os.open(manifest.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = manifest.open(shard)
         except FileNotFoundError:
             raise DataError(
                 f"missing shard: {manifest.folder / shard.path} does not exist; {manifest.how_to_repair}"

@@ -1,12 +1,9 @@
 """The endless, resumable stream of training micro-batches, and the finite one for validation.
 
-Everything follows from the number of a global batch. With N samples in the split, global batches of G, and
-`steps = N // G` of them in an epoch, global batch t consists of
-
-    the positions [b*G, (b+1)*G) of EpochOrder(epoch),      epoch, b = divmod(t, steps)
-
-and its samples are numbered t*G, t*G + 1, ... over the whole run (`sample_ids`: what a sample's noise is seeded
-with). The N % G samples that are left at the end of an epoch's order are dropped from that epoch.
+Everything follows from the number of a global batch. Global batch t of G samples consists of the samples number t*G to
+t*G + G - 1 of the run (`sample_ids`: what a sample's noise is seeded with), and which sample of which data set a number
+stands for is a pure function (`mixture.py`, `order.py`). With one data set of N samples, N // G batches are an epoch,
+and the N % G samples that are left at the end of its order are dropped from that epoch.
 
 Rank r of W takes the r-th of W contiguous slices of every global batch and cuts it into micro-batches of B:
 
@@ -37,8 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.order import EpochOrder
-from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.mixture import Mixture, MixtureReader, as_mixture, check_same_data
 from ebwm_dist.errors import ConfigError, DataError
 
 RawBatch = tuple[np.ndarray, list[str]]
@@ -64,57 +60,45 @@ class Batch:
 class Plan:
     """Which samples make up micro-batch m of this rank: the arithmetic of the module's docstring."""
 
-    counts: tuple[int, ...]
-    seed: int
-    window: int
     global_batch_size: int
     micro_batch_size: int
-    dp_rank: int
-    dp_world_size: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of whole global batches in an epoch."""
-        return sum(self.counts) // self.global_batch_size
+    dp_rank: int = 0
+    dp_world_size: int = 1
 
     @property
     def micro_batches(self) -> int:
         """Return the number of micro-batches of this rank in a global batch."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_world_size)
 
-    def offset(self, micro: int) -> int:
-        """Return where micro-batch `micro` of this rank starts in its global batch."""
+    def numbers(self, micro: int) -> np.ndarray:
+        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]` int64."""
+        batch, within = divmod(micro, self.micro_batches)
         per_rank = self.global_batch_size // self.dp_world_size
-        return self.dp_rank * per_rank + micro % self.micro_batches * self.micro_batch_size
-
-    def sample_ids(self, micro: int) -> torch.Tensor:
-        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]`."""
-        first = micro // self.micro_batches * self.global_batch_size + self.offset(micro)
-        return torch.arange(first, first + self.micro_batch_size, dtype=torch.int64)
+        first = batch * self.global_batch_size + self.dp_rank * per_rank + within * self.micro_batch_size
+        return np.arange(first, first + self.micro_batch_size)
 
 
 class _MicroBatches(IterableDataset):
     """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
 
-    def __init__(self, manifest: Manifest, plan: Plan, first: int) -> None:
-        self._manifest = manifest
+    def __init__(self, mixture: Mixture, plan: Plan, seed: int, window: int, first: int) -> None:
+        self._mixture = mixture
         self._plan = plan
+        self._seed = seed
+        self._window = window
         self._first = first
 
     def __iter__(self) -> Iterator[RawBatch | DataError]:
-        plan = self._plan
-        reader = open_reader(self._manifest, "train", max_open=min(2 * plan.window, 256))
+        reader = MixtureReader(self._mixture, "train", max_open=2 * self._window)
+        order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size)
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        order: EpochOrder | None = None
-        order_epoch = -1
         for micro in itertools.count(self._first + index, workers):
-            epoch, batch = divmod(micro // plan.micro_batches, plan.steps_per_epoch)
-            if order is None or epoch != order_epoch:
-                order, order_epoch = EpochOrder(plan.counts, plan.seed, epoch, plan.window), epoch
-            start = batch * plan.global_batch_size + plan.offset(micro)
+            numbers = self._plan.numbers(micro)
+            if index == 0:
+                reader.fetch_ahead(order, int(numbers[0]))
             try:
-                yield reader.read(*order[start : start + plan.micro_batch_size])
+                yield reader.read(*order[numbers])
             except DataError as error:
                 # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
                 yield error
@@ -151,13 +135,13 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-class TokenStream:
+class SampleStream:
     """Endless iterator over this rank's micro-batches of the train split; see the module's docstring."""
 
     def __init__(
         self,
         data: DataConfig,
-        manifest: Manifest,
+        mixture: Manifest | Mixture,
         *,
         seed: int,
         global_batch_size: int,
@@ -165,47 +149,47 @@ class TokenStream:
         dp_rank: int,
         dp_world_size: int,
     ) -> None:
-        _check_length(data, manifest)
+        mixture = as_mixture(mixture)
+        _check_length(data, mixture)
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_world_size):
             raise ConfigError(
                 f"training.global_batch_size={global_batch_size} is not a multiple of training.micro_batch_size="
                 f"{micro_batch_size} times {dp_world_size} data-parallel ranks"
             )
-        samples = manifest.train.samples
-        if samples < global_batch_size:
+        if len(mixture.sources) == 1 and mixture.train_samples < global_batch_size:
             raise DataError(
-                f"the train split of {manifest.folder} has {samples} samples, fewer than one global batch of "
-                f"{global_batch_size}; add text or lower training.global_batch_size"
+                f"the train split of {mixture.name} has {mixture.train_samples} samples, fewer than one global batch "
+                f"of {global_batch_size}; add data or lower training.global_batch_size"
             )
-        manifest.check_files()
-        self._manifest = manifest
+        mixture.check_files()
+        mixture.check_cache(data.shuffle_window)
+        self._mixture = mixture
         self._num_workers = data.num_workers
-        self._plan = Plan(
-            manifest.train.counts,
-            seed,
-            data.shuffle_window,
-            global_batch_size,
-            micro_batch_size,
-            dp_rank,
-            dp_world_size,
-        )
+        self._seed, self._window = seed, data.shuffle_window
+        self._plan = Plan(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
+        self._order = mixture.order(seed, self._window, global_batch_size)
         self._micro = 0  # number of the next micro-batch of this rank
         self._raw: Iterator[RawBatch | DataError] | None = None
 
     @property
     def dropped_per_epoch(self) -> int:
         """Return how many samples of each epoch are left out because they do not fill a global batch."""
-        return self._manifest.train.samples % self._plan.global_batch_size
+        return self._mixture.train_samples % self._plan.global_batch_size if len(self._mixture.sources) == 1 else 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of global batches in an epoch."""
-        return self._plan.steps_per_epoch
+        """Return how many whole global batches there are in all data."""
+        return self._mixture.train_samples // self._plan.global_batch_size
 
     @property
     def epoch(self) -> int:
-        """Return the epoch that the next micro-batch belongs to."""
-        return self._micro // self._plan.micro_batches // self.steps_per_epoch
+        """Return how often all data have been gone through."""
+        return self._order.epoch(self._consumed)
+
+    @property
+    def _consumed(self) -> int:
+        """Return the number of samples in the whole global batches that were handed out, over all ranks."""
+        return self._micro // self._plan.micro_batches * self._plan.global_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -218,12 +202,12 @@ class TokenStream:
             self.close()
             raise item
         rows, keys = item
-        sample_ids = self._plan.sample_ids(self._micro)
+        sample_ids = torch.from_numpy(self._plan.numbers(self._micro))
         self._micro += 1
         return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool))
 
     def _loader(self) -> DataLoader[RawBatch | DataError]:
-        dataset = _MicroBatches(self._manifest, self._plan, self._micro)
+        dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
             return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
@@ -245,11 +229,11 @@ class TokenStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: how many samples of whole global batches were handed out, and of which data."""
         assert self._micro % self._plan.micro_batches == 0, "the position is defined between global batches only"
-        step = self._micro // self._plan.micro_batches
-        return {"samples_consumed": step * self._plan.global_batch_size, "epoch": self.epoch, **self._identity()}
+        return {"samples_consumed": self._consumed, "epoch": self.epoch, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken, on any number of ranks and workers."""
+        check_same_data(state.get("data_sets"), self._mixture)
         for key, now in self._identity().items():
             if state[key] != now:
                 raise DataError(
@@ -262,9 +246,10 @@ class TokenStream:
     def _identity(self) -> dict[str, Any]:
         """Return what the sequence of global batches depends on."""
         return {
-            "fingerprint": self._manifest.fingerprint,
-            "seed": self._plan.seed,
-            "shuffle_window": self._plan.window,
+            "data_sets": self._mixture.identity(),
+            "fingerprint": self._mixture.fingerprint,
+            "seed": self._seed,
+            "shuffle_window": self._window,
             "global_batch_size": self._plan.global_batch_size,
         }
 
@@ -275,7 +260,7 @@ class TokenStream:
 
 def validation_batches(
     data: DataConfig,
-    manifest: Manifest,
+    mixture: Manifest | Mixture,
     *,
     batch_size: int,
     max_sequences: int,
@@ -284,24 +269,21 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of at most `max_sequences` samples of the held-out split, always the same ones.
 
-    They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Every
-    rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated and not
-    `counted`.
+    They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Of a
+    mixture, the splits of its data sets come one after the other, each with its share of `max_sequences`, or all that
+    it has where that is less. Every rank gets the same number of batches of the same size: where samples run out,
+    earlier ones are repeated and not `counted`.
     """
-    _check_length(data, manifest)
-    manifest.check_files()
-    split = manifest.val
-    chosen = min(max_sequences, split.samples)
-    if chosen < 1:
-        raise DataError(f"the val split of {manifest.folder} has no samples; hold out more with --holdout")
-    ends = np.cumsum(split.counts)
-    reader = open_reader(manifest, "val", max_open=4)
-    for start in range(0, chosen, batch_size * dp_world_size):
+    mixture = as_mixture(mixture)
+    _check_length(data, mixture)
+    mixture.check_files()
+    ids, places = mixture.held_out(max_sequences)
+    reader = MixtureReader(mixture, "val", max_open=4)
+    for start in range(0, len(ids), batch_size * dp_world_size):
         slots = start + dp_rank * batch_size + np.arange(batch_size)
-        ids = slots % chosen * split.samples // chosen
-        shards = np.searchsorted(ends, ids, side="right")
-        rows, keys = reader.read(shards, ids - (ends - split.counts)[shards])
-        yield Batch(_to_tensor(rows), torch.from_numpy(ids), keys, torch.from_numpy(slots < chosen))
+        chosen = slots % len(ids)
+        samples, keys = reader.read(*(place[chosen] for place in places))
+        yield Batch(_to_tensor(samples), torch.from_numpy(ids[chosen]), keys, torch.from_numpy(slots < len(ids)))
 
 
 def _to_tensor(samples: np.ndarray) -> torch.Tensor:
@@ -309,10 +291,10 @@ def _to_tensor(samples: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(samples.astype(np.int64) if samples.dtype in (np.uint16, np.uint32) else samples)
 
 
-def _check_length(data: DataConfig, manifest: Manifest) -> None:
-    found = manifest.content.sequence_length
+def _check_length(data: DataConfig, mixture: Mixture) -> None:
+    found = mixture.content.sequence_length
     if data.sequence_length != found:
         raise DataError(
-            f"data.sequence_length={data.sequence_length}, but the shards in {manifest.folder} were made with "
-            f"{found}; set it to that, or run {manifest.content.tool} again"
+            f"data.sequence_length={data.sequence_length}, but the shards in {mixture.name} were made with "
+            f"{found}; set it to that, or run {mixture.content.tool} again"
         )

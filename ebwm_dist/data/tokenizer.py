@@ -27,15 +27,15 @@ _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memo
 
 
 class Tokenizer:
-    """Encode and decode text with the model at `path`.
+    """Encode and decode text with the model at `path`, or of the bytes `content` that are from there.
 
     The one character that does not survive is U+2581, which sentencepiece uses for the space.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
         self.path = Path(path)
         try:
-            content = self.path.read_bytes()
+            content = self.path.read_bytes() if content is None else content
         except OSError:
             raise DataError(
                 f"tokenizer {path} cannot be read; make one with data_tools/train_tokenizer.py --out {path}"
@@ -66,7 +66,8 @@ class Tokenizer:
 
 def load_tokenizer(manifest: Manifest) -> Tokenizer:
     """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
-    tokenizer = Tokenizer(manifest.folder / manifest.token_content.tokenizer)
+    content = manifest.read_tokenizer() if manifest.remote else None
+    tokenizer = Tokenizer(manifest.folder / manifest.token_content.tokenizer, content)
     manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
     return tokenizer
 

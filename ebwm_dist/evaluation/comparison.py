@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import load_only
 from ebwm_dist.data.stream import validation_batches
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.data.unigram import unigram_perplexity
@@ -47,7 +48,7 @@ class Run:
     def load(cls, folder: Path, device: torch.device) -> Run:
         """Read the newest checkpoint and the metrics of `folder`."""
         loaded = load_model(folder, device)
-        manifest = Manifest.load(loaded.config.data.path)
+        manifest = load_only(loaded.config.data)
         loaded.check_data(manifest)
         if loaded.tokenizer is None:
             raise UserError(f"{folder} was trained on video: use launchers/video_report.py")

@@ -20,6 +20,7 @@ from torch import Tensor
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import load_only
 from ebwm_dist.data.stream import validation_batches
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
@@ -60,7 +61,7 @@ class Run:
         config = loaded.config
         if config.model.embedding_dim is None:
             raise UserError(f"{folder} was trained on text: use launchers/quickstart_report.py")
-        manifest = Manifest.load(config.data.path)
+        manifest = load_only(config.data)
         observer = build_observer(config, manifest.content, device)
         if isinstance(manifest.content, ClipContent):
             assert observer.encoder is not None

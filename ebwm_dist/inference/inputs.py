@@ -32,7 +32,7 @@ def keep_inputs(manifest: Manifest, folder: Path) -> None:
     """Write the description of a data folder's samples into `folder`, and a copy of their tokenizer."""
     inputs = describe_inputs(manifest)
     if "tokenizer" in inputs:
-        write_atomically(folder / TOKENIZER_FILE, (manifest.folder / inputs["tokenizer"]).read_bytes())
+        write_atomically(folder / TOKENIZER_FILE, manifest.read_tokenizer())
     write_json(folder / INPUTS_FILE, inputs)
 
 

@@ -24,10 +24,12 @@ Record = Mapping[str, Any]
 class MetricsLog:
     """metrics.jsonl of a run: one record a line, each step once, whatever was killed and resumed in between."""
 
+    name = "metrics.jsonl"
+
     def __init__(self, run_dir: Path, resumed_step: int):
         """Open the log and drop what a previous process recorded after `resumed_step`, torn lines included."""
-        self.path = run_dir / "metrics.jsonl"
-        self._seen: set[tuple[str, int]] = set()
+        self.path = run_dir / self.name
+        self._seen: set[tuple[str | None, int]] = set()
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if self._keep(line, resumed_step)]
             partial = self.path.with_suffix(".jsonl.tmp")
@@ -37,7 +39,7 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Append `record`, numbers that JSON cannot hold as null; nothing stays in this process's buffers."""
-        self._seen.add((record["kind"], record["step"]))
+        self._seen.add((record.get("kind"), record["step"]))
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
 
@@ -53,13 +55,19 @@ class MetricsLog:
         """Return whether `line` is whole, new, and not from after `last_step`."""
         try:
             record = json.loads(line)
-            key = (record["kind"], record["step"])
+            key = (record.get("kind"), record["step"])
             keep = record["step"] <= last_step and key not in self._seen
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
         if keep:
             self._seen.add(key)
         return keep
+
+
+class SampleLog(MetricsLog):
+    """samples.jsonl of a run: `{"step": N, "samples": [keys of the global batch in its order]}` for each step."""
+
+    name = "samples.jsonl"
 
 
 class WandbLog:

@@ -19,8 +19,8 @@ from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent, TokenContent
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
+from ebwm_dist.data.mixture import BLOCK, Mixture
+from ebwm_dist.data.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
@@ -35,12 +35,13 @@ from ebwm_dist.training.distributed import (
     World,
     any_rank,
     from_rank_0,
+    gather_objects,
     set_collective_timeout,
     setup_distributed,
     teardown,
 )
 from ebwm_dist.training.engine import create_engine
-from ebwm_dist.training.metrics import Console, MetricsLog, WandbLog, train_line, val_line
+from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, WandbLog, train_line, val_line
 from ebwm_dist.training.monitor import StepMonitor
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.shutdown import StopSignal
@@ -53,13 +54,13 @@ COLLECTIVE_MARGIN = 30.0
 def train(config: Config) -> TrainingState:
     """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then."""
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    manifest = load_data(config)
+    data = load_data(config)
     stop = StopSignal()
     world = setup_distributed(config.training.startup_timeout)
     watchdog = Watchdog(world, heartbeat_store(), config.training.startup_timeout, config.training.step_timeout)
     failure = None
     try:
-        return Trainer(config, manifest, world, stop, watchdog).run()
+        return Trainer(config, data, world, stop, watchdog).run()
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
         if is_communication_error(error):
@@ -76,17 +77,17 @@ def train(config: Config) -> TrainingState:
 class Trainer:
     """Holds the parts of a run together."""
 
-    def __init__(self, config: Config, manifest: Manifest, world: World, stop: StopSignal, watchdog: Watchdog):
-        self.config, self.manifest, self.world = config, manifest, world
+    def __init__(self, config: Config, data: Mixture, world: World, stop: StopSignal, watchdog: Watchdog):
+        self.config, self.data, self.manifest, self.world = config, data, data.manifest, world
         self.stop, self.watchdog = stop, watchdog
         self.run_dir = Path(config.run_dir)
         self.console = Console(self.run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
         watchdog.beat(0, "loading")
 
         with same_on_all_ranks():
-            self.stream = TokenStream(
+            self.stream = SampleStream(
                 config.data,
-                self.manifest,
+                self.data,
                 seed=config.seed,
                 global_batch_size=config.training.global_batch_size,
                 micro_batch_size=config.training.micro_batch_size,
@@ -97,7 +98,7 @@ class Trainer:
         checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
         if world.rank == 0:
             save_config(config, self.run_dir / "config.yaml")
-            keep_inputs(manifest, self.run_dir)
+            keep_inputs(self.manifest, self.run_dir)
 
         self.unit = "token" if config.model.embedding_dim is None else "frame"
         self.observer = self._build_observer()
@@ -128,7 +129,10 @@ class Trainer:
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak_flops = peak_flops(name) * world.world_size
         self.logs: list[MetricsLog | WandbLog] = []
+        self.samples: SampleLog | None = None
         if world.rank == 0:
+            if config.data.log_sample_ids:
+                self.samples = SampleLog(self.run_dir, self.state.step)
             self.logs.append(MetricsLog(self.run_dir, self.state.step))
             if config.wandb.mode != "disabled":
                 self.logs.append(WandbLog(config, self.run_dir))
@@ -136,9 +140,11 @@ class Trainer:
         self._say(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
-            f"{self.manifest.train.samples:,} training sequences of {config.data.sequence_length} {self.unit}s, "
+            f"{self.data.train_samples:,} training sequences of {config.data.sequence_length} {self.unit}s, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
+        if config.data.mixture:
+            self._say(f"of every {BLOCK:,} training sequences, {self.data.shares()}")
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""
@@ -171,7 +177,7 @@ class Trainer:
         finally:
             self.stream.close()
             self.console.close()
-            for log in self.logs:
+            for log in (*self.logs, *([self.samples] if self.samples else [])):
                 log.close()
         return state
 
@@ -184,11 +190,13 @@ class Trainer:
         step_size = self._step_size()
         accumulation = micro_steps(config, self.world.world_size)
         seen = StepMonitor(self.world, config.model.num_landscapes)
+        keys: list[str] = []
         for micro_step in range(accumulation):
             self.watchdog.beat(step, "data")
             waited = time.perf_counter()
             batch: Batch = next(self.stream)
             data_wait += time.perf_counter() - waited
+            keys += batch.keys
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
@@ -205,6 +213,10 @@ class Trainer:
 
         self.watchdog.beat(step, "waiting for all ranks")
         means, stop, nonfinite = seen.gather(self.stop.requested)
+        if config.data.log_sample_ids:
+            ranks = gather_objects(keys, self.world)  # a rank's part of the global batch is contiguous
+            if self.samples is not None:
+                self.samples.write({"step": step, "samples": [key for rank in ranks for key in rank]})
 
         seconds = time.perf_counter() - start
         tokens_in_step = config.training.global_batch_size * config.data.sequence_length
@@ -281,7 +293,7 @@ class Trainer:
         config, step = self.config, self.state.step
         batches = validation_batches(
             config.data,
-            self.manifest,
+            self.data,
             batch_size=config.training.micro_batch_size,
             max_sequences=config.validation.max_sequences,
             dp_rank=self.world.rank,
@@ -350,12 +362,13 @@ class Trainer:
         self.console.line(text, stream)
 
 
-def load_data(config: Config) -> Manifest:
-    """Return the manifest of the configured shards, if they are there and fit the configured model."""
+def load_data(config: Config) -> Mixture:
+    """Return the configured data sets, if they are there and fit each other and the configured model."""
     with same_on_all_ranks():
-        manifest = Manifest.load(config.data.path)
-        manifest.check_files()
-        check_content(config, manifest.content)
-        if isinstance(manifest.content, TokenContent):
-            load_tokenizer(manifest)
-    return manifest
+        data = Mixture.load(config.data)
+        data.check_files()
+        check_content(config, data.content)
+        for source in data.sources:
+            if isinstance(source.manifest.content, TokenContent):
+                load_tokenizer(source.manifest)
+    return data

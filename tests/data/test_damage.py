@@ -16,7 +16,7 @@ from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.index import read_index
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.stream import TokenStream
+from ebwm_dist.data.stream import SampleStream
 from ebwm_dist.errors import DataError
 
 SHARD = 3  # damaged in all tests
@@ -91,7 +91,7 @@ def test_a_training_stream_refuses_a_truncated_shard_at_once(copied: Manifest) -
     with open(copied.folder / NAME, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(DataError, match=f"disagrees with its manifest: .*{NAME}"):
-        TokenStream(
+        SampleStream(
             DataConfig(sequence_length=16),
             copied,
             seed=0,

@@ -19,7 +19,7 @@ import torch
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.stream import Batch, TokenStream, validation_batches
+from ebwm_dist.data.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 
 G = 24  # global batch: divisible by 1, 2, 3 and 4 ranks
@@ -27,9 +27,9 @@ G = 24  # global batch: divisible by 1, 2, 3 and 4 ranks
 
 def stream(
     manifest: Manifest, rank: int = 0, world: int = 1, *, micro: int = 2, seed: int = 7, g: int = G, **data: int
-) -> TokenStream:
+) -> SampleStream:
     config = DataConfig(path=str(manifest.folder), sequence_length=16, **{"shuffle_window": 3, **data})
-    return TokenStream(
+    return SampleStream(
         config,
         manifest,
         seed=seed,
@@ -40,7 +40,7 @@ def stream(
     )
 
 
-def take(tokens: TokenStream, steps: int, micro: int = 2, world: int = 1) -> list[Batch]:
+def take(tokens: SampleStream, steps: int, micro: int = 2, world: int = 1) -> list[Batch]:
     """Return this rank's part of the next global batches."""
     return list(islice(tokens, steps * G // (micro * world)))
 
@@ -140,7 +140,7 @@ def test_resuming_what_cannot_be_continued_is_refused(tiny: Manifest) -> None:
         (stream(tiny, seed=8), "seed was 7, now it is 8"),
         (stream(tiny, shuffle_window=4), "shuffle_window was 3, now it is 4"),
         (stream(tiny, g=2 * G), f"global_batch_size was {G}, now it is {2 * G}"),
-        (stream(changed), f"fingerprint was {tiny.fingerprint}"),
+        (stream(changed), f"its data have changed: {tiny.folder} holds other samples; restore"),
     ):
         with pytest.raises(DataError, match=name):
             other.load_state_dict(state)
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused(tiny: Manifest) -> None:
     with pytest.raises(DataError, match=f"has {tiny.train.samples} samples, fewer than one global batch of 1000"):
         stream(tiny, g=1000)
     with pytest.raises(DataError, match=r"data.sequence_length=32, .*made with 16"):
-        TokenStream(
+        SampleStream(
             DataConfig(sequence_length=32),
             tiny,
             seed=0,
@@ -184,10 +184,10 @@ PARENT = """
 import sys
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import TokenStream
+from ebwm_dist.data.stream import SampleStream
 
 if __name__ == "__main__":
-    stream = TokenStream(
+    stream = SampleStream(
         DataConfig(sequence_length=16, num_workers=2), Manifest.load(sys.argv[1]), seed=0, global_batch_size=8,
         micro_batch_size=4, dp_rank=0, dp_world_size=1,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         f"zero.stage={stage}",
         f"training.precision={precision}",
         "validation.interval=5",
+        "data.log_sample_ids=true",
         *(SYSTEM_2 if stage == 3 else []),
     ]
     whole, parts = [*common, f"run_dir={tmp_path / 'whole'}"], [*common, f"run_dir={tmp_path / 'parts'}"]
@@ -113,6 +115,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert len(want) == (20 if kind == "train" else 4)
         strip = [[{k: v for k, v in r.items() if k not in volatile} for r in records] for records in (got, want)]
         assert strip[0] == strip[1]
+    logs = [(tmp_path / name / "samples.jsonl").read_text() for name in ("parts", "whole")]
+    assert logs[0] == logs[1]
+    logged = [json.loads(line) for line in logs[0].splitlines()]
+    assert [record["step"] for record in logged] == list(range(1, 21))
+    epoch = [key for record in logged[: samples // batch] for key in record["samples"]]
+    assert len(epoch) == len(set(epoch)) == samples // batch * batch
     assert len(list_checkpoints(tmp_path / "parts" / "checkpoints")) == 3
     # What may differ is how long it took, and the padding that rank 1 holds in place of alpha under ZeRO-3.
     assert_same(

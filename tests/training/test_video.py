@@ -85,7 +85,7 @@ def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
 
 def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "clips", tmp_path / "run"))
-    manifest = load_data(config)
+    manifest = load_data(config).manifest
     observer = build_observer(config, manifest.content, CPU)
     observer.mean, observer.std = embedding_statistics(observer, manifest, tmp_path / "run")
     frames = torch.from_numpy(tiny_frames("train"))

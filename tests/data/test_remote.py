@@ -1,0 +1,239 @@
+"""Remote files arrive whole or not at all, once for all processes, and never take more room than they may."""
+
+from __future__ import annotations
+
+import http.server
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from ebwm_dist.config.schema import DataConfig
+from ebwm_dist.data import remote
+from ebwm_dist.data.files import sha256_of_bytes
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import Mixture
+from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
+from ebwm_dist.data.stream import SampleStream, validation_batches
+from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.errors import ConfigError, DataError, UserError
+
+SIZE = 100_000
+
+
+def content(seed: int, size: int = SIZE) -> bytes:
+    return bytes([seed]) * size
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serve the files of a folder, with ranges or without; cut the next `dying` answers off in the middle."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, ranges: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.ranges, self.dying = folder, ranges, 0
+        self.asked: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        path = self.server.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        wanted = self.headers.get("Range")
+        if self.server.ranges and wanted:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if self.server.ranges and wanted else 200)
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.server.dying:
+            self.server.dying -= 1
+            data = data[: len(data) // 2]
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "ranges"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    pytest.importorskip("aiohttp")
+    folder = tmp_path / "served"
+    for name, seed in (("train/000.tar", 1), ("val/000.tar", 2), ("train/001.tar", 3)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content(seed))
+    with Server(folder, request.param) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+
+
+def fetch(folder: RemoteFolder, name: str, seed: int, size: int = SIZE) -> bytes:
+    with open(folder.open(name, size, sha256_of_bytes(content(seed))), "rb") as file:
+        return file.read()
+
+
+def test_equal_names_in_different_folders_do_not_meet_and_are_fetched_once(server: Server, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", 10 * SIZE)
+    train, val = RemoteFolder(f"{server.url}/train", cache), RemoteFolder(f"{server.url}/val/", cache)
+    for _ in range(2):
+        assert fetch(train, "000.tar", 1) == content(1) and fetch(val, "000.tar", 2) == content(2)
+    assert sorted(server.asked) == ["/train/000.tar", "/val/000.tar"]
+    assert train.read("001.tar", "one") == train.read("001.tar", "one") == content(3)
+    assert train.read("001.tar", "two") == content(3)
+    assert server.asked[2:] == ["/train/001.tar"] * 2  # another version of a file is fetched again
+
+
+def test_a_transfer_that_dies_is_tried_again_and_then_named(server: Server, tmp_path: Path) -> None:
+    folder = RemoteFolder(f"{server.url}/train", Cache(tmp_path / "cache", 10 * SIZE))
+    server.dying = remote.TRIES - 1
+    assert fetch(folder, "000.tar", 1) == content(1)
+    server.dying = remote.TRIES
+    with pytest.raises(DataError, match=f"^001.tar .* from {server.url}/train/001.tar in 3 tries: ") as raised:
+        fetch(folder, "001.tar", 3)
+    assert "\n" not in str(raised.value)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1 and not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_what_is_not_what_the_manifest_lists_is_refused(server: Server, tmp_path: Path) -> None:
+    folder = RemoteFolder(f"{server.url}/train", Cache(tmp_path / "cache", 10 * SIZE))
+    with pytest.raises(DataError, match=r"001.tar .*: its content differs from the manifest \(SHA-256\)"):
+        fetch(folder, "001.tar", 1)
+    with pytest.raises(DataError, match=f"{SIZE} bytes arrived, the manifest says {SIZE + 1}"):
+        fetch(folder, "001.tar", 3, SIZE + 1)
+    assert server.asked == ["/train/001.tar"] * 2 * remote.TRIES
+    with pytest.raises(DataError, match=f"missing file: {server.url}/train/002.tar does not exist"):
+        fetch(folder, "002.tar", 3)
+
+
+def _fetch_in_process(location: str, cache: Path, start: multiprocessing.synchronize.Barrier) -> None:
+    start.wait()
+    folder = RemoteFolder(location, Cache(cache, 10 * SIZE))
+    assert fetch(folder, "000.tar", 1) == content(1)
+
+
+def test_processes_that_ask_at_once_fetch_once(server: Server, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    arguments = (f"{server.url}/train", tmp_path / "cache", barrier)
+    both = [context.Process(target=_fetch_in_process, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert server.asked == ["/train/000.tar"]
+
+
+@pytest.fixture
+def piped(tmp_path: Path) -> RemoteFolder:
+    """Return a folder behind a command, with ten files and a cache that holds three."""
+    source = tmp_path / "it's a folder"
+    source.mkdir()
+    for number in range(10):
+        (source / f"{number}.tar").write_bytes(content(number))
+    return RemoteFolder(f'pipe:cat "{source}"', Cache(tmp_path / "cache", 3 * SIZE))
+
+
+def cached(folder: RemoteFolder) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in folder.cache.folder.iterdir() if path.is_file())
+
+
+def test_what_was_opened_longest_ago_goes_first_and_readers_keep_what_they_read(piped: RemoteFolder) -> None:
+    for number in (0, 1, 2, 0):
+        fetch(piped, f"{number}.tar", number)
+    reading = piped.open("1.tar", SIZE, sha256_of_bytes(content(1)))
+    fetch(piped, "2.tar", 2)
+    fetch(piped, "3.tar", 3)
+    assert cached(piped) == ["1.tar", "2.tar", "3.tar"]
+    fetch(piped, "4.tar", 4)
+    assert cached(piped) == ["2.tar", "3.tar", "4.tar"]
+    assert os.pread(reading, 10, SIZE - 10) == content(1, 10)
+    os.close(reading)
+    assert len(piped.read("5.tar", "")) == SIZE and len(cached(piped)) == 3  # of a size not known before
+
+
+def test_room_is_kept_for_what_others_fetch_and_taken_back_from_the_dead(piped: RemoteFolder) -> None:
+    locks = piped.cache.folder / "locks"
+    locks.mkdir(parents=True)
+    partial = piped.cache.folder / f"zz-other.tar.{2 * SIZE}.partial"  # no hexadecimal name shares its lock
+    partial.touch()
+    fetching = FileLock(locks / "zz")
+    fetching.acquire()
+    for number in range(3):
+        fetch(piped, f"{number}.tar", number)
+        assert cached(piped) == sorted([f"{number}.tar", partial.name.partition("-")[2]])
+    fetching.release()
+    fetch(piped, "3.tar", 3)
+    assert cached(piped) == ["2.tar", "3.tar"]
+
+
+def test_pipes_that_fail_and_files_beyond_the_cache_are_named(piped: RemoteFolder, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"77.tar could not .*status 1: .*No such file"):
+        fetch(piped, "77.tar", 7)
+    with pytest.raises(ConfigError, match=r"data.cache_gib = .*1.tar alone has"):
+        piped.open("1.tar", 4 * SIZE, "")
+    nowhere = RemoteFolder("pipe:no-such-command x; touch injected", piped.cache)
+    with pytest.raises(ConfigError, match="the command 'no-such-command' cannot be run"):
+        nowhere.read("a.tar", "")
+
+
+def test_which_locations_are_remote() -> None:
+    assert all(is_remote(f"{scheme}://host/folder") for scheme in remote.SCHEMES) and is_remote("pipe:cat x")
+    assert not any(is_remote(path) for path in ("data/text", "/data", "https/folder", "file.tar"))
+
+
+def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(tiny: Manifest, tmp_path: Path) -> None:
+    window = 2 * max(shard.bytes for shard in tiny.train.shards)
+    indexes = 2 * max((tiny.folder / shard.index_path).stat().st_size for shard in tiny.train.shards)
+    local = DataConfig(path=str(tiny.folder), sequence_length=16, shuffle_window=1)
+    far = replace(
+        local,
+        path=f"pipe:cat {tiny.folder}",
+        cache_dir=str(tmp_path / "cache"),
+        cache_gib=(window + indexes) / 2**30,
+    )
+
+    def read(config: DataConfig) -> list[tuple[list[str], list[list[int]]]]:
+        mixture = Mixture.load(config)
+        assert load_tokenizer(mixture.manifest).sha256 == tiny.token_content.tokenizer_sha256
+        options = {"micro_batch_size": 8, "dp_rank": 0, "dp_world_size": 1}
+        stream = SampleStream(config, mixture, seed=1, global_batch_size=8, **options)
+        batches = [*islice(stream, stream.steps_per_epoch + 2)]
+        batches += validation_batches(config, mixture, batch_size=8, max_sequences=20, dp_rank=0, dp_world_size=1)
+        return [(batch.keys, batch.observed.tolist()) for batch in batches]
+
+    assert read(far) == read(local)
+    files = [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in files) <= window + indexes
+    with pytest.raises(UserError, match="is not a folder of this machine"):
+        Manifest.load(far.path)
+    with pytest.raises(ConfigError, match=r"two windows of data.shuffle_window = 2 shards take"):
+        wider = replace(far, shuffle_window=2)
+        SampleStream(
+            wider, Mixture.load(wider), seed=1, global_batch_size=8, micro_batch_size=8, dp_rank=0, dp_world_size=1
+        )
