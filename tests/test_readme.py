@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ebwm_dist.data.decode import encode_clip
+from ebwm_dist.data.moving_shapes import moving_shapes
 from tests.tiny_data import tiny_documents
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,8 @@ COMMANDS = [
 # What `make` targets do is seen by whoever runs them; `make test` is running this.
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
 OWN_TEXT = [command for command in COMMANDS if "mine" in command]
-LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT]
+OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
+LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + OWN_VIDEO]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -45,7 +48,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 4 and len(LARGE) == 5
+    assert len(OWN_TEXT) == len(OWN_VIDEO) == 4 and len(LARGE) == 5
 
 
 def test_own_text_can_be_trained_on(checkout: Path) -> None:
@@ -61,6 +64,25 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
             command = command.replace("ebt_xxs", "ebt_4xs")
         run(shlex.split(command), checkout)
     assert (checkout / "runs" / "mine" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.slow
+def test_own_video_can_be_trained_on(checkout: Path) -> None:
+    """The commands as they stand, with few steps; a twentieth of three videos would hold out none."""
+    (checkout / "my_videos").mkdir()
+    for seed in range(3):
+        frames = moving_shapes(seed, 125, 48, 64)
+        (checkout / "my_videos" / f"{seed}.mp4").write_bytes(encode_clip(frames, 0.04))
+    small = "training.max_steps=2 optimizer.warmup_steps=1 training.global_batch_size=2 training.micro_batch_size=2"
+    for command in OWN_VIDEO:
+        command = command.replace("--holdout-fraction 0.05", "--holdout 0.mp4")
+        if "launchers/train.py" in command:
+            command = command.replace("deepspeed", "deepspeed --num_accelerators 1") + f" {small}"
+        run(shlex.split(command), checkout)
+    assert (checkout / "data" / "my_clips.png").is_file() and (
+        checkout / "data" / "my_latents" / "manifest.json"
+    ).is_file()
+    assert (checkout / "runs" / "my_video" / "checkpoints" / "step-000002").is_dir()
 
 
 @pytest.mark.parametrize("command", LARGE)
