@@ -62,6 +62,21 @@ def test_peak_of_a_step_is_exact_and_repeats() -> None:
     assert peak_bytes(built.step, "cpu") == peak_bytes(built.step, "cpu") > 0
 
 
+def peak_of(method: str, steps: int) -> int:
+    built = build(replace(TINY, method=method, steps=steps, seq_len=192, vocab=400, width=64, batch=1, dtype="float32"))
+    for weight in built.weights.values():
+        weight.grad = torch.zeros_like(weight)
+    return peak_bytes(built.step, "cpu")
+
+
+@pytest.mark.slow
+def test_the_engine_takes_a_fraction_of_the_memory_of_a_double_backward() -> None:
+    """At most a quarter at two steps; and at 16, that of one."""
+    one, two, sixteen = (peak_of("first_order", steps) for steps in (1, 2, 16))
+    assert two <= peak_of("double_backward_concatenated", 2) / 4
+    assert sixteen <= 1.05 * one, (one, two, sixteen)
+
+
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     tiny = ("--layers", "2", "--width", "64", "--batch", "1", "--seq-len", "8", "--vocab", "50", "--threads", "1")
     command = [sys.executable, "benchmarks/second_order.py", *tiny, "--repeats", "1", *options]
