@@ -1,4 +1,7 @@
-"""Continue text: `python launchers/generate.py --checkpoint runs/quickstart --prompt "In the beginning"`."""
+"""Continue text: `python launchers/generate.py --checkpoint runs/quickstart --prompt "In the beginning"`.
+
+Models of video continue held-out samples instead: `... --checkpoint runs/video --observe 4 --out pictures`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ebwm_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from ebwm_dist.inference.api import Predictor
+    from ebwm_dist.inference.thinking import Thinking
 
 
 def main() -> int:
@@ -21,6 +29,10 @@ def main() -> int:
     parser.add_argument("--stop", nargs="+", default=[], help="strings that end a text")
     parser.add_argument("--slide", action="store_true", help="go beyond the trained context, forgetting its older half")
     parser.add_argument("--json", action="store_true", help="print text, tokens, and energies and steps of each token")
+    video = parser.add_argument_group("video")
+    video.add_argument("--samples", type=int, default=3, help="held-out samples (default: %(default)s)")
+    video.add_argument("--observe", type=int, default=1, help="frames of each to go on from (default: %(default)s)")
+    video.add_argument("--out", type=Path, help="folder for a PNG strip and a GIF of each: truth above, model below")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
     sampling.add_argument("--top-k", type=int)
@@ -62,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
         budget=args.budget,
     )
     predictor = ebwm_dist.load(args.checkpoint)
+    if predictor.embedding_dim is not None:
+        roll_out(args, predictor, thinking)
+        return
     streamed = len(args.prompt) == 1 and not args.json
     shown: list[str] = []
 
@@ -88,6 +103,25 @@ def run(args: argparse.Namespace) -> None:
     else:
         for prompt, text in zip(args.prompt, texts, strict=True):
             print(f"{prompt}{text.text}\n")
+
+
+def roll_out(args: argparse.Namespace, predictor: Predictor, thinking: Thinking) -> None:
+    """Continue held-out samples of video."""
+    from ebwm_dist.inference.video import roll_out_held_out, write_pictures
+
+    film, observer = roll_out_held_out(
+        predictor, args.checkpoint, samples=args.samples, observed=args.observe, thinking=thinking, seed=args.seed
+    )
+    pictures = [] if args.out is None else write_pictures(film, observer, args.out)
+    records = film.records()
+    if args.json:
+        print(json.dumps(records))
+        return
+    for record in records:
+        errors = " ".join(f"{error:.3f}" for error in record["squared_errors"])
+        print(f"{record['sample']}: squared error of each new frame {errors}")
+    for path in pictures:
+        print(path)
 
 
 if __name__ == "__main__":

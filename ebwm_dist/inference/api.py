@@ -45,7 +45,7 @@ class Predictor:
         self.model, self.config, self.tokenizer = model.eval().requires_grad_(False), config, tokenizer
         self.device = next(model.parameters()).device
         self.max_context = config.data.sequence_length
-        self.embedding_dim: int | None = getattr(config.model, "embedding_dim", None)
+        self.embedding_dim: int | None = config.model.embedding_dim
 
     def predict(
         self,

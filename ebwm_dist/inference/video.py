@@ -1,0 +1,124 @@
+"""Roll-outs of video: how held-out samples go on, what the model makes of them, and both as pictures.
+
+Shapes: B samples, F frames of H x W pixels, n observed frames, N new ones, E width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ebwm_dist.data.content import TokenContent
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.errors import UserError
+from ebwm_dist.inference.api import AS_TRAINED, Predictor
+from ebwm_dist.inference.generate import RollOut
+from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
+
+SHORTEST_SIDE = 64
+"""Pixels that small frames are enlarged to, so that they can be seen."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """Held-out samples and what the model rolls out from their first frames."""
+
+    keys: list[str]
+    """The samples."""
+    observed: int
+    """Number n of frames that the model has seen of each."""
+    truth: Tensor
+    """Normalised embeddings [B, n + N, E] of what there is."""
+    frame_interval: float
+    """Seconds between two of them."""
+    rolled: RollOut
+    """What the model goes on with, N of each."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return, for each sample, the error, the energies and the steps of every new frame."""
+        errors = (self.rolled.states - self.truth[:, self.observed :]).square().mean(-1)
+        records = []
+        for row, key in enumerate(self.keys):
+            record: dict[str, Any] = {"sample": key, "squared_errors": errors[row].tolist()}
+            if self.rolled.energies is not None and self.rolled.steps is not None:
+                steps = self.rolled.steps[row].tolist()
+                pairs = zip(self.rolled.energies[row].tolist(), steps, strict=True)
+                record |= {"energies": [energies[: taken + 1] for energies, taken in pairs], "steps": steps}
+            records.append(record)
+        return records
+
+
+def roll_out_held_out(
+    predictor: Predictor,
+    run_dir: Path,
+    *,
+    samples: int,
+    observed: int,
+    thinking: Thinking = AS_TRAINED,
+    seed: int = 0,
+) -> tuple[Film, Observer]:
+    """Roll out held-out samples of the data that a run was trained on to their full length.
+
+    Args:
+        predictor: the run's model.
+        run_dir: its folder, where statistics of embeddings are kept.
+        samples: how many, spread over the split.
+        observed: frames of each that the model sees.
+        thinking: how it thinks about each new frame.
+        seed: of the noise of the first sample; each further one has the next.
+    """
+    config, manifest = predictor.config, Manifest.load(predictor.config.data.path)
+    check_content(config, manifest.content)
+    assert not isinstance(manifest.content, TokenContent)
+    frames = manifest.content.sequence_length + 1
+    if not 1 <= observed < frames:
+        raise UserError(
+            f"{observed} observed frames: the samples have {frames}, so at least 1 and at most {frames - 1}"
+        )
+    observer = build_observer(config, manifest.content, predictor.device)
+    if observer.encoder is not None and manifest.content.kind == "clips":
+        observer.mean, observer.std = read_statistics(run_dir / STATISTICS_FILE, observer.encoder)
+    (batch,) = validation_batches(
+        config.data,
+        manifest,
+        batch_size=min(samples, manifest.val.samples),
+        max_sequences=samples,
+        dp_rank=0,
+        dp_world_size=1,
+    )
+    truth = observer(batch.observed)
+    rolled = predictor.roll_out(
+        list(truth[:, :observed]),
+        frames - observed,
+        thinking=thinking,
+        seeds=[seed + row for row in range(len(truth))],
+    )
+    return Film(batch.keys, observed, truth, manifest.content.frame_interval, rolled), observer
+
+
+def write_pictures(film: Film, observer: Observer, folder: Path) -> list[Path]:
+    """Write what was to come above what the model rolled out: strips of all frames as PNG, and moving as GIF."""
+    if not observer.decodable:
+        raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")
+    guess = torch.cat((film.truth[:, : film.observed], film.rolled.states.to(film.truth.dtype)), 1)
+    frames = torch.stack((observer.decode(film.truth), observer.decode(guess)), 1).cpu().numpy()  # [B, 2, F, H, W, 3]
+    larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
+    frames = frames.repeat(larger, 3).repeat(larger, 4)
+    frames[:, 1, film.observed :, :2], frames[:, 1, film.observed :, -2:] = (255, 140, 0), (255, 140, 0)  # new ones
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, pair in enumerate(frames):
+        strip, moving = folder / f"sample-{number}.png", folder / f"sample-{number}.gif"
+        Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in pair], 0)).save(strip)
+        first, *rest = (Image.fromarray(np.concatenate([above, below], 0)) for above, below in zip(*pair, strict=True))
+        first.save(moving, save_all=True, append_images=rest, duration=round(1000 * film.frame_interval), loop=0)
+        paths += [strip, moving]
+    return paths

@@ -1,0 +1,79 @@
+"""Held-out video is rolled out as the model predicts it frame by frame, and written as pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.data.files import write_json
+from ebwm_dist.inference.export import write_export
+from ebwm_dist.inference.inputs import describe_inputs
+from ebwm_dist.observation import STATISTICS_FILE, build_observer
+from ebwm_dist.registry import build_model
+from launchers.generate import main
+from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
+
+
+def export(folder: Path, kind: str, model: str = "ebt") -> Path:
+    """Export a model of random weights for tiny video of that kind, with the statistics that a run keeps."""
+    manifest = (make_tiny_latents if kind == "latents" else lambda path: make_tiny_clips(path, "jpeg"))(folder / kind)
+    width = 5 if kind == "latents" else 12
+    config = Config(
+        model=ModelConfig(embedding_dim=width, dim=16, num_heads=2, num_layers=2, kind=model),
+        mcmc=MCMCConfig(num_steps=2, step_size=0.5, initial_state="most_recent_embedding"),
+        data=DataConfig(path=str(folder / kind), sequence_length=FRAMES - 1),
+    )
+    config.data.encoder = None if kind == "latents" else "pixels:2"
+    config.optimizer.warmup_steps = 1
+    torch.manual_seed(0)
+    state = build_model(config, None).state_dict()
+    out = write_export(folder / "model", config, describe_inputs(manifest), state, tokenizer=None, step=1, source="it")
+    if kind == "clips":
+        encoder = build_observer(config, manifest.content, torch.device("cpu")).encoder
+        write_json(out / STATISTICS_FILE, {"encoder": "pixels:2", "sha256": encoder.sha256, "mean": 0.5, "std": 0.25})
+    return out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    return main()
+
+
+@pytest.mark.parametrize("kind", ["ebt", "ar"])
+def test_clips_are_continued_in_pictures(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = export(tmp_path, "clips", kind)
+    options = [] if kind == "ar" else ["--think-steps", 3, "--stop-energy", 1e-3]
+    common = ["--checkpoint", model, "--samples", 2, "--observe", 1]
+    assert run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert len(records) == 2 and all(len(record["squared_errors"]) == FRAMES - 1 for record in records)
+    for record in records if kind == "ebt" else []:
+        assert [len(energies) for energies in record["energies"]] == [steps + 1 for steps in record["steps"]]
+    # Six held-out clips, so the first and the fourth; frames of one colour each, which 2 x 2 pixels keep.
+    with Image.open(tmp_path / "out" / "sample-1.png") as strip, Image.open(tmp_path / "out" / "sample-1.gif") as gif:
+        side = strip.height // 2
+        assert strip.width == FRAMES * side >= FRAMES * 64 and gif.n_frames == FRAMES
+        for frame in range(FRAMES):
+            shown = strip.getpixel((frame * side + side // 2, side // 2))
+            assert max(abs(a - int(b)) for a, b in zip(shown, tiny_frames("val")[3, frame, 0, 0], strict=True)) <= 3
+        assert strip.getpixel((5, side + 5)) == strip.getpixel((5, 5))  # what was observed is the same in both rows
+    assert run(monkeypatch, *common, *options) == 0
+    assert capsys.readouterr().out.count("squared error of each new frame") == 2
+
+
+def test_latents_are_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = export(tmp_path, "latents")
+    assert run(monkeypatch, "--checkpoint", model, "--samples", 2, "--observe", 2, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["squared_errors"]) == 1
+    assert run(monkeypatch, "--checkpoint", model, "--observe", FRAMES) == 1
+    assert "3 observed frames: the samples have 3, so at least 1 and at most 2" in capsys.readouterr().err
