@@ -50,23 +50,17 @@ class ContextCache:
         for row, length in zip(rows, lengths, strict=True):
             self.lengths[row] = length
 
-    def append(self, added: KeysValues) -> None:
-        """Put keys and values [R, H, 1, d] of one more observed state at the end of each sequence."""
-        rows, places = range(len(self.lengths)), [self._time_tokens + length for length in self.lengths]
-        for pair, new in zip(self._buffers, added, strict=True):
-            for buffer, x in zip(pair, new, strict=True):
-                buffer[list(rows), :, places] = x[:, :, 0]
+    def append(self) -> KeysValues:
+        """Make each sequence longer by one; return the context, for whoever observes to put the keys and values in."""
         self.lengths = [length + 1 for length in self.lengths]
+        length = self._time_tokens + max(self.lengths)
+        # Views, not copies.
+        return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self._buffers)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
         self.lengths = [self.lengths[row] for row in rows]
         self._buffers = tuple((keys[rows], values[rows]) for keys, values in self._buffers)
-
-    def context(self) -> KeysValues:
-        """Return keys and values [R, H, T, d], as far as the longest sequence goes: views, not copies."""
-        length = self._time_tokens + max(1, *self.lengths)
-        return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self._buffers)
 
 
 class Prediction(NamedTuple):
@@ -120,15 +114,10 @@ class Sequences:
         self._make_room()
         last = torch.tensor([[len(seen) - 1] for seen in self._seen], device=self._seen[0].device)
         newest = torch.stack([seen[-1:] for seen in self._seen])
+        contexts = {landscape: cache.append() for landscape, cache in self._caches.items()}
         if not isinstance(self.model, EnergyBasedTransformer):
-            cache = self._caches[0]
-            predicted, added = self.model.extend(newest, cache.context(), last - 1)
-            cache.append(added)
-            return Prediction(predicted[:, 0])
-        for landscape, cache in self._caches.items():
-            cache.append(self.model.extend(newest, cache.context(), landscape, last - 1))
-        contexts = {landscape: cache.context() for landscape, cache in self._caches.items()}
-        thought = think(self.model, contexts, last, newest, self.thinking, self.seeds)
+            return Prediction(self.model.extend(newest, contexts[0], last - 1)[:, 0])
+        thought = think(self.model, contexts, last, newest, self.thinking, self.seeds, add_observed=True)
         return Prediction(thought.state[:, 0], thought.energies[:, :, 0].T, thought.steps[:, 0], thought.passes[:, 0])
 
     def append(self, states: Tensor) -> None:

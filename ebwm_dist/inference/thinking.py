@@ -91,6 +91,7 @@ def think(
     observed: Tensor,
     thinking: Thinking,
     seeds: Sequence[int],
+    add_observed: bool = False,
 ) -> Thought:
     """Predict what follows some positions of every sequence.
 
@@ -101,8 +102,12 @@ def think(
         observed: these states [B, C, ...].
         thinking: how.
         seeds: one for each sequence. With the positions they determine all noise, whatever else is in the batch.
+        add_observed: each sequence has one position, its newest, of which the contexts have no more than the place:
+            its keys and values are put there.
     """
     refinement = _Refinement(model, contexts, positions, observed, thinking, seeds)
+    if add_observed:
+        refinement.newest = model.space.embed_context(observed)
     for step in range(refinement.num_steps + 1):
         refinement.visit(step)
         if not len(refinement.index):
@@ -184,6 +189,7 @@ class _Refinement:
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
         self.steps, self.passes = (torch.zeros_like(self.index) for _ in range(2))
         self.done: list[tuple[Tensor, Tensor]] = []
+        self.newest: Tensor | None = None  # embedded observed states [B, 1, D] that the contexts still lack
 
     def visit(self, step: int) -> None:
         """Measure the energy of the states that `step` steps have led to, put by those that are done, step on."""
@@ -241,12 +247,14 @@ class _Refinement:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
             state = model.space.perturb(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
         embedded = layout.pack(model.space.read_in(state)[:, 0])
-        context = self.contexts[landscape]
+        # Each landscape is first visited by the step of its number, when all rows are still there.
+        newest = self.newest if step <= self.final else None
+        where = (self.contexts[landscape], landscape, layout.positions)
         if last:
-            energy = model.transformer.energy(embedded, context, landscape, layout.positions)
+            energy = model.transformer.energy(embedded, *where)
             gradient = torch.zeros_like(embedded)
         else:
-            energy, gradient = energy_and_gradient(model.transformer, embedded, context, landscape, layout.positions)
+            energy, gradient = energy_and_gradient(model.transformer, embedded, *where, newest)
         return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
 
     def _over_budget(self, energy: Tensor, budget: int) -> Tensor:

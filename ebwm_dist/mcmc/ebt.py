@@ -178,11 +178,6 @@ class EnergyBasedTransformer(PassModule):
         return Evaluation(losses, energies, counted.sum(-1))
 
     @torch.no_grad()
-    def extend(self, observed: Tensor, context: KeysValues, landscape: int, last: Tensor) -> KeysValues:
-        """Return keys and values of observed states [B, 1, ...] added to a context: see `EnergyTransformer.extend`."""
-        return self.transformer.extend(self.space.embed_context(observed), context, landscape, last)
-
-    @torch.no_grad()
     def energies(self, observed: Tensor, landscape: int | None = None) -> Tensor:
         """Return the energy [B, S] of each of the observed states [B, S+1, ...] given those before it.
 

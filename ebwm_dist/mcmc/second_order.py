@@ -37,15 +37,21 @@ from ebwm_dist.models.output import Backward, Forward, TrainingOutput
 
 
 def energy_and_gradient(
-    transformer: EnergyTransformer, embedded: Tensor, context: KeysValues, landscape: int, start: int | Tensor
+    transformer: EnergyTransformer,
+    embedded: Tensor,
+    context: KeysValues,
+    landscape: int,
+    start: int | Tensor,
+    newest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the energies [B, C] of embedded candidates and their gradient dE/de [B, C, D], both detached.
 
-    Positions do not interact, so the gradient of the sum holds each position's own.
+    Arguments are those of `EnergyTransformer.energy`. Positions do not interact, so the gradient of the sum holds each
+    position's own.
     """
     with torch.enable_grad():
         leaf = embedded.detach().requires_grad_()
-        energy = transformer.energy(leaf, context, landscape, start)
+        energy = transformer.energy(leaf, context, landscape, start, newest)
         (gradient,) = torch.autograd.grad(energy.sum(), leaf)
     return energy.detach(), gradient
 

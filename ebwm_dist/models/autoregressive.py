@@ -69,18 +69,18 @@ class AutoregressiveTransformer(PassModule, ABC):
         """Return the keys and values of every block for observed states; there is only one landscape."""
         return self._run(observed)[1]
 
-    def extend(self, observed: Tensor, context: KeysValues, last: Tensor) -> tuple[Tensor, KeysValues]:
-        """Return what follows states [B, 1(, E)] added to a context, [B, 1, V or E], and their keys and values.
+    def extend(self, observed: Tensor, context: KeysValues, last: Tensor) -> Tensor:
+        """Return what follows states [B, 1(, E)] added to a context, [B, 1, V or E].
 
-        `last` [B, 1] is for each row the position before the new state's; keys after it may be of anything.
+        Their keys and values are put into the context, after the position `last` [B, 1] of the state before; those
+        further on may be of anything.
         """
-        x, added = self.embed(observed), []
+        x = self.embed(observed)
         positions, hidden = places_after(last, 1, context[0][0])
         rotary = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, *pair = self.blocks.run(block, "extend", x, keys, values, rotary, hidden, None)
-            added.append((pair[0], pair[1]))
-        return self.head(self.norm(x)), tuple(added)
+            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, None, last[:, 0] + 1)
+        return self.head(self.norm(x))
 
     def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:
         x, keys_values = self.embed(observed), []

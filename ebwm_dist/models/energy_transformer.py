@@ -77,27 +77,14 @@ class EnergyTransformer(nn.Module):
         keys_values.append(self.blocks.run(last, "context_keys_values", x, rotary, condition))
         return tuple(keys_values)
 
-    def extend(self, x: Tensor, context: KeysValues, landscape: int, last: Tensor) -> KeysValues:
-        """Return keys and values [B, H, 1, d] of embedded observed states `x` [B, 1, D] that are added to a context.
-
-        Args:
-            x: the states that follow the observed positions `last` [B, 1], counted from 0 and without a time token.
-            context: what `context` has returned for this landscape; of each row, keys after those of `last` may be of
-                anything.
-            landscape: the step conditioning.
-            last: for each row, the position before the new state's.
-        """
-        condition = self._condition(landscape, x)
-        context, rotary, hidden = self._positions(x, context, last)
-        added = []
-        *body, final = self.blocks
-        for block, (keys, values) in zip(body, context, strict=False):
-            x, *pair = self.blocks.run(block, "extend", x, keys, values, rotary, hidden, condition)
-            added.append((pair[0], pair[1]))
-        added.append(self.blocks.run(final, "context_keys_values", x, rotary, condition))
-        return tuple(added)
-
-    def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
+    def energy(
+        self,
+        candidate: Tensor,
+        context: KeysValues,
+        landscape: int,
+        start: int | Tensor,
+        newest: Tensor | None = None,
+    ) -> Tensor:
         """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D].
 
         Args:
@@ -106,13 +93,20 @@ class EnergyTransformer(nn.Module):
             landscape: the step conditioning.
             start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
                 the observed position that it follows.
+            newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
+                place for it and not yet its keys and values: they are put there on the way.
         """
-        x, condition = candidate, self._condition(landscape, candidate)
-        context, rotary, hidden = self._positions(candidate, context, start)
+        x, condition, place = candidate, self._condition(landscape, candidate), None
+        if newest is not None:
+            assert isinstance(start, Tensor)
+            x, place = torch.cat((newest, x), 1), self.time_tokens + start[:, 0]
+            start = torch.cat((start[:, :1] - 1, start), 1)
+        context, rotary, hidden = self._positions(x, context, start)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, condition)
+            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, condition, place)
         final = None if self.modulation is None else self.modulation(condition)
-        return self.head(modulate(self.norm(x), final))
+        energy = self.head(modulate(self.norm(x), final))
+        return energy if newest is None else energy[:, 1:]
 
     def energy_with_tangent(
         self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int

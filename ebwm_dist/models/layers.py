@@ -6,7 +6,7 @@ The energy model runs each block in these ways:
 
 * context: causal self-attention over observed states; hands out its keys and values.
 * candidate: position i attends to the context up to i and to itself. So does an observed state that is added to a
-  context of which keys and values are kept (`extend`): it is a candidate that stays.
+  context of which keys and values are kept: it is a candidate that stays. It can go with those that follow it.
 * candidate with tangent: the same, and beside every activation its derivative along a constant direction.
   Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
   operations are used, so one first-order backward through this pass yields second-order gradients.
@@ -143,15 +143,19 @@ class Attention(nn.Module):
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
 
     def candidate(
-        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend from `h` [B, S, D] to the context and itself; return the output and its own keys and values.
+        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor, place: Tensor | None = None
+    ) -> Tensor:
+        """Attend from `h` [B, S, D] to the context and itself.
 
-        `hidden` [S, T] or [B, 1, S, T] is true where a key is not seen.
+        `hidden` [S, T] or [B, 1, S, T] is true where a key is not seen. With a `place` [B] the first state is an
+        observed one: its key and value are put there into the context, where the others then see them.
         """
         q, k, v = self._qkv(h, rotary)
+        if place is not None:
+            rows = torch.arange(len(place), device=place.device)
+            keys[rows, :, place], values[rows, :, place] = k[:, :, 0].detach(), v[:, :, 0].detach()
         p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, hidden))
-        return self._output(p[..., :-1] @ values + p[..., -1:] * v), k, v
+        return self._output(p[..., :-1] @ values + p[..., -1:] * v)
 
     def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
@@ -231,21 +235,20 @@ class Block(nn.Module):
         return self.attention.keys_values(modulate(self.attention_norm(x), attention_mod), rotary)
 
     def candidate(
-        self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, hidden: Tensor, condition: Tensor | None
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        hidden: Tensor,
+        condition: Tensor | None,
+        place: Tensor | None = None,
     ) -> Tensor:
-        """Run the candidate stream `x` [B, S, D]."""
-        return self.extend(x, keys, values, rotary, hidden, condition)[0]
-
-    def extend(
-        self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, hidden: Tensor, condition: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the candidate stream; return it and its own keys and values, so that later states can attend to them."""
+        """Run the candidate stream `x` [B, S, D]; with a `place` [B] the first state is kept there in the context."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate(self.attention_norm(x), attention_mod)
-        y, k, v = self.attention.candidate(h, rotary, keys, values, hidden)
-        x = x + gate(y, attention_mod)
-        x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
-        return x, k, v
+        x = x + gate(self.attention.candidate(h, rotary, keys, values, hidden, place), attention_mod)
+        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
 
     def candidate_with_tangent(
         self,
