@@ -232,4 +232,7 @@ def test_next_token_is_the_last_position(variant: str) -> None:
     state = model.space.start(ids, model.seed, 0, LENGTH + 1, tokens)
     for _, refined in model.refine(tokens, state, 3, ids):
         state = refined
-    assert torch.allclose(model.next_token_logits(tokens, 3, ids), state[:, -1], rtol=1e-10)
+    last = model.space.start(ids, model.seed, LENGTH, LENGTH + 1, tokens)
+    for _, refined in model.refine(tokens, last, 3, ids, LENGTH):
+        last = refined
+    assert torch.allclose(last[:, 0], state[:, -1], rtol=1e-10)
