@@ -1,0 +1,346 @@
+"""How fast data arrive: text blocks per CPU second against other loaders, video by how it is stored, resuming, waiting.
+
+python benchmarks/data.py
+python benchmarks/data.py --json --resume-mib 1024 --train-steps 50
+
+Every loader reads the same random blocks from files of its own, shuffled, in batches of int64 tensors, in this process;
+the run fails if any of them does not deliver each block once. They take turns, each for one epoch, and CPU time is
+counted, so what else the machine does disturbs little. Loaders that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.second_order import processor
+from ebwm_dist.config.schema import DataConfig
+from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
+from ebwm_dist.data.decode import encode_clip, encode_jpeg
+from ebwm_dist.data.manifest import Manifest, Split
+from ebwm_dist.data.stream import SampleStream
+from ebwm_dist.data.writer import ClipWriter, ShardWriter, npy_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 8000
+ROWS = 64  # per member of our shards
+SHARD_MIB = 2
+Record = dict[str, Any]
+Loader = Callable[[], Iterator[torch.Tensor]]
+
+
+def blocks_of(mebibytes: float, length: int) -> np.ndarray:
+    """Return random blocks `[N, S+1]` of about that many MiB."""
+    count = max(ROWS, int(mebibytes * 2**20 / (2 * (length + 1))) // ROWS * ROWS)
+    return np.random.default_rng(0).integers(VOCABULARY, size=(count, length + 1), dtype=np.uint16)
+
+
+def data_folder(folder: Path, content: Content, write: Callable[[str], Any]) -> Manifest:
+    """Make a data folder whose splits `write` writes; it returns the closed writer."""
+    folder.mkdir(parents=True)
+    splits = {name: Split(tuple(write(name).shards), 1, dict.fromkeys(content.totals, 0)) for name in ("train", "val")}
+    Manifest(folder, content, splits, ()).save()
+    return Manifest.load(folder)
+
+
+def token_folder(folder: Path, blocks: np.ndarray) -> Manifest:
+    """Write `blocks` as our shards, and the first few as their held-out split."""
+    content = TokenContent(blocks.shape[1] - 1, "uint16", VOCABULARY, 0, 2, 3, "tokenizer.model", "0" * 64)
+
+    def write(split: str) -> ShardWriter:
+        writer = ShardWriter(folder, split, content, SHARD_MIB * 2**20 // blocks[:ROWS].nbytes)
+        for start in range(0, len(blocks) if split == "train" else ROWS, ROWS):
+            writer.write(blocks[start : start + ROWS])
+        writer.close()
+        return writer
+
+    return data_folder(folder, content, write)
+
+
+def stream(manifest: Manifest, batch: int, workers: int = 0) -> SampleStream:
+    """Return our stream of one rank."""
+    config = DataConfig(sequence_length=manifest.content.sequence_length, num_workers=workers)
+    options = {"global_batch_size": batch, "micro_batch_size": batch, "dp_rank": 0, "dp_world_size": 1}
+    return SampleStream(config, manifest, seed=0, **options)
+
+
+def ours(folder: Path, blocks: np.ndarray, batch: int) -> Loader:
+    """Prepare our stream."""
+    manifest = token_folder(folder, blocks)
+    return lambda: (b.observed for b in islice(stream(manifest, batch), len(blocks) // batch))
+
+
+def plain_webdataset(folder: Path, blocks: np.ndarray, batch: int) -> Loader:
+    """Prepare plain WebDataset: one block per member, decoded, shuffled in a buffer."""
+    import webdataset
+
+    folder.mkdir()
+    per_shard = SHARD_MIB * 2**20 // blocks[0].nbytes
+    with webdataset.ShardWriter(f"{folder}/%06d.tar", maxcount=per_shard, verbose=0, encoder=False) as writer:
+        for number, block in enumerate(blocks):
+            writer.write({"__key__": f"{number:08d}", "npy": npy_bytes(block)})
+
+    def load() -> Iterator[torch.Tensor]:
+        urls = sorted(map(str, folder.glob("*.tar")))
+        data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(5000).decode().to_tuple("npy")
+        for (rows,) in data.batched(batch, partial=False):
+            yield torch.from_numpy(np.asarray(rows).astype(np.int64))
+
+    return load
+
+
+def litdata(folder: Path, blocks: np.ndarray, batch: int) -> Loader:
+    """Prepare litdata: a chunk of blocks per file, shuffled, batched by a DataLoader in this process."""
+    from litdata import StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes=SHARD_MIB * 2**20)
+    for number, block in enumerate(blocks):
+        cache[number] = block
+    cache.done()
+    cache.merge()
+
+    def load() -> Iterator[torch.Tensor]:
+        data = StreamingDataset(str(folder), shuffle=True, seed=0)
+        yield from torch.utils.data.DataLoader(data, batch, drop_last=True, collate_fn=_stack)
+
+    return load
+
+
+def mosaicml_streaming(folder: Path, blocks: np.ndarray, batch: int) -> Loader:
+    """Prepare MosaicML streaming: MDS shards, shuffled, batched by a DataLoader in this process."""
+    from streaming import MDSWriter, StreamingDataset
+
+    columns = {"tokens": f"ndarray:uint16:{blocks.shape[1]}"}
+    with MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_MIB * 2**20) as writer:
+        for block in blocks:
+            writer.write({"tokens": block})
+
+    def load() -> Iterator[torch.Tensor]:
+        data = StreamingDataset(local=str(folder), shuffle=True, shuffle_seed=0, batch_size=batch)
+        rows = torch.utils.data.DataLoader(data, batch, drop_last=True, collate_fn=lambda s: [x["tokens"] for x in s])
+        yield from (_stack(row) for row in rows)
+
+    return load
+
+
+def _stack(rows: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+TEXT = {
+    "plain_webdataset": (plain_webdataset, "webdataset"),
+    "ours": (ours, None),
+    "litdata": (litdata, "litdata"),
+    "mosaicml_streaming": (mosaicml_streaming, "mosaicml-streaming"),
+}
+
+
+def clips(count: int, frames: int = 9, size: int = 64) -> np.ndarray:
+    """Return clips of a square that moves over a sloping background, uint8 `[N, F, H, W, 3]`."""
+    random = np.random.default_rng(0)
+    slope = np.linspace(0, 120, size).astype(np.uint8)
+    result = np.empty((count, frames, size, size, 3), np.uint8)
+    result[...] = (slope[:, None] + slope[None, :])[..., None]
+    for clip in result:
+        (x, y), (dx, dy) = random.integers(0, size - 16, 2), random.integers(-3, 4, 2)
+        color = random.integers(0, 256, 3)
+        for number, frame in enumerate(clip):
+            top, left = (int(np.clip(p + number * d, 0, size - 16)) for p, d in ((y, dy), (x, dx)))
+            frame[top : top + 16, left : left + 16] = color
+    return result
+
+
+def video(folder: Path, stored: str, batch: int) -> Loader:
+    """Prepare our stream over clips stored as jpeg or mp4, or over latents of them."""
+    data = clips(4 * ROWS)
+    content: Content = ClipContent(data.shape[1], 0.1, *data.shape[2:4], stored if stored != "latents" else "mp4")
+    if stored == "latents":
+        content = LatentContent(data.shape[1], 768, "float16", 0.1, "pixels:16", "0" * 64, 64, 64, 0.5, 0.25)
+
+    def write(split: str) -> ShardWriter | ClipWriter:
+        if isinstance(content, LatentContent):
+            writer = ShardWriter(folder, split, content, 4)
+            small = data[:, :, ::4, ::4].reshape(len(data), data.shape[1], -1) / 255
+            for start in range(0, len(data), ROWS):
+                writer.write(small[start : start + ROWS].astype(np.float16))
+        else:
+            assert isinstance(content, ClipContent)
+            writer = ClipWriter(folder, split, content, ROWS)
+            for clip in data:
+                media = encode_clip(clip, 0.1) if stored == "mp4" else [encode_jpeg(frame) for frame in clip]
+                writer.write(media, {})
+        writer.close()
+        return writer
+
+    manifest = data_folder(folder, content, write)
+    return lambda: (b.observed for b in islice(stream(manifest, batch), len(data) // batch))
+
+
+def compare(loaders: dict[str, Loader], repeats: int, check: Callable[[str, list[torch.Tensor]], None]) -> list[Record]:
+    """Let the loaders take turns, an epoch each, and return samples per CPU second and as a multiple of the first's."""
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    samples = 0
+    for turn in range(repeats + 1):  # the first one warms up, and is checked
+        for name, load in loaders.items():
+            started, batches, kept = time.process_time(), 0, []
+            for batch in load():
+                batches, samples = batches + 1, len(batch)
+                if turn == 0:
+                    kept.append(batch)
+            if turn:
+                times[name].append((time.process_time() - started) / (batches * samples))
+            else:
+                check(name, kept)
+    rates = {name: 1 / statistics.median(seconds) for name, seconds in times.items()}
+    first = next(iter(rates.values()))
+    return [{"method": n, "samples_per_cpu_second": rate, "ratio": rate / first} for n, rate in rates.items()]
+
+
+def compare_text(folder: Path, args: argparse.Namespace) -> list[Record]:
+    """Compare the installed loaders on the same blocks."""
+    blocks = blocks_of(args.mib, args.seq_len)
+    blocks = blocks[: len(blocks) // args.batch * args.batch]
+    expected = np.sort(blocks.astype(np.int64) @ np.arange(1, blocks.shape[1] + 1))
+
+    def check(name: str, batches: list[torch.Tensor]) -> None:
+        found = torch.cat(batches).numpy() @ np.arange(1, blocks.shape[1] + 1)
+        if not np.array_equal(np.sort(found), expected):
+            raise SystemExit(f"{name} did not deliver each block once: {len(found)} of {len(expected)}")
+
+    loaders = {
+        name: prepare(folder / name, blocks, args.batch)
+        for name, (prepare, package) in TEXT.items()
+        if name in args.methods and (package is None or installed(package))
+    }
+    return compare(loaders, args.repeats, check)
+
+
+def compare_video(folder: Path, args: argparse.Namespace) -> list[Record]:
+    """Compare ways to store the same clips."""
+    names = ("jpeg", "mp4", "latents")
+    return compare({name: video(folder / name, name, 16) for name in names}, args.repeats, lambda *_: None)
+
+
+def resume(folder: Path, args: argparse.Namespace) -> list[Record]:
+    """Time a stream from nothing to its first batch after a resume at 90 % of an epoch."""
+    manifest = token_folder(folder / "resume", blocks_of(args.resume_mib, args.seq_len))
+    records = []
+    for workers in (0, 2):
+        state = stream(manifest, args.batch).state_dict()
+        state["samples_consumed"] = int(0.9 * manifest.train.samples) // args.batch * args.batch
+        started = time.perf_counter()
+        resumed = stream(Manifest.load(manifest.folder), args.batch, workers)
+        resumed.load_state_dict(state)
+        next(resumed)
+        records.append({"workers": workers, "seconds": time.perf_counter() - started})
+        resumed.close()
+    size = sum(shard.bytes for shard in manifest.train.shards)
+    return [{"bytes": size, "shards": len(manifest.train.shards), **record} for record in records]
+
+
+def training(folder: Path, args: argparse.Namespace) -> Record | None:
+    """Train the quickstart for a few steps; return the share of their time that it waited for data."""
+    if not args.train_steps or not Path(args.text, "manifest.json").exists():
+        return None
+    command = [sys.executable, "launchers/train.py", "--config", "configs/quickstart.yaml", f"data.path={args.text}"]
+    command += [f"run_dir={folder / 'run'}", f"training.stop_after={args.train_steps}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [record["data_wait"] for record in lines if record["kind"] == "train" and record["step"] > 1]
+    return {
+        "steps": len(shares),
+        "mean_data_wait": statistics.mean(shares),
+        "median_data_wait": statistics.median(shares),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package, or None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def report(result: Record) -> Iterator[str]:
+    """Yield the lines of a table a person can read."""
+    for title, key in (("text blocks", "text"), ("clips", "video")):
+        if result[key]:
+            yield f"\n| {title} | per CPU second | ratio |\n|---|--:|--:|"
+            for row in result[key]:
+                yield f"| {row['method']} | {row['samples_per_cpu_second']:,.0f} | {row['ratio']:.2f} |"
+    for row in result["resume"]:
+        yield (
+            f"\nfirst batch after a resume at 90 % of an epoch of {row['bytes'] / 1e6:,.0f} MB in {row['shards']} "
+            f"shards, {row['workers']} workers: {row['seconds']:.3f} s"
+        )
+    if wait := result["training"]:
+        yield (
+            f"\nquickstart, {wait['steps']} steps: waited for data {100 * wait['mean_data_wait']:.3f} % of the time "
+            f"(median {100 * wait['median_data_wait']:.3f} %)"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(TEXT), help=", ".join(TEXT))
+    parser.add_argument("--mib", type=float, default=32, help="size of the text in MiB")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs per loader")
+    parser.add_argument("--no-video", action="store_true", help="leave out the comparison of video")
+    parser.add_argument("--resume-mib", type=float, default=32, help="size of the data to resume in, 0 leaves it out")
+    parser.add_argument("--train-steps", type=int, default=30, help="steps of the quickstart, 0 leaves it out")
+    parser.add_argument("--text", default="data/text", help="folder made by `make data`, for the quickstart")
+    parser.add_argument("--folder", type=Path, default=None, help="where data are made; default: a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure everything that is asked for."""
+    args = arguments()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        result: Record = {
+            "device": processor(),
+            "cpu_count": os.cpu_count(),
+            "python": platform.python_version(),
+            "versions": {
+                name: installed(name) for name in ("torch", "webdataset", "litdata", "mosaicml-streaming", "av")
+            },
+            **{name: getattr(args, name) for name in ("mib", "seq_len", "batch", "repeats")},
+            "text": compare_text(folder, args),
+            "video": [] if args.no_video else compare_video(folder, args),
+            "resume": resume(folder, args) if args.resume_mib else [],
+            "training": training(folder, args),
+        }
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(result, indent=1) if args.json else "\n".join(report(result)))
+    if args.save:
+        (ROOT / "benchmarks" / "results" / "data_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

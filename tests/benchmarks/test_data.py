@@ -1,0 +1,27 @@
+"""The benchmark of data runs, every loader delivers all blocks, and what it prints is JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_json_has_every_comparison() -> None:
+    command = [sys.executable, "-m", "benchmarks.data", "--json", "--mib", "0.5", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--resume-mib", "2", "--train-steps", "0"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    text = {row["method"]: row["ratio"] for row in result["text"]}
+    assert text["plain_webdataset"] == 1 and text["ours"] > 0
+    assert [row["method"] for row in result["video"]] == ["jpeg", "mp4", "latents"]
+    assert [row["workers"] for row in result["resume"]] == [0, 2]
+    assert all(row["seconds"] > 0 for row in result["resume"])
