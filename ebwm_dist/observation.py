@@ -18,8 +18,9 @@ from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenCon
 from ebwm_dist.data.files import write_json
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.skipping import intact_parts
 from ebwm_dist.encoders import Encoder, build_encoder
-from ebwm_dist.errors import ConfigError, UserError
+from ebwm_dist.errors import ConfigError, DataError, UserError
 from ebwm_dist.mcmc.noise import mix_seed
 
 STATISTICS_FILE = "embedding_statistics.json"
@@ -145,8 +146,10 @@ def build_observer(config: Config, content: Content, device: torch.device) -> Ob
     return Observer(device, encoder)
 
 
-def embedding_statistics(observer: Observer, manifest: Manifest, run_dir: Path) -> tuple[float, float]:
-    """Return mean and standard deviation of the embeddings of training clips.
+def embedding_statistics(
+    observer: Observer, manifest: Manifest, run_dir: Path, skip: bool = False
+) -> tuple[float, float]:
+    """Return mean and standard deviation of the embeddings of training clips, without damaged ones if `skip`.
 
     They are computed at the first start of a run, kept in its folder, and the same ever after.
     """
@@ -162,12 +165,15 @@ def embedding_statistics(observer: Observer, manifest: Manifest, run_dir: Path) 
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, chosen, _CLIPS_AT_ONCE):
         part = slice(start, start + _CLIPS_AT_ONCE)
-        frames, _ = reader.read(shards[part], (numbers - counts[shards])[part])
-        embeddings = observer.encode(torch.from_numpy(frames).to(observer.device)).double()
-        count += embeddings.numel()
-        total += embeddings.sum().item()
-        squares += embeddings.square().sum().item()
+        place = shards[part], (numbers - counts[shards])[part]
+        for frames in intact_parts(reader.read, place) if skip else (reader.read(*place)[0],):
+            embeddings = observer.encode(torch.from_numpy(frames).to(observer.device)).double()
+            count += embeddings.numel()
+            total += embeddings.sum().item()
+            squares += embeddings.square().sum().item()
     reader.close()
+    if not count:
+        raise DataError(f"none of the {chosen} clips of {manifest.name} tried is intact; see verify.py --deep")
     mean = total / count
     std = max(squares / count - mean**2, 1e-12) ** 0.5
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,8 @@ class DataConfig:
     """Shards whose samples are shuffled together; their index is what is held in memory."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process. Does not change the order."""
+    on_error: str = choice("fail", "skip")
+    """A damaged training sample: stop and name it, or let the next intact one take its place and count it."""
     log_sample_ids: bool = False
     """Write the keys of every global batch to samples.jsonl in the run folder."""
 

@@ -115,6 +115,8 @@ def finished_shard(folder: Path, name: str) -> Shard | None:
 
 def _fault(record: Record, content: Content, size: int) -> str | None:
     """Return what is wrong with a record of a shard of `size` bytes."""
+    if "/" in record.key or "\\" in record.key:
+        return "its key is not a plain name"  # but a path, by which unpacking the tar might escape its folder
     found, extensions = tuple(member.extension for member in record.members), content.extensions
     if missing := [extension for extension in extensions if extension not in found]:
         return f"the member {record.key}.{missing[0]} is missing from the index"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -190,15 +191,15 @@ class Manifest:
         self.read(shard.index_path, shard.sha256)
         os.close(self.open(shard))
 
-    def check_files(self) -> None:
+    def check_files(self, splits: Iterable[str] = SPLITS) -> None:
         """Check that every shard exists with the size the manifest gives; costs two look-ups per shard.
 
         Remote ones are checked as they arrive.
         """
         if self.remote is not None:
             return
-        for split in self.splits.values():
-            for shard in split.shards:
+        for name in splits:
+            for shard in self.splits[name].shards:
                 self.check_shard(shard)
 
     def check_shard(self, shard: Shard) -> None:

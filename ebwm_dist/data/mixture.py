@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,7 @@ import numpy as np
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.content import Content, LatentContent
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.manifest import SPLITS, Manifest
 from ebwm_dist.data.order import EndlessOrder, permutation
 from ebwm_dist.data.remote import Cache, Prefetcher
 from ebwm_dist.data.shards import open_reader
@@ -115,10 +115,10 @@ class Mixture:
         parts = sorted((s.name, s.quota, s.manifest.train.samples) for s in self.sources)
         return ", ".join(f"{quota:,} are of {name} (it has {samples:,})" for name, quota, samples in parts)
 
-    def check_files(self) -> None:
+    def check_files(self, splits: Iterable[str] = SPLITS) -> None:
         """Check that every shard of every data set is there."""
         for source in self.sources:
-            source.manifest.check_files()
+            source.manifest.check_files(splits)
 
     def check_cache(self, window: int) -> None:
         """Refuse a cache that does not hold the shards that are read at a time: each would be fetched again and again.
@@ -223,6 +223,15 @@ class MixtureOrder:
             sources[chosen] = of_slot[slots[chosen]]
             own[chosen] = block * self._quotas[sources[chosen]] + within[slots[chosen]]
         return sources, own
+
+    def after(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield source, shard and row, `[1]` each, of the other samples of an epoch of the source of sample `number`.
+
+        They begin with the one after it in the order of that epoch, and go round.
+        """
+        source, own = self.split(np.array([number]))
+        for place in self._orders[source[0]].after(int(own[0])):
+            yield source, *place
 
     def before(self, number: int) -> list[int]:
         """Return how many samples of each source come before sample `number` of the run."""

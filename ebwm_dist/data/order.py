@@ -7,10 +7,11 @@ number of ranks and workers plays no part, which is why a run can go on with ano
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+_AHEAD = 64  # places worked out together
 _KEPT = 2  # windows, and epochs: a global batch can lie across two of either
 
 
@@ -57,6 +58,14 @@ class EpochOrder:
         slots = np.searchsorted(self._shard_starts, unshuffled, side="right") - 1
         return self._shards[slots], unshuffled - self._shard_starts[slots]
 
+    def after(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield shard and row, `[1]` each, of every other sample, from the one after `position` on and round."""
+        for start in range(1, len(self), _AHEAD):
+            ahead = np.arange(start, min(start + _AHEAD, len(self)))
+            shards, rows = self[(position + ahead) % len(self)]
+            for i in range(len(ahead)):
+                yield shards[i : i + 1], rows[i : i + 1]
+
     def _window_order(self, window: int) -> np.ndarray:
         if window not in self._orders:
             if len(self._orders) == _KEPT:
@@ -98,6 +107,14 @@ class EndlessOrder:
         most = 2 * self._arguments[2]
         shards = self.epoch(epoch).shards_from(position)[:most]
         return shards if len(shards) == most else shards + self.epoch(epoch + 1).shards_from(0)[: most - len(shards)]
+
+    def after(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield shard and row of the other samples of the epoch of sample `number`, as `EpochOrder.after` does.
+
+        Samples that are left out of the epoch are among them.
+        """
+        epoch, position = divmod(number, self.length)
+        return self.epoch(epoch).after(position)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """Return the order of one epoch."""

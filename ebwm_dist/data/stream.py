@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
@@ -35,10 +35,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.mixture import Mixture, MixtureReader, as_mixture, check_same_data
+from ebwm_dist.data.skipping import read_intact
 from ebwm_dist.errors import ConfigError, DataError
 
-RawBatch = tuple[np.ndarray, list[str]]
-"""Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), and keys."""
+RawBatch = tuple[np.ndarray, list[str], list[str]]
+"""Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), keys, and reasons
+why samples were replaced."""
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Batch:
     """Where the samples come from, like `train-000000/00000012#5`."""
     counted: torch.Tensor
     """False `[B]` for a row of validation that only fills the batch up."""
+    skipped: list[str] = field(default_factory=list)
+    """Why damaged samples are not in it (`data.on_error=skip`), a reason for each that was replaced."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,12 @@ class Plan:
 class _MicroBatches(IterableDataset):
     """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
 
-    def __init__(self, mixture: Mixture, plan: Plan, seed: int, window: int, first: int) -> None:
+    def __init__(self, mixture: Mixture, plan: Plan, seed: int, window: int, skip: bool, first: int) -> None:
         self._mixture = mixture
         self._plan = plan
         self._seed = seed
         self._window = window
+        self._skip = skip
         self._first = first
 
     def __iter__(self) -> Iterator[RawBatch | DataError]:
@@ -98,7 +103,7 @@ class _MicroBatches(IterableDataset):
             if index == 0:
                 reader.fetch_ahead(order, int(numbers[0]))
             try:
-                yield reader.read(*order[numbers])
+                yield read_intact(reader.read, order, numbers) if self._skip else (*reader.read(*order[numbers]), [])
             except DataError as error:
                 # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
                 yield error
@@ -161,7 +166,8 @@ class SampleStream:
                 f"the train split of {mixture.name} has {mixture.train_samples} samples, fewer than one global batch "
                 f"of {global_batch_size}; add data or lower training.global_batch_size"
             )
-        mixture.check_files()
+        self._skip = data.on_error == "skip"
+        mixture.check_files(() if self._skip else ("train",))
         mixture.check_cache(data.shuffle_window)
         self._mixture = mixture
         self._num_workers = data.num_workers
@@ -201,13 +207,13 @@ class SampleStream:
         if isinstance(item, DataError):
             self.close()
             raise item
-        rows, keys = item
+        rows, keys, skipped = item
         sample_ids = torch.from_numpy(self._plan.numbers(self._micro))
         self._micro += 1
-        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool))
+        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), skipped)
 
     def _loader(self) -> DataLoader[RawBatch | DataError]:
-        dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._micro)
+        dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._skip, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
             return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
@@ -276,7 +282,7 @@ def validation_batches(
     """
     mixture = as_mixture(mixture)
     _check_length(data, mixture)
-    mixture.check_files()
+    mixture.check_files(("val",))
     ids, places = mixture.held_out(max_sequences)
     reader = MixtureReader(mixture, "val", max_open=4)
     for start in range(0, len(ids), batch_size * dp_world_size):

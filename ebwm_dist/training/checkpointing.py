@@ -37,6 +37,8 @@ class TrainingState:
     """Steps whose gradient was not finite, in all."""
     skipped_in_a_row: int = 0
     """The same, since the last step that counted."""
+    skipped_samples: int = 0
+    """Damaged samples that others have taken the place of, over all ranks."""
     tokens: int = 0
     """Tokens trained on, over all ranks."""
     seconds: float = 0.0

@@ -5,6 +5,8 @@ Shapes: K MCMC steps; micro-batches may take different numbers of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,9 +33,11 @@ class StepMonitor:
         self.world, self.num_landscapes = world, num_landscapes
         self._means: list[Tensor] = []
         self._nonfinite: list[Tensor] = []
+        self._skipped: list[str] = []
 
-    def add(self, output: TrainingOutput) -> None:
-        """Take in one micro-batch."""
+    def add(self, output: TrainingOutput, skipped: Sequence[str] = ()) -> None:
+        """Take in one micro-batch, and why samples of it were replaced."""
+        self._skipped += skipped
         ends = [output.loss, *output.step_losses[[0, -1]]]
         for values in (output.step_energies, output.step_gradient_norms):
             ends += output.loss.new_zeros(2) if values is None else values[[0, -1]]
@@ -41,20 +45,25 @@ class StepMonitor:
         if output.step_nonfinite is not None:
             self._nonfinite.append(output.step_nonfinite)
 
-    def gather(self, stop: bool) -> tuple[dict[str, float], bool, str | None]:
-        """Return the means over micro-batches and ranks, whether any rank is to stop, and what was not finite.
+    def gather(self, stop: bool) -> tuple[dict[str, float], bool, str | None, list[str]]:
+        """Return the means over micro-batches and ranks, whether any rank is to stop, and what went wrong.
 
-        The last names MCMC steps, landscapes and ranks; None if every energy and gradient was finite.
+        What was not finite is told with MCMC steps, landscapes and ranks; None if every energy and gradient was finite.
+        The last are the reasons of all samples that were replaced, on any rank.
         """
         means = torch.stack(self._means).mean(0)
         nonfinite = torch.stack([counts.sum() for counts in self._nonfinite]).sum() if self._nonfinite else 0.0
-        packed = torch.cat((means, torch.stack([means.new_tensor(float(stop)), means.new_zeros(()) + nonfinite])))
+        packed = torch.cat(
+            (means, means.new_tensor([stop, len(self._skipped)]), (means.new_zeros(()) + nonfinite)[None])
+        )
         if self.world.world_size > 1:
             dist.all_reduce(packed)
             packed[: len(_MEANS)] /= self.world.world_size
-        *figures, stopped, count = packed.tolist()
+        *figures, stopped, skipped, count = packed.tolist()
         where = self._where() if count else None
-        return dict(zip(_MEANS, figures, strict=True)), stopped > 0, where
+        # As with what is not finite, the ranks tell one another only where there is something to tell.
+        reasons = [r for of_rank in gather_objects(self._skipped, self.world) for r in of_rank] if skipped else []
+        return dict(zip(_MEANS, figures, strict=True)), stopped > 0, where, reasons
 
     def _where(self) -> str:
         """Say where energies or gradients were not finite; the ranks tell one another only in this case."""

@@ -19,6 +19,7 @@ from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent, TokenContent
+from ebwm_dist.data.manifest import SPLITS
 from ebwm_dist.data.mixture import BLOCK, Mixture
 from ebwm_dist.data.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
@@ -128,6 +129,7 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
         self.peak_flops = peak_flops(name) * world.world_size
+        self.damage: set[str] = set()
         self.logs: list[MetricsLog | WandbLog] = []
         self.samples: SampleLog | None = None
         if world.rank == 0:
@@ -207,12 +209,12 @@ class Trainer:
                 forward=engine,
                 backward=engine.backward,
             )
-            seen.add(output)
+            seen.add(output, batch.skipped)
         self.watchdog.beat(step, "optimizer step")
         applied = engine.step()
 
         self.watchdog.beat(step, "waiting for all ranks")
-        means, stop, nonfinite = seen.gather(self.stop.requested)
+        means, stop, nonfinite, damage = seen.gather(self.stop.requested)
         if config.data.log_sample_ids:
             ranks = gather_objects(keys, self.world)  # a rank's part of the global batch is contiguous
             if self.samples is not None:
@@ -223,6 +225,7 @@ class Trainer:
         state.step = step
         state.tokens += tokens_in_step
         state.seconds += seconds
+        state.skipped_samples += len(damage)
         state.data = self.stream.state_dict()
         refined = config.model.kind == "ebt"
         figures = {name: value if refined or name.startswith("loss") else None for name, value in means.items()}
@@ -235,6 +238,7 @@ class Trainer:
                 "lr": lr,
                 "mcmc_step_size": step_size,
                 "tokens": state.tokens,
+                "skipped_samples": state.skipped_samples,
                 "tokens_per_second": tokens_in_step / seconds,
                 "data_wait": data_wait / seconds,
                 "peak_memory_bytes": self._peak_memory(),
@@ -243,8 +247,16 @@ class Trainer:
         )
         if nonfinite is not None:
             self._say(f"WARNING: step {step} had energies or gradients not finite: {nonfinite}", sys.stderr)
+        self._warn_of_damage(damage)
         self._count_skipped(applied)
         return stop
+
+    def _warn_of_damage(self, damage: list[str]) -> None:
+        """Say why samples were replaced, once for each damage."""
+        for reason in dict.fromkeys(damage):
+            if reason not in self.damage:
+                self.damage.add(reason)
+                self._say(f"WARNING: step {self.state.step} goes on without a damaged sample: {reason}", sys.stderr)
 
     def _count_skipped(self, applied: bool) -> None:
         """Keep count of steps that were left out because their gradient was not finite; stop after too many."""
@@ -332,7 +344,8 @@ class Trainer:
             observer = build_observer(self.config, self.manifest.content, self.world.device)
         if isinstance(self.manifest.content, ClipContent):
             self.watchdog.beat(0, "statistics of the embeddings")
-            found = embedding_statistics(observer, self.manifest, self.run_dir) if self.world.rank == 0 else None
+            skip = self.config.data.on_error == "skip"
+            found = embedding_statistics(observer, self.manifest, self.run_dir, skip) if self.world.rank == 0 else None
             observer.mean, observer.std = from_rank_0(found, self.world)
         return observer
 
@@ -366,7 +379,7 @@ def load_data(config: Config) -> Mixture:
     """Return the configured data sets, if they are there and fit each other and the configured model."""
     with same_on_all_ranks():
         data = Mixture.load(config.data)
-        data.check_files()
+        data.check_files(("val",) if config.data.on_error == "skip" else SPLITS)
         check_content(config, data.content)
         for source in data.sources:
             if isinstance(source.manifest.content, TokenContent):

@@ -1,0 +1,335 @@
+"""Each kind of damage to each kind of shards is detected and named; and what `skip` makes of the epoch.
+
+A fault damages one shard and tells which of its samples are lost by it. Every one of them must be refused when it is
+read, with shard and key, and no other.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import verify
+from ebwm_dist.data.content import ClipContent
+from ebwm_dist.data.index import TAR_BLOCK, Record, read_index
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.order import EpochOrder
+from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.skipping import read_intact
+from ebwm_dist.errors import DataError
+from tests.tiny_shards import make_tiny
+
+SHARD, RECORD = 1, 1  # where the damage is
+
+
+class Victim:
+    """The shard of a folder that is going to be damaged."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.shard = manifest.train.shards[SHARD]
+        self.path = manifest.folder / self.shard.path
+        self.records = read_index(manifest, self.shard).records
+
+    def rows(self, records: Iterable[Record]) -> set[int]:
+        """Return the samples of some records, by their numbers in the shard."""
+        starts = dict(zip(self.records, np.cumsum([0, *(r.samples for r in self.records)]).tolist(), strict=False))
+        return {starts[record] + i for record in records for i in range(record.samples)}
+
+    @property
+    def all(self) -> set[int]:
+        return set(range(self.shard.samples))
+
+    def truncate(self, size: int) -> set[int]:
+        """Cut the file short; everything from the record on is lost."""
+        with open(self.path, "r+b") as file:
+            file.truncate(size)
+        return self.rows(self.records[RECORD:])
+
+    def span(self, record: Record) -> slice:
+        """Return the bytes of all members of a record, headers included."""
+        padded = -(-record.members[-1].size // TAR_BLOCK) * TAR_BLOCK
+        return slice(record.members[0].offset - TAR_BLOCK, record.members[-1].offset + padded)
+
+    def change(self, change: Callable[[bytearray], None]) -> None:
+        """Change the bytes of the file."""
+        raw = bytearray(self.path.read_bytes())
+        change(raw)
+        self.path.write_bytes(raw)
+
+    def put(self, extension: str, at: int, data: bytes, *, plausible: bool = False) -> set[int]:
+        """Overwrite a part of a member; where it is to be `plausible`, the checksum of the clip is made to fit."""
+        record = self.records[RECORD]
+        place = {m.extension: m for m in record.members}[extension].offset + at
+        self.change(lambda raw: raw.__setitem__(slice(place, place + len(data)), data))
+        if plausible:
+            raw, checksum = self.path.read_bytes(), 0
+            for member in record.members:
+                checksum = zlib.crc32(raw[member.offset : member.offset + member.size], checksum)
+            index = self.manifest.folder / self.shard.index_path
+            content = json.loads(index.read_text())
+            content["records"][RECORD]["crc32"] = [checksum]
+            index.write_text(json.dumps(content))
+        return self.rows([record])
+
+
+def at_boundary(victim: Victim) -> set[int]:
+    return victim.truncate(victim.span(victim.records[RECORD]).start)
+
+
+def in_header(victim: Victim) -> set[int]:
+    return victim.truncate(victim.span(victim.records[RECORD]).start + 200)
+
+
+def in_payload(victim: Victim) -> set[int]:
+    return victim.truncate(victim.records[RECORD].members[0].offset + 20)
+
+
+def missing_member(victim: Victim) -> set[int]:
+    """Take out a record's last member, and fill the file up behind the others."""
+    last = victim.records[RECORD].members[-1]
+    cut = slice(last.offset - TAR_BLOCK, victim.span(victim.records[RECORD]).stop)
+
+    def change(raw: bytearray) -> None:
+        del raw[cut]
+        raw += bytes(cut.stop - cut.start)
+
+    victim.change(change)
+    return victim.rows(victim.records[RECORD:])
+
+
+def swapped_members(victim: Victim) -> set[int]:
+    """Let two neighbouring records change places, whole."""
+    pair = victim.records[RECORD : RECORD + 2]
+    first, second = (victim.span(record) for record in pair)
+
+    def change(raw: bytearray) -> None:
+        raw[first.start : second.stop] = raw[second] + raw[first]
+
+    victim.change(change)
+    return victim.rows(pair)
+
+
+def swapped_payloads(victim: Victim) -> set[int]:
+    """Let the payloads of two records change places under the same names."""
+    pair = victim.records[RECORD : RECORD + 2]
+    first, second = (slice(r.members[0].offset, r.members[0].offset + r.members[0].size) for r in pair)
+
+    def change(raw: bytearray) -> None:
+        raw[first], raw[second] = raw[second], raw[first]
+
+    victim.change(change)
+    return victim.rows(pair)
+
+
+def bad_json(victim: Victim) -> set[int]:
+    return victim.put("json", 0, b"]")
+
+
+def wrong_dtype(victim: Victim) -> set[int]:
+    raw = victim.path.read_bytes()
+    at = raw.index(b"'descr': '<", victim.records[RECORD].members[0].offset) - victim.records[RECORD].members[0].offset
+    return victim.put("npy", at, b"'descr': '>")
+
+
+def beyond_the_vocabulary(victim: Victim) -> set[int]:
+    content = victim.manifest.token_content
+    row_bytes = 2 * (content.sequence_length + 1)
+    rows = victim.put("npy", 128 + 2 * row_bytes, np.array([content.vocab_size], "<u2").tobytes())
+    return {min(rows) + 2}
+
+
+def not_finite(victim: Victim) -> set[int]:
+    return {min(victim.put("npy", 128, np.array([np.nan], "<f2").tobytes()))}
+
+
+def unreadable_video(victim: Victim) -> set[int]:
+    content = victim.manifest.content
+    assert isinstance(content, ClipContent)
+    return victim.put(content.media[0], 0, bytes(200), plausible=True)
+
+
+def zero_length(victim: Victim) -> set[int]:
+    victim.path.write_bytes(b"")
+    return victim.all
+
+
+def missing_shard(victim: Victim) -> set[int]:
+    victim.path.unlink()
+    return victim.all
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kind of damage: what does it, what the message says, and what kinds of shards it can happen to."""
+
+    do: Callable[[Victim], set[int]]
+    message: str
+    kinds: tuple[str, ...] = ("tokens", "latents", "mp4", "jpeg")
+
+
+BLOCKS, CLIPS = ("tokens", "latents"), ("mp4", "jpeg")
+FAULTS = [
+    Fault(at_boundary, "the file ends"),
+    Fault(in_header, "the file ends"),
+    Fault(in_payload, "the file ends"),
+    Fault(missing_member, "at the place of its"),
+    Fault(swapped_members, "at the place of its"),
+    Fault(swapped_payloads, "not those that were written", BLOCKS),
+    Fault(bad_json, "its JSON is invalid", CLIPS),
+    Fault(wrong_dtype, "it holds >", BLOCKS),
+    Fault(beyond_the_vocabulary, "beyond the vocabulary", ("tokens",)),
+    Fault(not_finite, "not finite", ("latents",)),
+    Fault(unreadable_video, "unreadable", CLIPS),
+    Fault(zero_length, "the file ends"),
+    Fault(missing_shard, "missing shard"),
+]
+CASES = [pytest.param(f, kind, id=f"{f.do.__name__}-{kind}") for f in FAULTS for kind in f.kinds]
+
+
+@pytest.fixture(scope="module")
+def folders(tiny: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
+    """Return an intact folder of each kind."""
+    root = tmp_path_factory.mktemp("intact")
+    return {"tokens": tiny, **{kind: make_tiny(kind, root / kind) for kind in ("latents", *CLIPS)}}
+
+
+def copy(manifest: Manifest, folder: Path) -> Manifest:
+    return Manifest.load(shutil.copytree(manifest.folder, folder))
+
+
+@pytest.mark.parametrize("kind", ["latents", *CLIPS])
+def test_intact_folders_have_no_problems(folders: dict[str, Manifest], kind: str) -> None:
+    assert verify.find_problems(folders[kind], deep=True) == []
+
+
+def test_processes_find_what_one_finds(folders: dict[str, Manifest], tmp_path: Path) -> None:
+    manifest = copy(folders["mp4"], tmp_path / "mp4")
+    victim = Victim(manifest)
+    bad_json(victim)
+    (manifest.folder / manifest.val.shards[1].path).unlink()
+    problems = verify.find_problems(manifest, deep=True, workers=2)
+    assert problems == verify.find_problems(manifest, deep=True) and len(problems) == 3
+
+
+@pytest.mark.parametrize(("fault", "kind"), CASES)
+def test_faults_are_found_and_named_and_skipping_loses_nothing_else(
+    folders: dict[str, Manifest], tmp_path: Path, fault: Fault, kind: str
+) -> None:
+    intact, manifest = folders[kind], copy(folders[kind], tmp_path / kind)
+    victim = Victim(manifest)
+    lost = fault.do(victim)
+    assert 0 < len(lost) <= victim.shard.samples
+
+    _, keys = open_reader(intact).read(np.full(victim.shard.samples, SHARD), np.arange(victim.shard.samples))
+    for row, key in enumerate(keys):
+        if row not in lost:
+            open_reader(manifest).read(np.array([SHARD]), np.array([row]))
+            continue
+        with pytest.raises(DataError, match=fault.message) as raised:
+            open_reader(manifest).read(np.array([SHARD]), np.array([row]))
+        record = key.partition("/")[2].partition("#")[0]
+        assert victim.shard.path in str(raised.value) and "\n" not in str(raised.value)
+        assert f"key {record}: " in str(raised.value) or fault.do is missing_shard
+
+    problems = verify.find_problems(manifest, deep=True)
+    assert any(fault.message in problem for problem in problems)
+    assert all(victim.shard.name in problem for problem in problems)
+    size = victim.path.stat().st_size if victim.path.exists() else -1
+    assert bool(verify.find_problems(manifest, deep=False)) == (size != victim.shard.bytes)
+
+    order = EpochOrder(manifest.train.counts, seed=3, epoch=0, window=2)
+    places = list(zip(*(part.tolist() for part in order[:]), strict=True))
+    gone = [shard == SHARD and row in lost for shard, row in places]
+    wanted = []
+    for position in range(len(places)):
+        following = (position + i for i in range(len(places)))
+        wanted.append(next(p % len(places) for p in following if not gone[p % len(places)]))
+    samples, names = open_reader(intact).read(*order[np.array(wanted)])
+    for batch in (len(places), 4):  # what a reader has met before makes no difference
+        reader = open_reader(manifest, max_open=2)
+        parts = [
+            read_intact(reader.read, order, np.arange(start, min(start + batch, len(places))))
+            for start in reversed(range(0, len(places), batch))
+        ][::-1]
+        assert np.array_equal(np.concatenate([part[0] for part in parts]), samples)
+        assert [key for part in parts for key in part[1]] == names
+        reasons = [reason for part in parts for reason in part[2]]
+        assert len(reasons) == len(lost) and all(fault.message in r and victim.shard.path in r for r in reasons)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "latents", "mp4"])
+def test_the_manifest_of_another_data_set_is_refused(folders: dict[str, Manifest], tmp_path: Path, kind: str) -> None:
+    manifest = copy(folders[kind], tmp_path / kind)
+    if kind == "tokens":  # the same shards in another order
+        file = manifest.folder / "manifest.json"
+        content = json.loads(file.read_text())
+        shards = content["splits"]["train"]["shards"]
+        shards[0]["sha256"], shards[1]["sha256"] = shards[1]["sha256"], shards[0]["sha256"]
+        file.write_text(json.dumps(content))
+    else:
+        shutil.copy(make_tiny(kind, tmp_path / "other", seed=1).folder / "manifest.json", manifest.folder)
+    manifest = Manifest.load(manifest.folder)
+    with pytest.raises(DataError, match=r"train-000000\.tar .*from another data set"):
+        open_reader(manifest).read(np.array([0]), np.array([0]))
+    problems = verify.find_problems(manifest, deep=False)
+    assert any("train-000000.tar" in problem and "another data set" in problem for problem in problems)
+    if kind != "tokens":
+        with pytest.raises(DataError, match=r"no sample is intact.*another data set"):
+            read_intact(open_reader(manifest).read, EpochOrder(manifest.train.counts, 0, 0, 2), np.arange(4))
+
+
+def test_clips_of_another_size_are_refused(folders: dict[str, Manifest], tmp_path: Path) -> None:
+    manifest = copy(folders["mp4"], tmp_path / "mp4")
+    file = manifest.folder / "manifest.json"
+    file.write_text(file.read_text().replace('"height": 16', '"height": 32'))
+    with pytest.raises(DataError, match="key 00000000: its frames are 3 x 16 x 16, the manifest says 3 x 32 x 16"):
+        open_reader(Manifest.load(manifest.folder)).read(np.array([0]), np.array([0]))
+
+
+def test_nothing_is_ever_unpickled(folders: dict[str, Manifest], tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Bomb()] * 2, dtype=object), allow_pickle=True)
+    pickle.loads(pickle.dumps(Bomb()))
+    (tmp_path / "ran").unlink()  # the bomb works
+    for kind in ("tokens", "latents"):
+        manifest = copy(folders[kind], tmp_path / kind)
+        Victim(manifest).put("npy", 0, buffer.getvalue())
+        with pytest.raises(DataError, match="it holds object"):
+            list(open_reader(manifest).blocks([SHARD]))
+        assert any("it holds object" in problem for problem in verify.find_problems(manifest, deep=True))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "mp4"])
+def test_names_in_a_tar_cannot_escape(folders: dict[str, Manifest], tmp_path: Path, kind: str) -> None:
+    manifest = copy(folders[kind], tmp_path / kind)
+    victim = Victim(manifest)
+    member = victim.records[RECORD].members[0]
+    name = f"../../escaped.{member.extension}"
+    header = tarfile.TarInfo(name)
+    header.size = member.size
+    victim.put(member.extension, -TAR_BLOCK, header.tobuf())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=f"key {victim.records[RECORD].key}: .* has '../../escaped"):
+        list(open_reader(manifest).blocks([SHARD]))
+    index = manifest.folder / victim.shard.index_path
+    index.write_text(index.read_text().replace(victim.records[RECORD].key, "../../escaped"))
+    with pytest.raises(DataError, match="key ../../escaped: its key is not a plain name"):
+        list(open_reader(manifest).blocks([SHARD]))
+    assert any("not a plain name" in problem for problem in verify.find_problems(manifest, deep=True))
+    assert sorted(tmp_path.rglob("*")) == before
