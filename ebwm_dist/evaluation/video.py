@@ -167,7 +167,15 @@ def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
             lower = (true < energies_of(ebwm.model, observed, candidates)).double().mean(-1)
             wins.setdefault(name, []).append(lower)
         if ebwm.observer.decodable:
-            strips += _strips(ebwm.observer, observed, states, twin[0], energy, ebwm.config.mcmc.most_steps)
+            shown = kept[:, -1]
+            strips += _strips(
+                ebwm.observer,
+                observed[shown],
+                states[:, shown],
+                twin[0][shown],
+                energy[:, shown],
+                ebwm.config.mcmc.most_steps,
+            )
     if not torch.cat(counts).any():
         raise UserError(f"every frame of the held-out clips in {ebwm.manifest.folder} starts another scene")
     summary = _summary(
