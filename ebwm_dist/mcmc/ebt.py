@@ -105,13 +105,11 @@ class EnergyBasedTransformer(PassModule):
         )
         final = []
         for start, stop in self._slices(context.shape[1]):
-            state = self.space.start(sample_ids[:fresh], self.seed, start, stop, context[:fresh])
-            if replayed is not None:
-                rest = {name: x[:, start:stop].to(context.device) for name, x in replayed[2].items()}
-                state = torch.cat((state, self.space.expand(rest)))
-            state = refinement.refine(state, start)
+            # No name here holds an initial state or the last slice's final one while a slice is refined.
+            state = refinement.refine(self._start(context[:fresh], sample_ids[:fresh], replayed, start, stop), start)
             if self.replay is not None:
                 final.append(self.space.compress(state))
+            del state
         if self.replay is not None:
             self.replay.push(observed, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
         return refinement.finish()
@@ -218,6 +216,21 @@ class EnergyBasedTransformer(PassModule):
         # A sample's id is its number in the run: the draw is another one for each micro-batch, and the same again.
         seed = mix_seed(self.seed, int(sample_ids[0]))
         return self.replay.sample(self.mcmc.replayed_rows(len(observed)), seed)
+
+    def _start(
+        self,
+        context: Tensor,
+        sample_ids: Tensor,
+        replayed: tuple[Tensor, Tensor, Compact] | None,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        """Return the initial states of a slice: those of the samples, and below them the replayed ones."""
+        state = self.space.start(sample_ids, self.seed, start, stop, context)
+        if replayed is None:
+            return state
+        kept = {name: x[:, start:stop].to(context.device) for name, x in replayed[2].items()}
+        return torch.cat((state, self.space.expand(kept)))
 
     def _slices(self, positions: int) -> Iterator[tuple[int, int]]:
         for start in range(0, positions, self.positions_per_pass):
