@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebwm_dist.data.stream import Batch
-from ebwm_dist.models.output import Evaluation, Forward, summed_smooth_l1
+from ebwm_dist.models.output import Evaluation, Forward, smooth_l1_losses
 
 _LARGEST_EXPONENT = 709.0
 """exp of more than this is no float64."""
@@ -70,7 +70,9 @@ def evaluate(
         # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
         moved = (losses - losses[0]) / counts.clamp(min=1)
         video = observed.is_floating_point()
-        copied = summed_smooth_l1(observed[:, :-1], observed[:, 1:]) * counted if video else counted.new_zeros(1)
+        copied = (
+            smooth_l1_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * counted if video else counted.new_zeros(1)
+        )
         parts = [
             copied.sum()[None],
             counts.sum()[None],

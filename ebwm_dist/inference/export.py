@@ -64,7 +64,7 @@ def write_export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder, or delete it")
     with torch.device("meta"):
-        check_state(build_model(config, inputs.get("pad_id", 0)), state, source)
+        check_state(build_model(config, inputs.get("pad_id")), state, source)
     staging = out.with_name(f"{out.name}.tmp")
     if staging.exists():
         shutil.rmtree(staging)

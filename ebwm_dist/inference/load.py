@@ -94,7 +94,7 @@ def build(
 ) -> Model:
     """Return the configured model with the weights `state`, in float32; `where` names them in errors."""
     with torch.device("meta"):
-        model = build_model(config, inputs.get("pad_id", 0))
+        model = build_model(config, inputs.get("pad_id"))
     check_state(model, state, where)
     model.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in state.items()}, assign=True)
     return model.eval()

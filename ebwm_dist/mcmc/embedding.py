@@ -13,7 +13,7 @@ from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact, compress_embeddings, expand_embeddings
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.layers import Linear
-from ebwm_dist.models.output import summed_smooth_l1
+from ebwm_dist.models.output import smooth_l1_losses
 
 
 class EmbeddingSpace(Space):
@@ -87,9 +87,9 @@ class EmbeddingSpace(Space):
         """Return true for all positions [B, S]."""
         return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
 
-    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the SmoothL1 loss [B] of states [B, C, E], summed over positions, a mean over each one's numbers."""
-        return summed_smooth_l1(state, targets)
+    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the SmoothL1 loss [B, C] of states [B, C, E], a mean over each position's numbers."""
+        return smooth_l1_losses(state, targets)
 
 
 class Projection(Linear):

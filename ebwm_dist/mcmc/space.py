@@ -135,8 +135,12 @@ class Space(nn.Module, ABC):
         """Return which of the positions [B, S] count."""
 
     @abstractmethod
+    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B, C] of a state at every position, 0 where it does not count."""
+
     def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
         """Return the loss [B] of a state, summed over the positions that count."""
+        return self.losses(state, targets).sum(-1)
 
     @abstractmethod
     def compress(self, state: Tensor) -> Compact:

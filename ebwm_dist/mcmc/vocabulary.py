@@ -21,6 +21,7 @@ from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact, compress_logits, expand_logits
 from ebwm_dist.mcmc.space import Space
+from ebwm_dist.models.output import cross_entropies
 
 SLICE_ELEMENTS = 1 << 24
 """Elements of a slice of rows: large enough for fast products, small against the activations of a large model."""
@@ -80,10 +81,9 @@ class VocabularySpace(Space):
         """Return which targets [B, S] are not padding."""
         return targets != self.pad_id
 
-    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy [B] of logits [B, C, V], summed over the targets [B, C] that are not padding."""
-        losses = F.cross_entropy(state.flatten(0, 1), targets.flatten(), ignore_index=self.pad_id, reduction="none")
-        return losses.view_as(targets).sum(-1)
+    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy [B, C] of logits [B, C, V], 0 where the targets [B, C] are padding."""
+        return cross_entropies(state, targets, self.pad_id)
 
     def compress(self, state: Tensor) -> Compact:
         """Return the most probable tokens and the probability of all others."""

@@ -19,8 +19,8 @@ from ebwm_dist.models.output import (
     Forward,
     PassModule,
     TrainingOutput,
-    summed_cross_entropy,
-    summed_smooth_l1,
+    cross_entropies,
+    smooth_l1_losses,
 )
 
 
@@ -54,8 +54,8 @@ class AutoregressiveTransformer(PassModule, ABC):
         """Return which of the positions [B, S] count."""
 
     @abstractmethod
-    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B] of predictions, summed over the positions that count."""
+    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B, S] of predictions, 0 where a position does not count."""
 
     def embed(self, observed: Tensor) -> Tensor:
         """Return the embedding [B, S, D] of observed states."""
@@ -93,7 +93,7 @@ class AutoregressiveTransformer(PassModule, ABC):
     def loss(self, observed: Tensor) -> Tensor:
         """Return the mean loss of S+1 observed states, padding counting as 0."""
         targets = observed[:, 1:]
-        return self.sequence_losses(self.predict(observed[:, :-1]), targets).sum() / targets[..., 0].numel()
+        return self.losses(self.predict(observed[:, :-1]), targets).sum() / targets[..., 0].numel()
 
     def training_step(
         self,
@@ -121,7 +121,7 @@ class AutoregressiveTransformer(PassModule, ABC):
     def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
         """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
         targets = observed[:, 1:]
-        loss = self.sequence_losses(self.predict(observed[:, :-1]), targets)
+        loss = self.losses(self.predict(observed[:, :-1]), targets).sum(-1)
         return Evaluation(loss[None], None, self.counted(targets).sum(-1))
 
 
@@ -137,9 +137,9 @@ class AutoregressiveTokens(AutoregressiveTransformer):
         """Return which targets [B, S] are not padding."""
         return targets != self.pad_id
 
-    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy [B] of logits [B, S, V], summed over the targets that are not padding."""
-        return summed_cross_entropy(predictions, targets, self.pad_id)
+    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy [B, S] of logits [B, S, V], 0 where targets are padding."""
+        return cross_entropies(predictions, targets, self.pad_id)
 
 
 class AutoregressiveEmbeddings(AutoregressiveTransformer):
@@ -157,6 +157,6 @@ class AutoregressiveEmbeddings(AutoregressiveTransformer):
         """Return true for all positions [B, S]."""
         return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
 
-    def sequence_losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the SmoothL1 loss [B] of embeddings [B, S, E], summed over positions."""
-        return summed_smooth_l1(predictions, targets)
+    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return the SmoothL1 loss [B, S] of embeddings [B, S, E]."""
+        return smooth_l1_losses(predictions, targets)

@@ -63,15 +63,14 @@ class Evaluation(NamedTuple):
     """Number of predicted tokens or frames [B]."""
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
-    """Return the cross-entropy [B] of `logits` [B, S, V], summed over the `targets` [B, S] other than `pad_id`."""
+def cross_entropies(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
+    """Return the cross-entropy [B, S] of `logits` [B, S, V], 0 where the `targets` [B, S] are `pad_id`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="none")
-    return losses.view_as(targets).sum(-1)
+    return losses.view_as(targets)
 
 
-def summed_smooth_l1(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the SmoothL1 loss [B] of embeddings [B, S, E], summed over positions, a mean over each one's numbers."""
+def smooth_l1_losses(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the SmoothL1 loss [B, S] of embeddings [B, S, E], a mean over each one's numbers."""
     predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-    losses = F.smooth_l1_loss(predictions, targets.to(predictions.dtype), reduction="none", beta=1.0)
-    return losses.mean(-1).sum(-1)
+    return F.smooth_l1_loss(predictions, targets.to(predictions.dtype), reduction="none", beta=1.0).mean(-1)

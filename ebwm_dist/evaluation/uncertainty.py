@@ -1,0 +1,106 @@
+"""How well a number tells when a prediction is wrong, or an input strange: correlation, risk-coverage, AUROC.
+
+Everything is computed in float64 from vectors of N observations. Tokens of one sequence are not independent, so
+standard errors are only given where observations are whole sequences, or bins are described.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Return the ranks [N] of `x`, from 1; equal values share the mean of theirs."""
+    _, group, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).to(torch.float64)
+    return (last - (counts - 1) / 2)[group]
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Return the linear correlation of `x` and `y` [N]; nan where one of them does not vary."""
+    x, y = (v.to(torch.float64) - v.to(torch.float64).mean() for v in (x, y))
+    norm = x.norm() * y.norm()
+    return (x @ y / norm).item() if norm > 0 else math.nan
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Return the correlation of the ranks of `x` and `y` [N]."""
+    return pearson(ranks(x), ranks(y))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A share of the observations, those with neighbouring uncertainties."""
+
+    uncertainty: float
+    """Mean uncertainty."""
+    loss: float
+    """Mean loss."""
+    spread: float
+    """Standard deviation of the loss."""
+    count: int
+
+
+def reliability(uncertainty: Tensor, loss: Tensor, bins: int = 10) -> list[Bin]:
+    """Sort observations by uncertainty and cut them into `bins` equal shares."""
+    order = uncertainty.argsort(stable=True)
+    shares = zip(
+        uncertainty[order].to(torch.float64).tensor_split(bins),
+        loss[order].to(torch.float64).tensor_split(bins),
+        strict=True,
+    )
+    return [Bin(u.mean().item(), y.mean().item(), y.std(correction=0).item(), len(u)) for u, y in shares if len(u)]
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """The mean loss of the predictions that are kept when the most uncertain ones are given up."""
+
+    coverage: list[float]
+    """Shares of predictions kept, at some points of the curve."""
+    risk: list[float]
+    """Mean loss of those kept, the most certain ones, at these points."""
+    aurc: float
+    """Mean of the risk over all coverages: smaller is better."""
+    best: float
+    """That of the true loss itself, which no uncertainty can beat."""
+    chance: float
+    """That of an uncertainty that knows nothing: the mean loss."""
+
+
+def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCoverage:
+    """Return the risk-coverage curve of predictions with these uncertainties and losses [N]."""
+    loss = loss.to(torch.float64)
+
+    def risks(by: Tensor) -> Tensor:
+        # Equal uncertainties cannot be told apart: their losses count as their mean.
+        _, group, counts = torch.unique(by, return_inverse=True, return_counts=True)
+        means = torch.zeros(len(counts), dtype=torch.float64, device=by.device).index_add_(0, group, loss) / counts
+        kept = means[group][by.argsort(stable=True)]
+        return kept.cumsum(0) / torch.arange(1, len(kept) + 1, device=by.device)
+
+    curve = risks(uncertainty)
+    at = torch.linspace(0, len(curve) - 1, min(points, len(curve))).round().long()
+    return RiskCoverage(
+        coverage=((at + 1) / len(curve)).tolist(),
+        risk=curve[at.to(curve.device)].tolist(),
+        aurc=curve.mean().item(),
+        best=risks(loss).mean().item(),
+        chance=loss.mean().item(),
+    )
+
+
+def auroc(strange: Tensor, usual: Tensor) -> tuple[float, float]:
+    """Return the chance that a strange score [M] is above a usual one [N], and its standard error (DeLong's)."""
+    m, n = len(strange), len(usual)
+    strange, usual = strange.to(torch.float64), usual.to(torch.float64)
+    among_all = ranks(torch.cat((strange, usual)))
+    # For each score, the share of the other side that it is on the right side of; ties count half.
+    right_strange = (among_all[:m] - ranks(strange)) / n
+    right_usual = 1 - (among_all[m:] - ranks(usual)) / m
+    variance = sum(v.var(correction=1).item() / len(v) for v in (right_strange, right_usual) if len(v) > 1)
+    return right_strange.mean().item(), math.sqrt(variance)
