@@ -44,6 +44,28 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
     return rows * (refinement + contexts * (3 * (forward - last_block) + read_context))
 
 
+def prediction_flops(
+    config: ModelConfig, sequence_length: int, landscapes: int = 0, steps: float = 0, measured: float = 0
+) -> float:
+    """Return the FLOPs of predicting one state of a sequence, in the terms of `training_flops_per_token`.
+
+    Args:
+        config: of the model.
+        sequence_length: observed states S.
+        landscapes: context streams; only for energy models, like the rest.
+        steps: MCMC steps, each 2 F and 2 M.
+        measured: energies that are measured without a step, each F and M.
+    """
+    forward = stream_flops(config, sequence_length)
+    head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
+    product = 0.0 if config.embedding_dim == config.dim else head
+    read_context = 0.0 if config.embedding_dim is None else product
+    if config.kind == "ar":
+        return forward + head + read_context
+    last_block = forward / config.num_layers - 4.0 * config.dim**2
+    return landscapes * (forward - last_block + read_context) + (2 * steps + measured) * (forward + product)
+
+
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.
 _PEAK_BF16 = {
     "B200": 2250e12,

@@ -1,0 +1,278 @@
+"""Everything that is measured of a trained model, as one dictionary that JSON can hold.
+
+All figures are made of tables that are the same on every rank, or of sums over all ranks, so that they do not depend on
+the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebwm_dist.data.encoding import encode_text
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.choices import accuracies, read_questions, score
+from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
+from ebwm_dist.evaluation.ranks import Ranks
+from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
+from ebwm_dist.inference.load import Loaded
+from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and on how much."""
+
+    steps: Sequence[int] = (1, 2, 4, 8)
+    """Numbers of MCMC steps; all are measured on the way to the largest."""
+    candidates: Sequence[int] = (1, 4)
+    """Numbers of candidates, each with the number of steps of training."""
+    stop_energies: Sequence[float] = (1e-2, 1e-1)
+    """Thresholds of early stopping, each with the largest number of steps."""
+    max_sequences: int = 512
+    batch_size: int = 16
+    questions: Path | None = None
+    """JSON lines of questions whose choices are ranked."""
+    other_text: str | None = None
+    """Text that is not like the data, for the out-of-distribution test."""
+
+
+class Suite:
+    """The measurements of one model on one data folder."""
+
+    def __init__(
+        self, loaded: Loaded, manifest: Manifest, options: Options, ranks: Ranks, say: Callable[[str], None] = print
+    ):
+        loaded.check_data(manifest)
+        self.loaded, self.manifest, self.options, self.ranks, self.say = loaded, manifest, options, ranks, say
+        self.model, self.config = loaded.model, loaded.config
+        self.is_energy = self.config.model.kind == "ebt"
+        self.trained_steps = self.config.mcmc.most_steps if self.is_energy else 1
+        self.pad_id: int | None = loaded.inputs.get("pad_id")
+        self.batches: Batches = partial(
+            validation_batches,
+            self.config.data,
+            manifest,
+            batch_size=options.batch_size,
+            max_sequences=options.max_sequences,
+            dp_rank=ranks.rank,
+            dp_world_size=ranks.size,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything."""
+        kind = self.config.model.kind
+        result: dict[str, Any] = {"model": self.describe()}
+        self.say(f"{kind}: loss by MCMC steps" if self.is_energy else f"{kind}: loss")
+        result["by_steps"] = self.by_steps()
+        self.say(f"{kind}: calibration")
+        usual = tabulate(self.model, self.batches(), Thinking(), self.ranks)
+        result["calibration"] = calibration(usual)
+        if self.is_energy:
+            self.say(f"{kind}: thinking")
+            result["thinking"] = self.thinking(usual)
+        self.say(f"{kind}: out of distribution")
+        result["out_of_distribution"] = self.out_of_distribution(usual)
+        if self.options.questions is not None:
+            self.say(f"{kind}: choices")
+            result["choices"] = self.choices(self.options.questions)
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the model is, and what it has seen, as far as its run tells."""
+        flops = training_flops_per_token(self.config.model, self.config.mcmc, self.config.data.sequence_length)
+        records = read_metrics(self.loaded.folder)
+        tokens = max((record["tokens"] for record in records if record["step"] <= self.loaded.step), default=None)
+        curve = [
+            [record["tokens"] * flops, record["loss_last_step"]]
+            for record in records
+            if record["kind"] == "val" and record["loss_last_step"] is not None and record["step"] <= self.loaded.step
+        ]
+        return {
+            "path": str(self.loaded.path),
+            "kind": self.config.model.kind,
+            "variant": self.config.model.variant,
+            "step": self.loaded.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_steps": self.trained_steps,
+            "tokens": tokens,
+            "training_flops": None if tokens is None else tokens * flops,
+            "validation_by_flops": curve,
+        }
+
+    def by_steps(self) -> dict[str, Any]:
+        """Return loss, perplexity, bits per byte and energy after every number of MCMC steps."""
+        steps = max(*self.options.steps, self.trained_steps) if self.is_energy else 1
+        found = evaluate(self.model, self.batches(), steps, self.ranks.device)
+        assert found is not None
+        totals = self.manifest.val.totals
+        result: dict[str, Any] = {
+            "steps": list(range(1, steps + 1)) if self.is_energy else [0],
+            "loss": found.step_losses,
+            "tokens": found.tokens,
+            "flops_per_prediction": [self.flops(n, 0) for n in range(1, steps + 1)],
+        }
+        if self.is_energy:
+            result["energy"] = found.energies
+            changes = [loss - found.step_losses[0] for loss in found.step_losses]
+            result["change_from_first"] = [list(pair) for pair in zip(changes, found.standard_errors, strict=True)]
+        if "text_bytes" in totals:
+            result["perplexity"] = found.perplexities
+            per_byte = totals["tokens"] / totals["text_bytes"] / math.log(2)
+            result["bits_per_byte"] = [loss * per_byte for loss in found.step_losses]
+        return result
+
+    def thinking(self, usual: Table) -> list[dict[str, Any]]:
+        """Return what thinking differently changes, against a single candidate and the steps of training."""
+        most = max(*self.options.steps, self.trained_steps)
+        ways = [Thinking(candidates=number) for number in self.options.candidates if number > 1]
+        ways += [Thinking(steps=most)]
+        ways += [Thinking(steps=most, stop_energy=threshold) for threshold in self.options.stop_energies]
+        ways += [Thinking(steps=most, accept=True)]
+        rows = [self._thought(Thinking(), usual, usual)]
+        return rows + [self._thought(way, tabulate(self.model, self.batches(), way, self.ranks), usual) for way in ways]
+
+    def _thought(self, way: Thinking, table: Table, usual: Table) -> dict[str, Any]:
+        assert table.energies is not None
+        steps, passes = table.mean(table.steps), table.mean(table.passes)
+        change, error = table.change(usual)
+        return {
+            "steps": way.steps or self.trained_steps,
+            "candidates": way.candidates,
+            "stop_energy": way.stop_energy,
+            "accept": way.accept,
+            "loss": table.mean(table.losses),
+            "change": [change, error],
+            "energy": table.mean(table.energies),
+            "mean_steps": steps,
+            "mean_passes": passes,
+            # Each candidate ends with a pass that only measures.
+            "flops_per_prediction": self.flops(passes - way.candidates, way.candidates, way.steps),
+        }
+
+    def flops(self, steps: float, measured: int, most_steps: int | None = None) -> float:
+        """Return the FLOPs of a prediction of `steps` MCMC steps, on the landscapes that at most so many visit."""
+        model = self.config.model
+        if not self.is_energy:
+            return prediction_flops(model, self.config.data.sequence_length)
+        landscapes = min(model.num_landscapes, most_steps or math.ceil(steps))
+        return prediction_flops(model, self.config.data.sequence_length, landscapes, steps, measured)
+
+    def out_of_distribution(self, usual: Table) -> dict[str, Any]:
+        """Return how well each score of a sequence tells strange ones from the held-out ones."""
+        worlds = {"shuffled": tabulate(self.model, shuffled(self.batches, self.pad_id), Thinking(), self.ranks)}
+        tokenizer, text = self.loaded.tokenizer, self.options.other_text
+        if tokenizer is not None and text is not None:
+            tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
+            rows = rows_of_tokens(tokens, self.config.data.sequence_length, len(usual.losses))
+            if not len(rows):
+                raise UserError(f"the other text has only {len(tokens)} tokens: give at least one whole sequence")
+            batches = row_batches(rows, self.options.batch_size, self.ranks)
+            worlds["other text"] = tabulate(self.model, batches, Thinking(), self.ranks)
+        result: dict[str, Any] = {}
+        for name, strange in worlds.items():
+            result[name] = {"sequences": len(strange.by_sequence(strange.losses))}
+            for title, column in SCORES.items():
+                here, there = getattr(usual, column), getattr(strange, column)
+                if here is not None:
+                    pair = strange.by_sequence(there), usual.by_sequence(here)
+                    result[name][title] = {
+                        "auroc": list(auroc(*pair)),
+                        "mean": [scores.mean().item() for scores in pair],
+                        "scores": [scores.tolist() for scores in pair],
+                    }
+        return result
+
+    def choices(self, path: Path) -> dict[str, Any]:
+        """Return how often the right choice is found."""
+        tokenizer = self.loaded.tokenizer
+        if tokenizer is None:
+            raise UserError("choices are text: this model came without a tokenizer")
+        questions = read_questions(path)
+        pairs = [
+            (tokenizer.encode(question.context) or [tokenizer.eos_id], tokenizer.encode(choice))
+            for question in questions
+            for choice in question.choices
+        ]
+        flat = iter(
+            score(
+                self.model,
+                pairs,
+                pad_id=tokenizer.pad_id,
+                max_context=self.config.data.sequence_length,
+                thinking=Thinking(),
+                batch_size=self.options.batch_size,
+                device=self.ranks.device,
+            )
+        )
+        scores = [[next(flat) for _ in question.choices] for question in questions]
+        return {"questions": len(questions), "accuracy": accuracies(questions, scores)}
+
+
+SCORES = {
+    "energy of what comes": "observed",
+    "energy of the prediction": "energies",
+    "entropy": "entropies",
+    "loss": "losses",
+}
+"""Scores of a sequence, each a mean over its positions; only the first and the last look at what truly comes."""
+
+
+def calibration(table: Table) -> dict[str, Any]:
+    """Return how the model's own uncertainties go with the true loss of its predictions."""
+    result: dict[str, Any] = {"loss": table.mean(table.losses)}
+    if table.correct is not None:
+        result["accuracy"] = table.mean(table.correct)
+    loss = table.losses[table.counted]
+    for name, column in (("energy", table.energies), ("entropy", table.entropies)):
+        if column is not None:
+            uncertainty = column[table.counted]
+            result[name] = {
+                "pearson": pearson(uncertainty, loss),
+                "spearman": spearman(uncertainty, loss),
+                "spearman_of_sequences": spearman(table.by_sequence(column), table.by_sequence(table.losses)),
+                "reliability": [asdict(share) for share in reliability(uncertainty, loss)],
+                "risk_coverage": asdict(risk_coverage(uncertainty, loss)),
+            }
+    return result
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run; an export has none."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def side_by_side(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """Compare two models as they are, and where both had been trained with the same number of FLOPs."""
+    models = {"model": result, "baseline": baseline}
+    comparison: dict[str, Any] = {
+        name: {key: one["model"][key] for key in ("parameters", "tokens", "training_flops")}
+        | {"loss": one["calibration"]["loss"]}
+        for name, one in models.items()
+    }
+    flops = [one["model"]["training_flops"] for one in models.values()]
+    if None not in flops:
+        comparison["equal_flops"] = {"flops": min(flops)} | {
+            name: _loss_at(one["model"]["validation_by_flops"], min(flops)) for name, one in models.items()
+        }
+    return comparison
+
+
+def _loss_at(curve: list[list[float]], flops: float) -> float | None:
+    """Return the validation loss at a number of training FLOPs, between two validations on a logarithmic scale."""
+    if not curve or not curve[0][0] <= flops * (1 + 1e-9) or flops > curve[-1][0] * (1 + 1e-9):
+        return None
+    points, losses = zip(*curve, strict=True)
+    return float(np.interp(math.log(flops), np.log(points), losses))

@@ -1,0 +1,60 @@
+"""Measure a trained model: `python launchers/evaluate.py --run runs/quickstart --baseline runs/quickstart_ar`.
+
+Writes evaluation.json and evaluation.html. Several processes share the work:
+`torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ebwm_dist.errors import UserError
+
+
+def numbers(kind: type) -> Callable[[str], list[float]]:
+    """Return a parser of numbers with commas between them."""
+    return lambda text: [kind(part) for part in text.split(",") if part]
+
+
+def main() -> int:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run folder, checkpoint or export")
+    parser.add_argument("--baseline", type=Path, help="another one, to set beside it")
+    parser.add_argument("--data", type=Path, help="data folder; default: the one it was trained on")
+    parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
+    parser.add_argument("--steps", type=numbers(int), default=[1, 2, 4, 8], help="numbers of MCMC steps (1,2,4,8)")
+    parser.add_argument("--candidates", type=numbers(int), default=[1, 4], help="candidates per prediction (1,4)")
+    parser.add_argument("--stop-energy", type=numbers(float), default=[0.01, 0.1], help="early stopping (0.01,0.1)")
+    parser.add_argument("--max-sequences", type=int, default=512, help="held-out sequences (512)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time on each process (16)")
+    parser.add_argument("--other-text", type=Path, help="strange text; default: docstrings of Python's library")
+    parser.add_argument("--choices", type=Path, help='JSON lines {"context", "choices", "answer"} to rank')
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
+    args = parser.parse_args()
+
+    from ebwm_dist.evaluation.ranks import Ranks
+    from ebwm_dist.evaluation.run import evaluate_runs
+    from ebwm_dist.evaluation.suite import Options
+
+    ranks = Ranks.join()
+    options = Options(args.steps, args.candidates, args.stop_energy, args.max_sequences, args.batch_size, args.choices)
+    try:
+        if args.other_text is not None:
+            options = replace(options, other_text=args.other_text.read_text("utf-8"))
+        files = evaluate_runs(args.run, args.baseline, args.data, args.out, options, ranks)
+    except (UserError, OSError) as error:
+        if ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    if ranks.rank == 0:
+        print("\n".join(map(str, files)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
