@@ -62,8 +62,12 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
         if "launchers/train.py" in command:
             command = command.replace("deepspeed", "deepspeed --num_accelerators 1") + f" {small}"
             command = command.replace("ebt_xxs", "ebt_4xs")
+        if "launchers/evaluate.py" in command:
+            command += " --max-sequences 2 --batch-size 2 --steps 2 --candidates 1 --stop-energy 0.1"
         run(shlex.split(command), checkout)
     assert (checkout / "runs" / "mine" / "checkpoints" / "step-000002").is_dir()
+    assert (checkout / "runs" / "mine" / "evaluation" / "evaluation.html").is_file()
+    assert (checkout / "exports" / "mine" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -62,11 +62,17 @@ class Table:
 
 
 @torch.no_grad()
-def tabulate(model: Model, batches: Iterable[Batch], thinking: Thinking, ranks: Ranks) -> Table:
-    """Predict every position of the batches of all ranks."""
+def tabulate(
+    model: Model,
+    batches: Iterable[Batch],
+    thinking: Thinking,
+    ranks: Ranks,
+    observe: Callable[[Tensor], Tensor] | None = None,
+) -> Table:
+    """Predict every position of the batches of all ranks; `observe` turns samples into what the model observes."""
     columns: dict[str, list[Tensor]] = {}
     for batch in batches:
-        observed = batch.observed.to(ranks.device)
+        observed = batch.observed.to(ranks.device) if observe is None else observe(batch.observed)
         rows = _rows(model, observed, batch.sample_ids.tolist(), thinking)
         rows |= {"ids": batch.sample_ids, "kept": batch.counted}
         for name, values in rows.items():

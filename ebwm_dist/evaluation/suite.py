@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ebwm_dist.data.content import ClipContent
 from ebwm_dist.data.encoding import encode_text
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.stream import Batch, validation_batches
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.choices import accuracies, read_questions, score
 from ebwm_dist.evaluation.perplexity import evaluate
@@ -28,6 +30,7 @@ from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_c
 from ebwm_dist.inference.load import Loaded
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
+from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Suite:
         self, loaded: Loaded, manifest: Manifest, options: Options, ranks: Ranks, say: Callable[[str], None] = print
     ):
         loaded.check_data(manifest)
+        self.observe = observer_for(loaded, manifest, ranks.device)
         self.loaded, self.manifest, self.options, self.ranks, self.say = loaded, manifest, options, ranks, say
         self.model, self.config = loaded.model, loaded.config
         self.is_energy = self.config.model.kind == "ebt"
@@ -77,7 +81,7 @@ class Suite:
         self.say(f"{kind}: loss by MCMC steps" if self.is_energy else f"{kind}: loss")
         result["by_steps"] = self.by_steps()
         self.say(f"{kind}: calibration")
-        usual = tabulate(self.model, self.batches(), Thinking(), self.ranks)
+        usual = self.tabulate(self.batches(), Thinking())
         result["calibration"] = calibration(usual)
         if self.is_energy:
             self.say(f"{kind}: thinking")
@@ -88,6 +92,10 @@ class Suite:
             self.say(f"{kind}: choices")
             result["choices"] = self.choices(self.options.questions)
         return result
+
+    def tabulate(self, batches: Iterable[Batch], thinking: Thinking) -> Table:
+        """Predict every position of the batches of all ranks."""
+        return tabulate(self.model, batches, thinking, self.ranks, self.observe)
 
     def describe(self) -> dict[str, Any]:
         """Return what the model is, and what it has seen, as far as its run tells."""
@@ -114,7 +122,7 @@ class Suite:
     def by_steps(self) -> dict[str, Any]:
         """Return loss, perplexity, bits per byte and energy after every number of MCMC steps."""
         steps = max(*self.options.steps, self.trained_steps) if self.is_energy else 1
-        found = evaluate(self.model, self.batches(), steps, self.ranks.device)
+        found = evaluate(self.model, self.batches(), steps, self.ranks.device, observe=self.observe)
         assert found is not None
         totals = self.manifest.val.totals
         result: dict[str, Any] = {
@@ -127,6 +135,8 @@ class Suite:
             result["energy"] = found.energies
             changes = [loss - found.step_losses[0] for loss in found.step_losses]
             result["change_from_first"] = [list(pair) for pair in zip(changes, found.standard_errors, strict=True)]
+        if found.copy_loss is not None:
+            result["copy_loss"] = found.copy_loss
         if "text_bytes" in totals:
             result["perplexity"] = found.perplexities
             per_byte = totals["tokens"] / totals["text_bytes"] / math.log(2)
@@ -141,7 +151,7 @@ class Suite:
         ways += [Thinking(steps=most, stop_energy=threshold) for threshold in self.options.stop_energies]
         ways += [Thinking(steps=most, accept=True)]
         rows = [self._thought(Thinking(), usual, usual)]
-        return rows + [self._thought(way, tabulate(self.model, self.batches(), way, self.ranks), usual) for way in ways]
+        return rows + [self._thought(way, self.tabulate(self.batches(), way), usual) for way in ways]
 
     def _thought(self, way: Thinking, table: Table, usual: Table) -> dict[str, Any]:
         assert table.energies is not None
@@ -171,7 +181,7 @@ class Suite:
 
     def out_of_distribution(self, usual: Table) -> dict[str, Any]:
         """Return how well each score of a sequence tells strange ones from the held-out ones."""
-        worlds = {"shuffled": tabulate(self.model, shuffled(self.batches, self.pad_id), Thinking(), self.ranks)}
+        worlds = {"shuffled": self.tabulate(shuffled(self.batches, self.pad_id), Thinking())}
         tokenizer, text = self.loaded.tokenizer, self.options.other_text
         if tokenizer is not None and text is not None:
             tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
@@ -179,7 +189,7 @@ class Suite:
             if not len(rows):
                 raise UserError(f"the other text has only {len(tokens)} tokens: give at least one whole sequence")
             batches = row_batches(rows, self.options.batch_size, self.ranks)
-            worlds["other text"] = tabulate(self.model, batches, Thinking(), self.ranks)
+            worlds["other text"] = self.tabulate(batches, Thinking())
         result: dict[str, Any] = {}
         for name, strange in worlds.items():
             result[name] = {"sequences": len(strange.by_sequence(strange.losses))}
@@ -246,6 +256,16 @@ def calibration(table: Table) -> dict[str, Any]:
                 "risk_coverage": asdict(risk_coverage(uncertainty, loss)),
             }
     return result
+
+
+def observer_for(loaded: Loaded, manifest: Manifest, device: torch.device) -> Observer:
+    """Return what shows the data to the model, as it was shown in training."""
+    check_content(loaded.config, manifest.content)
+    observer = build_observer(loaded.config, manifest.content, device)
+    if isinstance(manifest.content, ClipContent):
+        assert observer.encoder is not None
+        observer.mean, observer.std = read_statistics(loaded.folder / STATISTICS_FILE, observer.encoder)
+    return observer
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

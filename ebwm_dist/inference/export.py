@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from ebwm_dist.inference.load import CONFIG_FILE, EXPORT_FILE, EXPORT_FORMAT, EX
 from ebwm_dist.registry import build_model
 from ebwm_dist.saved_state import load_module_state
 
+STATISTICS_FILE = "embedding_statistics.json"
+"""Mean and standard deviation of the embeddings that the model was trained on, where clips were encoded for it."""
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""
 
@@ -35,14 +37,14 @@ LARGEST_FILE = 5_000_000_000
 def export_run(run: Path, out: Path, largest_file: int = LARGEST_FILE) -> Path:
     """Export the newest intact checkpoint of a run folder, or the checkpoint that `run` is; return `out`."""
     folder, checkpoint = locate(run)
-    inputs, tokenizer = load_inputs(folder)
+    inputs, _ = load_inputs(folder)
     config = load_config(folder / CONFIG_FILE)
     return write_export(
         out,
         config,
         inputs,
         load_module_state(checkpoint),
-        tokenizer=None if tokenizer is None else tokenizer.path,
+        files=[file for file in (folder / TOKENIZER_FILE, folder / STATISTICS_FILE) if file.is_file()],
         step=read_marker(checkpoint)["step"],
         source=str(checkpoint),
         largest_file=largest_file,
@@ -55,12 +57,23 @@ def write_export(
     inputs: Inputs,
     state: Mapping[str, Tensor],
     *,
-    tokenizer: Path | None,
+    files: Sequence[Path],
     step: int,
     source: str,
     largest_file: int = LARGEST_FILE,
 ) -> Path:
-    """Write the folder `out`, all of it or nothing; `source` says where the weights are from, in errors too."""
+    """Write the folder `out`, all of it or nothing.
+
+    Args:
+        out: a new folder.
+        config: of the model.
+        inputs: what a sample is.
+        state: the weights.
+        files: what else the model needs, copied under the same names: its tokenizer.
+        step: optimizer steps it was trained for.
+        source: where the weights are from, in errors too.
+        largest_file: bytes of weights that a file holds at most.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder, or delete it")
     with torch.device("meta"):
@@ -73,8 +86,8 @@ def write_export(
         _write_weights(staging, state, largest_file)
         save_config(config, staging / CONFIG_FILE)
         write_json(staging / INPUTS_FILE, inputs)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, staging / TOKENIZER_FILE)
+        for file in files:
+            shutil.copyfile(file, staging / file.name)
         record = {
             "format": EXPORT_FORMAT,
             "version": EXPORT_VERSION,

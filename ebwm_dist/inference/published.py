@@ -58,7 +58,7 @@ def import_weights(file: Path, config: Config, pad_id: int, out: Path) -> Path:
         "vocab_size": config.model.vocab_size,
         "pad_id": pad_id,
     }
-    return write_export(out, config, inputs, state, tokenizer=None, step=0, source=str(file))
+    return write_export(out, config, inputs, state, files=[], step=0, source=str(file))
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

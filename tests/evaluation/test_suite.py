@@ -43,7 +43,7 @@ def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
         config,
         describe_inputs(manifest),
         build_model(config, manifest.token_content.pad_id).state_dict(),
-        tokenizer=manifest.folder / manifest.token_content.tokenizer,
+        files=[manifest.folder / manifest.token_content.tokenizer],
         step=0,
         source="random",
     )
