@@ -29,6 +29,8 @@ def render(evaluation: dict[str, Any]) -> str:
     """Return the page."""
     result = evaluation["model"]
     sections = [_overview(evaluation), _steps(result, evaluation.get("baseline"))]
+    if "frames" in result:
+        sections.append(_frames(evaluation))
     if "thinking" in result:
         sections.append(_thinking(result))
     sections += [_calibration(result), _strange(result)]
@@ -95,6 +97,17 @@ def _steps(result: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     right.set(title="Against the compute of a prediction", xlabel="FLOPs per prediction", xscale="log")
     right.legend(fontsize="small")
     return "<h2>Loss by MCMC steps</h2>" + _table(head, rows) + _svg(figure)
+
+
+def _frames(evaluation: dict[str, Any]) -> str:
+    rows = [["copy of the last frame", *evaluation["model"]["frames"]["copy"].values()]]
+    for name in ("model", "baseline"):
+        for step, errors in evaluation.get(name, {}).get("frames", {}).items():
+            if step != "copy":
+                rows.append([f"{name}, step {step}", *errors.values()])
+    note = "Mean errors of the predicted frames, of normalised embeddings, and of pictures where they can be decoded."
+    head = [name.replace("_", " ") for name in evaluation["model"]["frames"]["copy"]]
+    return f"<h2>Frames</h2><p>{note}</p>" + _table(["", *head], rows)
 
 
 def _thinking(result: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.stream import Batch, validation_batches
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.choices import accuracies, read_questions, score
+from ebwm_dist.evaluation.frames import frame_errors
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
 from ebwm_dist.evaluation.ranks import Ranks
@@ -80,6 +81,10 @@ class Suite:
         result: dict[str, Any] = {"model": self.describe()}
         self.say(f"{kind}: loss by MCMC steps" if self.is_energy else f"{kind}: loss")
         result["by_steps"] = self.by_steps()
+        if self.config.model.embedding_dim is not None:
+            self.say(f"{kind}: errors of frames")
+            steps = result["by_steps"]["steps"][-1]
+            result["frames"] = frame_errors(self.model, self.batches(), steps, self.observe, self.ranks)
         self.say(f"{kind}: calibration")
         usual = self.tabulate(self.batches(), Thinking())
         result["calibration"] = calibration(usual)
