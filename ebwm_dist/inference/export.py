@@ -125,6 +125,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], largest_file: int)
     for file, part in zip(names, parts, strict=True):
         # Cloned, because tensors of a checkpoint may be views of one storage, which safetensors does not take.
         save_file({name: state[name].detach().cpu().contiguous().clone() for name in part}, folder / file)
+        (folder / file).chmod(0o644)  # safetensors leaves them to their owner alone
     if len(parts) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
