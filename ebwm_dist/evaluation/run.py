@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.data.files import write_atomically, write_json
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import load_only
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.report import render
@@ -23,8 +23,8 @@ def evaluate_runs(
     _check(options)
     loaded = load_model(run, ranks.device)
     if data is not None:
-        loaded.config.data.path = str(data)
-    manifest = Manifest.load(loaded.config.data.path)
+        loaded.config.data.path, loaded.config.data.mixture = str(data), {}
+    manifest = load_only(loaded.config.data)
     if options.other_text is None and loaded.tokenizer is not None:
         # A token has some characters: enough of them for as many sequences as are held out.
         wanted = options.max_sequences * manifest.content.sequence_length * 8
