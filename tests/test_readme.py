@@ -48,7 +48,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 6 and len(OWN_VIDEO) == 4 and len(LARGE) == 5
+    assert len(OWN_TEXT) == 8 and len(OWN_VIDEO) == 4 and len(LARGE) == 5
 
 
 def test_own_text_can_be_trained_on(checkout: Path) -> None:
