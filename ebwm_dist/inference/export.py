@@ -25,11 +25,10 @@ from ebwm_dist.data.files import sha256_of_file, write_json
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.inference.inputs import INPUTS_FILE, TOKENIZER_FILE, Inputs, load_inputs
 from ebwm_dist.inference.load import CONFIG_FILE, EXPORT_FILE, EXPORT_FORMAT, EXPORT_VERSION, check_state, locate
+from ebwm_dist.observation import STATISTICS_FILE
 from ebwm_dist.registry import build_model
 from ebwm_dist.saved_state import load_module_state
 
-STATISTICS_FILE = "embedding_statistics.json"
-"""Mean and standard deviation of the embeddings that the model was trained on, where clips were encoded for it."""
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""
 

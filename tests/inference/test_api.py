@@ -44,7 +44,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = build_model(config, 0).state_dict()
         tokenizer = folder / "text" / "tokenizer.model"
         write_export(
-            folder / kind, config, describe_inputs(manifest), state, tokenizer=tokenizer, step=1, source="a test"
+            folder / kind, config, describe_inputs(manifest), state, files=[tokenizer], step=1, source="a test"
         )
     return folder
 

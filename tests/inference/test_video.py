@@ -33,7 +33,7 @@ def export(folder: Path, kind: str, model: str = "ebt") -> Path:
     config.optimizer.warmup_steps = 1
     torch.manual_seed(0)
     state = build_model(config, None).state_dict()
-    out = write_export(folder / "model", config, describe_inputs(manifest), state, tokenizer=None, step=1, source="it")
+    out = write_export(folder / "model", config, describe_inputs(manifest), state, files=[], step=1, source="it")
     if kind == "clips":
         encoder = build_observer(config, manifest.content, torch.device("cpu")).encoder
         write_json(out / STATISTICS_FILE, {"encoder": "pixels:2", "sha256": encoder.sha256, "mean": 0.5, "std": 0.25})
