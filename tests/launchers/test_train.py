@@ -22,7 +22,7 @@ from tests.runs import metrics
 LOSSES = ("loss", "loss_first_step", "loss_last_step", "energy_first", "energy_last", "mcmc_step_size")
 KEYS = {"kind", "step", "tokens", *LOSSES}
 STEP_KEYS = {"energy_gradient_first", "energy_gradient_last", "mcmc_num_steps", "grad_norm", "lr"}
-TRAIN_KEYS = {*KEYS, *STEP_KEYS, "tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
+TRAIN_KEYS = {*KEYS, *STEP_KEYS, "skipped_samples", "tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
 
 
 def whole_run(start: Start, launcher: str, arguments: list[str], folder: Path) -> tuple[Path, str]:
