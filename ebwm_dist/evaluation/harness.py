@@ -1,0 +1,114 @@
+"""A model for lm-evaluation-harness (the extra `lm-eval`), whose tasks are many:
+
+from lm_eval import simple_evaluate
+from ebwm_dist.evaluation.harness import HarnessModel
+
+simple_evaluate(model=HarnessModel("runs/mine"), tasks=["lambada_openai"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ebwm_dist.devices import use_cuda
+from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.choices import Score, score
+from ebwm_dist.inference.api import AS_TRAINED, Predictor
+from ebwm_dist.inference.load import load_model
+from ebwm_dist.inference.sampling import Sampling
+from ebwm_dist.inference.thinking import Thinking
+
+
+class HarnessModel(LM):
+    """Each token of a text is a prediction that is thought about; scores are likelihoods of what comes of it.
+
+    Args:
+        path: a run folder, one of its checkpoints or an export.
+        thinking: how to predict.
+        batch_size: texts that are looked at together.
+    """
+
+    def __init__(self, path: str | Path, thinking: Thinking = AS_TRAINED, batch_size: int = 16):
+        super().__init__()
+        self.thinking, self.batch_size = thinking, batch_size
+        loaded = load_model(path, torch.device("cuda" if use_cuda() else "cpu"))
+        if loaded.tokenizer is None:
+            raise UserError(f"{path} has no tokenizer: the harness needs a model of text")
+        self.tokenizer = loaded.tokenizer
+        self.predictor = Predictor(loaded.model, loaded.config, loaded.tokenizer)
+        self.max_length = self.predictor.max_context
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation after its context, and whether it is the greedy one."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            # Pieces of words begin with their space, so one at the end of a context belongs to what follows.
+            before = context.rstrip()
+            pairs.append((self._context(before), self.tokenizer.encode(context[len(before) :] + continuation)))
+        longest = max(len(following) for _, following in pairs)
+        if longest > self.max_length:
+            raise UserError(
+                f"a continuation of {longest} tokens: the model was trained with a context of {self.max_length}; "
+                "leave this task out"
+            )
+        return [(found.log_likelihood, found.greedy) for found in self._score(pairs)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each whole text, in the harness' windows of the model's length."""
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tokenizer.encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.tokenizer.eos_id, self.max_length, 1):
+                pairs.append(make_disjoint_window(window))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += found.log_likelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return what follows each context up to the first of its stop strings; contexts that are too long slide."""
+        texts: list[str] = []
+        for settings, alike in groupby(requests, key=lambda request: request.args[1]):
+            prompts = [self._context(request.args[0]) for request in alike]
+            wanted = normalize_gen_kwargs(settings)
+            sampling = Sampling(
+                wanted.get("temperature", 0.0), *(wanted.get(name) or None for name in ("top_k", "top_p", "min_p"))
+            )
+            for start in range(0, len(prompts), self.batch_size):
+                batch = prompts[start : start + self.batch_size]
+                seeds = range(len(texts), len(texts) + len(batch))
+                found = self.predictor.generate(
+                    batch,
+                    wanted["max_gen_toks"],
+                    thinking=self.thinking,
+                    sampling=sampling,
+                    stop=wanted["until"],
+                    seeds=seeds,
+                    slide=True,
+                )
+                texts += [continuation.text for continuation in found]
+        return texts
+
+    def _context(self, text: str) -> list[int]:
+        """Return the tokens of a context; an empty one is the end of another text."""
+        return self.tokenizer.encode(text) or [self.tokenizer.eos_id]
+
+    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+        return score(
+            self.predictor.model,
+            pairs,
+            pad_id=self.tokenizer.pad_id,
+            max_context=self.max_length,
+            thinking=self.thinking,
+            batch_size=self.batch_size,
+            device=self.predictor.device,
+        )
