@@ -89,7 +89,9 @@ def test_own_video_can_be_trained_on(checkout: Path) -> None:
     assert (checkout / "runs" / "my_video" / "checkpoints" / "step-000002").is_dir()
 
 
-@pytest.mark.parametrize("command", LARGE)
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, marks=() if "--dry-run" in command else pytest.mark.slow) for command in LARGE]
+)
 def test_large_runs_are_described(command: str, checkout: Path) -> None:
     """What needs GPUs is started as a dry run by plain python: the launcher, file and overrides are those told."""
     arguments = shlex.split(command)

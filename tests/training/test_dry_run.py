@@ -18,7 +18,13 @@ from ebwm_dist.training.dry_run import _live_bytes, _LiveBytes, activation_bytes
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def described(path: Path) -> object:
+    """Return the parameter of a configuration; deep ones take seconds each."""
+    deep = load_config(path).model.num_layers > 12
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if deep else ())
+
+
+@pytest.mark.parametrize("path", [described(path) for path in CONFIGS])
 def test_every_shipped_configuration_is_described(path: Path) -> None:
     config = load_config(path)
     text = describe(config)

@@ -49,7 +49,25 @@ def training_state(run_dir: Path) -> dict:
     return next(content["training_state"] for content in files.values() if "training_state" in content)
 
 
-def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+CHECKPOINTED = "training.activation_checkpointing=block"
+OFFLOADED = ("zero.offload_optimizer=true", "zero.offload_parameters=true")
+# Overrides by stage and micro-batch of the global batch of 12.
+TWO_RANKS: dict[str, tuple[str, ...]] = {
+    **{f"{stage}-6": () for stage in range(4)},
+    "3-6-checkpointed": (CHECKPOINTED,),
+    "3-6-offloaded": OFFLOADED,
+}
+THREE_RANKS: dict[str, tuple[str, ...]] = {
+    f"{stage}-1": (CHECKPOINTED,) if stage in (0, 3) else () for stage in range(4)
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "cases"), [(2, TWO_RANKS), pytest.param(3, THREE_RANKS, marks=pytest.mark.slow)], ids=["2", "3"]
+)
+def test_ranks_follow_one_process(
+    tiny_data: Path, tiny_config: Path, tmp_path: Path, world_size: int, cases: dict[str, tuple[str, ...]]
+) -> None:
     """Two and three ranks under every stage train as one process does, alpha included: with accumulation over 1 and
     over several micro-batches, with checkpointed blocks, with parameters and optimizer in the memory of the CPU."""
 
@@ -64,19 +82,13 @@ def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: 
             *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
         ]
 
-    checkpointed = "training.activation_checkpointing=block"
-    offloaded = ["zero.offload_optimizer=true", "zero.offload_parameters=true"]
-    two = {f"{stage}-6": (stage, 6) for stage in range(4)}
-    three = {f"{stage}-1": (stage, 1, *([checkpointed] if stage in (0, 3) else [])) for stage in range(4)}
-    two["3-6-checkpointed"], two["3-6-offloaded"] = (3, 6, checkpointed), (3, 6, *offloaded)
     run_distributed_test(train_in_turn, 1, tiny_config, [run("one", 0, 12)])
-    run_distributed_test(train_in_turn, 2, tiny_config, [run(f"2-{n}", *v) for n, v in two.items()], timeout=300)
-    run_distributed_test(train_in_turn, 3, tiny_config, [run(f"3-{n}", *v) for n, v in three.items()], timeout=300)
-    names = [*(f"2-{n}" for n in two), *(f"3-{n}" for n in three)]
+    runs = [run(name, int(name[0]), int(name[2]), *more) for name, more in cases.items()]
+    run_distributed_test(train_in_turn, world_size, tiny_config, runs, timeout=300)
 
     expected, expected_weights = metrics(tmp_path / "one"), weights(tmp_path / "one")
     assert len(expected) == 10
-    for name in names:
+    for name in cases:
         for got, want in zip(metrics(tmp_path / name), expected, strict=True):
             for key, rounding in TOLERANCES.items():
                 assert got[key] == pytest.approx(want[key], rel=rounding), f"{name}: {key} of step {got['step']}"
@@ -86,7 +98,10 @@ def test_ranks_follow_one_process(tiny_data: Path, tiny_config: Path, tmp_path: 
     assert alpha[0] == 0.5 and len(set(alpha)) == 10
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision"), [(1, 0, "fp32"), (2, 1, "bf16"), (2, 3, "bf16")])
+@pytest.mark.parametrize(
+    ("world_size", "stage", "precision"),
+    [(1, 0, "fp32"), (2, 1, "bf16"), pytest.param(2, 3, "bf16", marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_data: Path, tiny_config: Path, tmp_path: Path, world_size: int, stage: int, precision: str
 ) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.worker import peak_bytes
 from ebwm_dist.config import Config, ZeroConfig
 from ebwm_dist.config.deepspeed import deepspeed_dict
 from ebwm_dist.mcmc.schedule import StepPlan
@@ -113,28 +112,6 @@ def late_backward(rank: int, world_size: int) -> None:
 
 def test_no_backward_gathers_the_whole_model() -> None:
     run_distributed_test(late_backward, 2, backend="", timeout=120)
-
-
-def peaks(rank: int, world_size: int) -> None:
-    """From two MCMC steps on, every landscape is in use."""
-    world = setup_distributed(60)
-    config = sharded()
-    config.model.vocab_size, config.data.sequence_length, config.training.positions_per_pass = 500, 40, 40
-    engine = engine_for(config, world)
-    model: Any = engine.module
-    tokens, ids = batch(config, rank, 1, 0)
-
-    def train(num_steps: int) -> None:
-        model.training_step(tokens, ids, StepPlan(num_steps), forward=engine, backward=engine.backward)
-
-    train(1)
-    two, eight = (peak_bytes(lambda k=k: train(k), "cpu") for k in (2, 8))  # type: ignore[misc]
-    assert eight <= 1.05 * two, (two, eight)
-    teardown()
-
-
-def test_memory_does_not_grow_with_the_steps() -> None:
-    run_distributed_test(peaks, 2, backend="", timeout=300)
 
 
 def many_steps(rank: int, world_size: int, steps: int) -> None:
