@@ -7,6 +7,7 @@ time. Few tasks are in flight, which bounds memory when tasks are made as they a
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import signal
@@ -91,17 +92,15 @@ def _ignore_interrupts() -> None:
 
 def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Use the cluster that RAY_ADDRESS names, or start one on this machine for the time of the tasks."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(f"--executor ray needs Ray ({error}): pip install 'ebwm_dist[ray]'") from None
+    import ray
+
     started = not ray.is_initialized()
     if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR")
+        ray.init(logging_level=logging.ERROR)
     elif started:
         # Ray would otherwise leave a token in the home directory, which later clusters ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR)
     remote = ray.remote(function)
 
     def result(reference: Any) -> Result:

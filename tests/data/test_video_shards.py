@@ -122,8 +122,6 @@ def test_processes_write_the_same_bytes(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["process", "ray"])
 def test_every_executor_writes_the_same_bytes(folder: Path, tmp_path: Path, executor: str) -> None:
-    if executor == "ray":
-        pytest.importorskip("ray")
     work = Work(executor, 2)
     make(folder, tmp_path / "clips")
     encode_clips(tmp_path / "clips", tmp_path / "latents", PIXELS)
