@@ -78,6 +78,7 @@ def test_ranks_follow_one_process(
             f"zero.stage={stage}",
             f"training.micro_batch_size={micro}",
             "training.positions_per_pass=6",
+            "optimizer.lr=1e-3",  # at 3e-3, batches come by whose gradient amplifies rounding a hundredfold
             *more,
             *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
         ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import deepspeed
 import pytest
 import torch
 from torch import nn
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 from ebwm_dist.config import Config, ZeroConfig
 from ebwm_dist.config.deepspeed import deepspeed_dict
@@ -128,6 +132,56 @@ def many_steps(rank: int, world_size: int, steps: int) -> None:
 @pytest.mark.parametrize("steps", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_any_number_of_passes_goes_through(steps: int) -> None:
     run_distributed_test(many_steps, 3, steps, backend="", timeout=60 + 6 * steps)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Return how many bytes `step` allocates and frees again hold at most at one time.
+
+    The profiler does not see what a thread of gloo frees, which happens when that thread is the last to let go of a
+    gathered buffer: allocations without an end are left out, or they would pile up here and nowhere else.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results = profiler.profiler and profiler.profiler.kineto_results
+    assert results is not None
+    pending, records = list(results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            records.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    held: dict[int, tuple[int, int]] = {}
+    changes = []
+    for now, address, size in sorted(records, key=lambda record: record[0]):
+        if size > 0:
+            held[address] = now, size
+        elif address in held:
+            since, size = held.pop(address)
+            changes += [(since, size), (now, -size)]
+    return max(accumulate(size for _, size in sorted(changes)))
+
+
+def memory_of_steps(rank: int, world_size: int) -> None:
+    world = setup_distributed(60)
+    config = sharded()
+    config.model.vocab_size, config.data.sequence_length, config.training.positions_per_pass = 500, 40, 40
+    engine = engine_for(config, world)
+    model: Any = engine.module
+    tokens, ids = batch(config, rank, 1, 0)
+
+    def step(mcmc_num_steps: int) -> None:
+        model.training_step(tokens, ids, StepPlan(mcmc_num_steps), forward=engine, backward=engine.backward)
+        assert engine.step()
+
+    step(2)
+    one, sixteen = (peak_bytes(lambda k=k: step(k)) for k in (1, 16))
+    assert one > 1 << 20
+    assert sixteen <= 1.05 * one
+    teardown()
+
+
+def test_memory_does_not_grow_with_the_number_of_mcmc_steps() -> None:
+    run_distributed_test(memory_of_steps, 2, backend="", timeout=120)
 
 
 class Twice(nn.Module):
