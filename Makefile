@@ -44,7 +44,7 @@ train-video: setup data-video
 	$(VENV)/bin/python launchers/video_report.py
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(VENV)/bin/ruff format --check
