@@ -4,7 +4,7 @@ All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and on
 the marker `COMMITTED.json` with the size and SHA-256 of every file last of all, and rename to `step-000100/`. A folder
 is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`; deleting one gives it such a
 name first. When a step is saved again, the checkpoint that was there waits as `step-000100.old/` until the new one is
-committed, so that one of the two counts at every moment.
+committed, so that one of the two counts at every moment. What somebody holds a lease on (`leases.py`) is not pruned.
 
 The run folder must be on a file system that all ranks share.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.leases import is_leased
 
 MARKER = "COMMITTED.json"
 FORMAT_VERSION = 2
@@ -196,14 +197,15 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
 
 
 def prune(root: Path, keep: int, latest: int | None = None) -> None:
-    """Delete all but the `keep` newest checkpoints.
+    """Delete all but the `keep` newest checkpoints, and those that are leased.
 
     `latest` is the step just saved. Checkpoints of later steps, which a resume has passed over as damaged, are then
     neither counted nor deleted: counting them would cost intact ones.
     """
     checkpoints = [path for path in list_checkpoints(root) if latest is None or step_of(path) <= latest]
     for path in checkpoints[max(keep, 1) :]:
-        _delete(path)
+        if not is_leased(path):
+            _delete(path, unless=is_leased)
 
 
 def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
@@ -265,14 +267,18 @@ def _rename(source: Path, target: Path) -> None:
     _flush(target.parent)
 
 
-def _delete(folder: Path) -> None:
+def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:
+    """Delete a folder under another name. `unless` is asked once it has that name: then it gets its own back."""
+    doomed = folder
     if not folder.name.endswith(".tmp"):
         doomed = folder.parent / f"{folder.name.removesuffix('.old')}.tmp"
         if doomed.exists():
             shutil.rmtree(doomed)
         _rename(folder, doomed)
-        folder = doomed
-    shutil.rmtree(folder)
+        if unless(folder):
+            _rename(doomed, folder)
+            return
+    shutil.rmtree(doomed)
 
 
 def _flush(folder: Path) -> None:

@@ -2,11 +2,15 @@
 
 Writes evaluation.json and evaluation.html. Several processes share the work:
 `torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
+
+With `--follow runs/quickstart --workers 2`, Ray actors evaluate every checkpoint of a run that may still be going on,
+and write evaluations.jsonl. RAY_ADDRESS names the cluster; without it they run on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +27,11 @@ def numbers(kind: type) -> Callable[[str], list[float]]:
 def main() -> int:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="run folder, checkpoint or export")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="run folder, checkpoint or export")
+    what.add_argument("--follow", type=Path, help="run folder whose checkpoints are evaluated until it is finished")
+    parser.add_argument("--workers", type=int, help="of --follow; default: evaluation.workers of the run, or 1")
+    parser.add_argument("--gpus-per-worker", type=float, help="of --follow; default: that of the run")
     parser.add_argument("--baseline", type=Path, help="another one, to set beside it")
     parser.add_argument("--data", type=Path, help="data folder; default: the one it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
@@ -36,6 +44,8 @@ def main() -> int:
     parser.add_argument("--choices", type=Path, help='JSON lines {"context", "choices", "answer"} to rank')
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     args = parser.parse_args()
+    if args.follow is not None:
+        return follow(args)
 
     from ebwm_dist.evaluation.ranks import Ranks
     from ebwm_dist.evaluation.run import evaluate_runs
@@ -53,6 +63,22 @@ def main() -> int:
         return 1
     if ranks.rank == 0:
         print("\n".join(map(str, files)))
+    return 0
+
+
+def follow(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoints of a run as they come."""
+    from ebwm_dist.cluster.evaluation import follow as follow_run
+
+    changes = {"workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
+    try:
+        follow_run(args.follow, {name: value for name, value in changes.items() if value is not None})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

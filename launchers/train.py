@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 
+from ebwm_dist.cluster.results import follow_command
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import UserError
 
@@ -36,6 +37,8 @@ def main() -> int:
             return 0
         from ebwm_dist.training.trainer import train
 
+        if rank == 0 and config.evaluation.workers:
+            print(f"evaluation.workers = {config.evaluation.workers}: to start them beside, {follow_command(config)}")
         train(config)
     except UserError as error:
         if rank == 0 or not error.same_on_all_ranks:

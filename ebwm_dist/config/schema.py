@@ -198,6 +198,28 @@ class ValidationConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Evaluation of every checkpoint by processes of their own, on a Ray cluster, while the training goes on."""
+
+    workers: int = 0
+    """Processes that share the held-out data of each checkpoint; 0: checkpoints are not evaluated by themselves."""
+    cpus_per_worker: int = 1
+    """CPUs of each of them, which are also its threads."""
+    gpus_per_worker: float = 0.0
+    """GPU of each of them, or its share of one; 0: evaluate on the CPU."""
+    most_steps: int = 8
+    """Losses are measured after every number of MCMC steps up to this."""
+    max_sequences: int = 512
+    """At most this many held-out sequences, always the same ones."""
+    batch_size: int = 16
+    """Sequences at a time on each worker."""
+    timeout: float = 3600.0
+    """Seconds after which a worker that is still at its part of a checkpoint is taken to hang, and replaced."""
+    drain_timeout: float = 600.0
+    """Seconds after the end of the training in which the checkpoints that are left are still evaluated."""
+
+
+@dataclass
 class CheckpointConfig:
     """Sharded checkpoints of the whole training state."""
 
@@ -247,6 +269,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,8 +91,9 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """Use the cluster that RAY_ADDRESS names, or start one on this machine for the time of the tasks."""
+@contextmanager
+def connected(cpus: int) -> Iterator[None]:
+    """Use the Ray cluster that this process is in or RAY_ADDRESS names, or start one on this machine for the time."""
     import ray
 
     started = not ray.is_initialized()
@@ -100,8 +102,16 @@ def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: 
     elif started:
         # Ray would otherwise leave a token in the home directory, which later clusters ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR)
-    remote = ray.remote(function)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    import ray
 
     def result(reference: Any) -> Result:
         try:
@@ -110,11 +120,8 @@ def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: 
             raise error.cause from None  # as the function raised it, without Ray's traceback in its message
         return answer
 
-    try:
-        yield from _collect(remote.remote, result, tasks, workers)
-    finally:
-        if started:
-            ray.shutdown()
+    with connected(workers):
+        yield from _collect(ray.remote(function).remote, result, tasks, workers)
 
 
 def _collect(

@@ -6,7 +6,8 @@ Shapes: K MCMC steps, B clips, S predicted frames of each, E width of an embeddi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,45 @@ WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class ClipErrors:
+    """The errors of clips, a mean over its frames for each."""
+
+    columns: dict[tuple[str, str], Tensor]
+    """Name of the prediction and of the error -> errors [B], float64 on the CPU."""
+    counted: Tensor
+    """Clips [B] that do not only fill a batch up."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[ClipErrors]) -> ClipErrors:
+        """Return the errors of the clips of all parts."""
+        columns = {key: torch.cat([part.columns[key] for part in parts]) for key in parts[0].columns}
+        return cls(columns, torch.cat([part.counted for part in parts]))
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Return the means: of `copy`, and of the prediction after each MCMC step by number."""
+        result: dict[str, dict[str, float]] = {}
+        for (name, error), values in self.columns.items():
+            # Summed in an order that does not depend on which rank has had which clip.
+            value = values[self.counted].sort().values.mean().item()
+            if error == "pixel_mse":
+                error, value = "psnr", 10 * math.log10(255**2 / max(value, 1e-9))
+            result.setdefault(name, {})[error] = value
+        return result
+
+
 def frame_errors(
     model: Model, batches: Iterable[Batch], num_steps: int, observer: Observer, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
-    """Return the mean errors over the clips of all ranks: of `copy`, and of the prediction after each step by number.
+    """Return the mean errors over the clips of all ranks."""
+    own = errors_of_clips(model, batches, num_steps, observer)
+    columns = {key: ranks.gather(values) for key, values in own.columns.items()}
+    return ClipErrors(columns, ranks.gather(own.counted)).means()
+
+
+@torch.no_grad()
+def errors_of_clips(model: Model, batches: Iterable[Batch], num_steps: int, observer: Observer) -> ClipErrors:
+    """Return the errors of `copy`, and of the prediction after each MCMC step.
 
     An autoregressive model has one prediction, `1`. Where embeddings can be decoded there are `psnr` and `ssim` too.
     """
@@ -55,15 +90,7 @@ def frame_errors(
             for error, values in errors.items():
                 columns.setdefault((name, error), []).append(values.double().cpu())
         kept.append(batch.counted)
-    counted = ranks.gather(torch.cat(kept))
-    result: dict[str, dict[str, float]] = {}
-    for (name, error), parts in columns.items():
-        # Summed in an order that does not depend on which rank has which clip.
-        value = ranks.gather(torch.cat(parts))[counted].sort().values.mean().item()
-        if error == "pixel_mse":
-            error, value = "psnr", 10 * math.log10(255**2 / max(value, 1e-9))
-        result.setdefault(name, {})[error] = value
-    return result
+    return ClipErrors({key: torch.cat(parts) for key, parts in columns.items()}, torch.cat(kept))
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:

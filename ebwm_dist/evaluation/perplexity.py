@@ -1,4 +1,4 @@
-"""Losses, energies and perplexities of a model on held-out batches, on one rank or many.
+"""Losses, energies and perplexities of a model on held-out batches, on one rank, many ranks, or shard by shard.
 
 Shapes: K MCMC steps.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,36 @@ class Result:
         return [math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf for loss in self.step_losses]
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What a result is made of: sums over sequences, so that those of different sequences add up."""
+
+    values: Tensor
+    """Of copies, tokens, sequences, losses [K], changes [K], their squares [K], energies [K + 1 or 0]; in float64."""
+    steps: int
+    energies: int
+    video: bool
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums over the sequences of both."""
+        return replace(self, values=self.values + other.values)
+
+    def result(self) -> Result:
+        """Return the means."""
+        steps = self.steps
+        copied, tokens, sequences, loss, moved, squares, energy = self.values.split(
+            [1, 1, 1, steps, steps, steps, self.energies]
+        )
+        variance = (squares / sequences - (moved / sequences).square()).clamp(min=0) / (sequences - 1).clamp(min=1)
+        return Result(
+            step_losses=(loss / tokens).tolist(),
+            energies=(energy / tokens).tolist() if self.energies else None,
+            standard_errors=variance.sqrt().tolist(),
+            tokens=round(tokens.item()),
+            copy_loss=(copied / tokens).item() if self.video else None,
+        )
+
+
 def evaluate(
     forward: Forward,
     batches: Iterable[Batch],
@@ -56,6 +86,23 @@ def evaluate(
     before each; where it returns False, on all ranks alike, there is no result. `observe` turns samples into what the
     model observes; unset, they only go to the device.
     """
+    sums = add_up(forward, batches, num_steps, device, proceed, observe)
+    if sums is None:
+        return None
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums.values)
+    return sums.result()
+
+
+def add_up(
+    forward: Forward,
+    batches: Iterable[Batch],
+    num_steps: int,
+    device: torch.device,
+    proceed: Callable[[], bool] = lambda: True,
+    observe: Callable[[Tensor], Tensor] | None = None,
+) -> Sums | None:
+    """Do the same over the batches of this process alone."""
     total: torch.Tensor | None = None
     steps = energies = 0
     video = False
@@ -86,14 +133,4 @@ def evaluate(
         values = torch.cat([part.to(torch.float64) for part in parts])
         total = values if total is None else total + values
     assert total is not None, "no validation batch"
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    copied, tokens, sequences, loss, moved, squares, energy = total.split([1, 1, 1, steps, steps, steps, energies])
-    variance = (squares / sequences - (moved / sequences).square()).clamp(min=0) / (sequences - 1).clamp(min=1)
-    return Result(
-        step_losses=(loss / tokens).tolist(),
-        energies=(energy / tokens).tolist() if energies else None,
-        standard_errors=variance.sqrt().tolist(),
-        tokens=round(tokens.item()),
-        copy_loss=(copied / tokens).item() if video else None,
-    )
+    return Sums(total, steps, energies, video)

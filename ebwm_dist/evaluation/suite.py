@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ebwm_dist.data.stream import Batch, validation_batches
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.choices import accuracies, read_questions, score
 from ebwm_dist.evaluation.frames import frame_errors
-from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
@@ -129,24 +129,8 @@ class Suite:
         steps = max(*self.options.steps, self.trained_steps) if self.is_energy else 1
         found = evaluate(self.model, self.batches(), steps, self.ranks.device, observe=self.observe)
         assert found is not None
-        totals = self.manifest.val.totals
-        result: dict[str, Any] = {
-            "steps": list(range(1, steps + 1)) if self.is_energy else [0],
-            "loss": found.step_losses,
-            "tokens": found.tokens,
-            "flops_per_prediction": [self.flops(n, 0) for n in range(1, steps + 1)],
-        }
-        if self.is_energy:
-            result["energy"] = found.energies
-            changes = [loss - found.step_losses[0] for loss in found.step_losses]
-            result["change_from_first"] = [list(pair) for pair in zip(changes, found.standard_errors, strict=True)]
-        if found.copy_loss is not None:
-            result["copy_loss"] = found.copy_loss
-        if "text_bytes" in totals:
-            result["perplexity"] = found.perplexities
-            per_byte = totals["tokens"] / totals["text_bytes"] / math.log(2)
-            result["bits_per_byte"] = [loss * per_byte for loss in found.step_losses]
-        return result
+        flops = [self.flops(n, 0) for n in range(1, steps + 1)]
+        return {**figures_by_steps(found, self.manifest.val.totals), "flops_per_prediction": flops}
 
     def thinking(self, usual: Table) -> list[dict[str, Any]]:
         """Return what thinking differently changes, against a single candidate and the steps of training."""
@@ -260,6 +244,23 @@ def calibration(table: Table) -> dict[str, Any]:
                 "reliability": [asdict(share) for share in reliability(uncertainty, loss)],
                 "risk_coverage": asdict(risk_coverage(uncertainty, loss)),
             }
+    return result
+
+
+def figures_by_steps(found: Result, totals: Mapping[str, int]) -> dict[str, Any]:
+    """Return loss, perplexity, bits per byte and energy after every number of MCMC steps; `totals` of all held out."""
+    result: dict[str, Any] = {"steps": [0], "loss": found.step_losses, "tokens": found.tokens}
+    if found.energies is not None:
+        result["steps"] = list(range(1, len(found.step_losses) + 1))
+        result["energy"] = found.energies
+        changes = [loss - found.step_losses[0] for loss in found.step_losses]
+        result["change_from_first"] = [list(pair) for pair in zip(changes, found.standard_errors, strict=True)]
+    if found.copy_loss is not None:
+        result["copy_loss"] = found.copy_loss
+    if "text_bytes" in totals:
+        result["perplexity"] = found.perplexities
+        per_byte = totals["tokens"] / totals["text_bytes"] / math.log(2)
+        result["bits_per_byte"] = [loss * per_byte for loss in found.step_losses]
     return result
 
 

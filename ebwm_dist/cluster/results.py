@@ -1,0 +1,137 @@
+"""What evaluations found: a record for each checkpoint in `evaluations.jsonl`, in Weights & Biases and as a line.
+
+A checkpoint that was evaluated again (it was saved anew, or an earlier try had failed) has several records; the last
+one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ebwm_dist.config.schema import Config
+
+FILE = "evaluations.jsonl"
+Record = dict[str, Any]
+"""`step, checkpoint` (its fingerprint), `workers, seconds, lag` and either the figures or `error`."""
+
+
+def read_evaluations(run_dir: Path) -> dict[int, Record]:
+    """Return the record of every step that was evaluated, in the order of the steps."""
+    records: dict[int, Record] = {}
+    try:
+        lines = (run_dir / FILE).read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return records
+    for line in lines:
+        try:
+            record = json.loads(line)
+            records[record["step"]] = record
+        except (ValueError, KeyError, TypeError):  # torn by a kill
+            continue
+    return dict(sorted(records.items()))
+
+
+class Results:
+    """Writes the evaluations of a run."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._path = run_dir / FILE
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            self._append("\n")
+        self._wandb = _Wandb(config, run_dir) if config.wandb.mode != "disabled" else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add the record of an evaluation; numbers that JSON cannot hold become null."""
+        self._append(json.dumps(_finite(record)) + "\n")
+        if self._wandb is not None:
+            self._wandb.write(record)
+
+    def close(self) -> None:
+        """Finish what other services hold open."""
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _append(self, text: str) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def follow_command(config: Config) -> str:
+    """Return the command that evaluates the checkpoints of a run, whatever trains it."""
+    return f"python launchers/evaluate.py --follow {config.run_dir}"
+
+
+def trained_loss(record: Mapping[str, Any]) -> float | None:
+    """Return the loss after as many MCMC steps as the model was trained with."""
+    return record["loss"][record["trained_steps"] - 1] if "loss" in record else None
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line for the console."""
+    start = f"step {record['step']} evaluation"
+    if "error" in record:
+        return f"{start} FAILED after {record['tries']} tries: {record['error']}"
+    loss, trained = record["loss"], record["trained_steps"]
+    best = min(range(len(loss)), key=lambda i: math.inf if loss[i] is None else loss[i])
+    parts = [f"{start} | loss {loss[trained - 1]:.4f}"]
+    if len(loss) > 1:
+        parts[-1] += f" after {trained} MCMC steps, lowest {loss[best]:.4f} after {best + 1}"
+    if "perplexity" in record:
+        parts.append(f"perplexity {record['perplexity'][trained - 1]:.2f}")
+    if "copy_loss" in record:
+        parts.append(f"copy of the last frame {record['copy_loss']:.4f}")
+    workers = f"{record['workers']} worker{'s' * (record['workers'] > 1)}"
+    parts.append(f"{record['seconds']:.1f} s on {workers}, {record['lag']:.1f} s after it was saved")
+    return " | ".join(parts)
+
+
+class _Wandb:
+    """A run of its own beside that of the training, as two processes cannot write to one; the same across restarts."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_evaluation_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        name = config.wandb.name or run_dir.name
+        self._run = wandb.init(
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=config.wandb.mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(console="off", silent=True),
+            project=config.wandb.project,
+            name=f"{name}-evaluation",
+            group=name,
+            job_type="evaluation",
+            dir=str(run_dir),
+        )
+        # Checkpoints are not evaluated in the order of their steps, which wandb's own count would have to follow.
+        self._run.define_metric("evaluation/*", step_metric="evaluation/step")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        values: dict[str, float] = {}
+        for key, value in record.items():
+            if isinstance(value, int | float):
+                values[f"evaluation/{key}"] = value
+            elif key in ("loss", "perplexity", "bits_per_byte"):
+                values |= {f"evaluation/{key}_{step + 1}": number for step, number in enumerate(value)}
+        for prediction, errors in record.get("frames", {}).items():
+            values |= {f"evaluation/frames_{prediction}/{name}": value for name, value in errors.items()}
+        self._run.log(values)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

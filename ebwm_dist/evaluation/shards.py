@@ -1,0 +1,64 @@
+"""The evaluation of one checkpoint in shards, which different processes compute and whose sums are then put together.
+
+Each shard is what a rank of so many would evaluate; unlike ranks, shards know nothing of each other, so that any of
+them can be computed again, anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebwm_dist.config.schema import EvaluationConfig
+from ebwm_dist.data.mixture import load_only
+from ebwm_dist.evaluation.frames import ClipErrors, errors_of_clips
+from ebwm_dist.evaluation.perplexity import Sums, add_up
+from ebwm_dist.evaluation.ranks import Ranks
+from ebwm_dist.evaluation.suite import Options, Suite, figures_by_steps
+from ebwm_dist.inference.load import load_model
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known after a part of the held-out data."""
+
+    sums: Sums
+    frames: ClipErrors | None
+    """Of video."""
+    trained_steps: int
+    """MCMC steps that training takes at most."""
+    totals: dict[str, int]
+    """Of everything that is held out."""
+
+
+def evaluate_shard(checkpoint: Path, index: int, count: int, settings: EvaluationConfig, device: torch.device) -> Shard:
+    """Evaluate a checkpoint on the `index`-th of `count` shards of the held-out data."""
+    loaded = load_model(checkpoint, device)
+    options = Options(
+        steps=(settings.most_steps,), max_sequences=settings.max_sequences, batch_size=settings.batch_size
+    )
+    suite = Suite(loaded, load_only(loaded.config.data), options, Ranks(index, count, device))
+    steps = max(settings.most_steps, suite.trained_steps) if suite.is_energy else 1
+    sums = add_up(suite.model, suite.batches(), steps, device, observe=suite.observe)
+    assert sums is not None
+    frames = None
+    if loaded.config.model.embedding_dim is not None:
+        frames = errors_of_clips(suite.model, suite.batches(), steps, suite.observe)
+    return Shard(replace(sums, values=sums.values.cpu()), frames, suite.trained_steps, dict(suite.manifest.val.totals))
+
+
+def merge(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Return the figures of all shards together: loss, perplexity and energy by MCMC steps, and errors of frames."""
+    first = shards[0]
+    sums = first.sums
+    for shard in shards[1:]:
+        sums = sums + shard.sums
+    figures = figures_by_steps(sums.result(), first.totals)
+    frames = [shard.frames for shard in shards if shard.frames is not None]
+    if frames:
+        figures["frames"] = ClipErrors.joined(frames).means()
+    return {"trained_steps": first.trained_steps, **figures}

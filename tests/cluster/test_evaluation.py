@@ -1,0 +1,173 @@
+"""Evaluation beside the training: what workers find is what one process finds, and nothing that fails is fatal."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ebwm_dist.checkpoints import list_checkpoints, prune
+from ebwm_dist.cluster import evaluation
+from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
+from ebwm_dist.cluster.pool import Pool
+from ebwm_dist.cluster.results import line, read_evaluations
+from ebwm_dist.config.schema import Config, EvaluationConfig
+from ebwm_dist.data.executors import connected
+from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.evaluation.shards import evaluate_shard, merge
+from ebwm_dist.leases import Lease
+from ebwm_dist.observation import build_observer, embedding_statistics
+from tests.cluster.flaky import Flaky
+from tests.cluster.made_runs import add_checkpoint, make_run
+from tests.runs import write_config
+from tests.tiny_data import make_tiny_data
+from tests.tiny_shards import make_tiny_clips
+
+CPU = torch.device("cpu")
+SETTINGS = ("evaluation.workers=2", "evaluation.most_steps=3", "evaluation.max_sequences=13", "evaluation.batch_size=4")
+CLIPS = ("data.sequence_length=2", "data.encoder=pixels:2", "model.embedding_dim=12")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with connected(2):
+            yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_tiny_data(folder / "text")
+    write_config(folder)
+    return folder
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Config:
+    return make_run(folder / "tiny.yaml", Manifest.load(folder / "text"), tmp_path / "run", SETTINGS)
+
+
+def close_to(a: Any, b: Any) -> bool:
+    """Return whether all numbers of two nested figures are the same to 1e-6."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close_to(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(close_to(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == pytest.approx(b, rel=1e-6, abs=1e-6))
+
+
+def alone(checkpoint: Path, settings: EvaluationConfig) -> dict[str, Any]:
+    """Return what one process finds, in one piece."""
+    return merge([evaluate_shard(checkpoint, 0, 1, settings, CPU)])
+
+
+@pytest.mark.parametrize("kind", ["text", "clips"])
+def test_any_number_of_shards_gives_the_same_figures(kind: str, folder: Path, config: Config, tmp_path: Path) -> None:
+    """Batches of 4 of 13 texts or 6 clips: shards of unequal size, and of 5 shards some have nothing of their own."""
+    if kind == "clips":
+        manifest = make_tiny_clips(tmp_path / "clips", "jpeg")
+        config = make_run(folder / "tiny.yaml", manifest, tmp_path / "video", (*SETTINGS, *CLIPS))
+        embedding_statistics(build_observer(config, manifest.content, CPU), manifest, tmp_path / "video")
+    path = add_checkpoint(config, 1)
+    whole = alone(path, config.evaluation)
+    assert whole["steps"] == [1, 2, 3] and whole["tokens"] > 0 and whole["loss"][0] != whole["loss"][2]
+    assert kind == "text" or set(whole["frames"]["3"]) == {"mse", "smooth_l1", "psnr", "ssim"}
+    for count in (2, 5):
+        shards = [evaluate_shard(path, index, count, config.evaluation, CPU) for index in range(count)]
+        assert close_to(merge(shards), whole)
+        assert not close_to(merge(shards[1:]), whole)
+
+
+def test_what_is_leased_is_not_pruned(config: Config) -> None:
+    paths = [add_checkpoint(config, step) for step in (1, 2, 3)]
+    lease, dead = Lease(paths[0], "a"), Lease(paths[1], "b", lifetime=-1.0)
+    assert lease.take() and dead.take()
+    prune(paths[0].parent, keep=1)
+    assert list_checkpoints(paths[0].parent) == [paths[2], paths[0]]
+    lease.release()
+    prune(paths[0].parent, keep=1)
+    assert list_checkpoints(paths[0].parent) == [paths[2]]
+    assert not Lease(paths[0], "a").take() and not list(paths[0].parent.glob("*lease*"))
+
+
+def test_a_lease_taken_while_its_checkpoint_is_deleted_wins(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first look for leases and the second one: the folder gets its name back."""
+    paths = [add_checkpoint(config, step) for step in (1, 2)]
+    answers = iter([False, True])
+    monkeypatch.setattr("ebwm_dist.checkpoints.is_leased", lambda path: next(answers))
+    prune(paths[0].parent, keep=1)
+    assert list_checkpoints(paths[0].parent) == paths[::-1]
+
+
+def test_checkpoints_are_evaluated_newest_first_whatever_fails(
+    ray: None, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three checkpoints, of which one is damaged, and a fourth while they are evaluated."""
+    monkeypatch.setattr(evaluation, "PAUSE", 0.1)
+    paths = [add_checkpoint(config, step) for step in (1, 2, 3)]
+    damaged = paths[1] / "mp_rank_00_model_states.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("step 3"):
+            paths.append(add_checkpoint(config, 4))
+
+    with EvaluationWorkers(config, Path(config.run_dir), say):
+        deadline = time.monotonic() + 60
+        while not read_evaluations(Path(config.run_dir)):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+    records = read_evaluations(Path(config.run_dir))
+    assert list(records) == [1, 2, 3, 4]
+    for step in (1, 3, 4):
+        expected = alone(paths[step - 1], config.evaluation)
+        assert close_to({key: records[step][key] for key in expected}, expected)
+        assert records[step]["workers"] == 2 and line(records[step]) in said
+    assert "mp_rank_00_model_states.pt has" in records[2]["error"] and records[2]["tries"] == 3
+    evaluated = [text.split()[1] for text in said if text.startswith("step")]
+    assert evaluated[:2] == ["3", "4"], said
+    assert sum("will be tried again" in text for text in said) == 2, said
+    assert not list(paths[0].parent.glob("*lease*"))
+
+
+def test_calls_of_dead_and_stuck_actors_are_made_again(ray: None, tmp_path: Path) -> None:
+    pool = Pool(Flaky, (), 2, 1, 0)
+    pids = pool.run([("dies", tmp_path / "a"), ("hangs", tmp_path / "b"), ("", tmp_path / "c")], 2.0, lambda: None)
+    assert len(pids) == 3 and (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    with pytest.raises(KeyError, match="told to"):
+        pool.run([("fails", tmp_path / "d"), ("", tmp_path / "e")], 10.0, lambda: None)
+    assert pool.size == 2
+    pool.close()
+
+
+def test_a_follower_goes_on_where_another_was_killed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torn line does not count and spoils none; what failed is tried anew, and so is what was saved anew."""
+    run_dir = Path(config.run_dir)
+    paths = [add_checkpoint(config, step) for step in (1, 2, 3)]
+    first = Follower(config, run_dir, print)
+    figures = {"loss": [1.0, math.inf], "trained_steps": 1, "workers": 1, "seconds": 1.0, "lag": 1.0}
+    monkeypatch.setattr(
+        first, "_evaluate", lambda path, *_: figures | ({"error": "", "tries": 3} if "3" in path.name else {})
+    )
+    for path in paths:
+        first._try(path, None, threading.Event())  # type: ignore[arg-type]
+    with (run_dir / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 7, "check')
+    second = Follower(config, run_dir, print)
+    second.results.write({"step": 8})
+    assert list(read_evaluations(run_dir)) == [1, 2, 3, 8]
+    assert read_evaluations(run_dir)[1]["loss"] == [1.0, None]
+    assert [step for _, (step, _) in second.pending()] == [3]
+    config.seed = 1
+    add_checkpoint(config, 2)
+    assert [step for _, (step, _) in second.pending()] == [3, 2]

@@ -1,0 +1,64 @@
+"""Evaluation of a real run by the commands as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebwm_dist.checkpoints import list_checkpoints, step_of
+from ebwm_dist.cluster.results import read_evaluations
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.evaluation.shards import evaluate_shard, merge
+from tests.cluster.test_evaluation import CPU, close_to
+from tests.launchers.jobs import REPOSITORY, Job
+from tests.runs import metrics, write_config
+from tests.tiny_data import make_tiny_data
+
+
+def steps_of(run_dir: Path) -> float:
+    """Return the median time of a step, without the first ones."""
+    tokens = 12 * 16
+    return statistics.median(tokens / record["tokens_per_second"] for record in metrics(run_dir)[10:])
+
+
+@pytest.mark.slow
+def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two workers that follow the run find what one process finds afterwards; the time of a step is printed."""
+    make_tiny_data(tmp_path / "text")
+    arguments = ["--config", str(write_config(tmp_path)), f"data.path={tmp_path / 'text'}", "training.max_steps=150"]
+    arguments += ["checkpoint.interval=30", "checkpoint.keep=5", "evaluation.workers=2", "evaluation.most_steps=4"]
+    alone = Job("python", [*arguments, f"run_dir={tmp_path / 'alone'}"], tmp_path / "alone.txt", {})
+    try:
+        assert alone.end() == 0, alone.text
+    finally:
+        alone.kill()
+    assert f"evaluate.py --follow {tmp_path / 'alone'}" in alone.text
+
+    run_dir = tmp_path / "run"
+    beside = Job("python", [*arguments, f"run_dir={run_dir}"], tmp_path / "run.txt", {})
+    try:
+        beside.wait_until((run_dir / "config.yaml").exists, "the run folder")
+        follower = [sys.executable, "launchers/evaluate.py", "--follow", str(run_dir)]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+        followed = subprocess.run(
+            follower, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert followed.returncode == 0, followed.stderr
+        assert beside.end() == 0, beside.text
+    finally:
+        beside.kill()
+    found = read_evaluations(run_dir)
+    assert list(found) == [30, 60, 90, 120, 150], followed.stdout
+    settings = load_config(run_dir / "config.yaml").evaluation
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        expected = merge([evaluate_shard(path, 0, 1, settings, CPU)])
+        assert close_to({key: found[step_of(path)][key] for key in expected}, expected)
+    with capsys.disabled():
+        print(f"\nmedian step: {1e3 * steps_of(tmp_path / 'alone'):.1f} ms alone, ", end="")
+        print(f"{1e3 * steps_of(run_dir):.1f} ms beside two evaluation workers; lag of the evaluations in s:")
+        print([round(record["lag"], 1) for record in found.values()])
