@@ -93,6 +93,12 @@ RANGES: dict[str, Range] = {
     "evaluation.drain_timeout": _FROM_0,
     "checkpoint.interval": _FROM_1,
     "checkpoint.keep": _FROM_1,
+    "cluster.num_nodes": _FROM_1,
+    "cluster.min_nodes": _FROM_1,
+    "cluster.gpus_per_node": _FROM_0,
+    "cluster.cpus_per_node": _FROM_1,
+    "cluster.max_restarts": _FROM_0,
+    "cluster.capacity_timeout": _POSITIVE,
 }
 
 
@@ -120,6 +126,7 @@ def check_config(config: Config) -> None:
     _check_batch(config)
     _check_encoder(config)
     _check_zero(config)
+    _check_cluster(config)
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -283,6 +290,14 @@ def _check_zero(config: Config) -> None:
     if config.training.compile and zero.stage == 3:
         raise ConfigError(
             "training.compile = True: needs zero.stage = 0, 1 or 2, as stage 3 gathers parameters inside the blocks"
+        )
+
+
+def _check_cluster(config: Config) -> None:
+    cluster = config.cluster
+    if cluster.min_nodes is not None and cluster.min_nodes > cluster.num_nodes:
+        raise ConfigError(
+            f"cluster.min_nodes = {cluster.min_nodes}: at most cluster.num_nodes = {cluster.num_nodes}; null for all"
         )
 
 

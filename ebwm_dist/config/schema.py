@@ -153,6 +153,11 @@ class TrainingConfig:
     step_timeout: float = 600.0
     """Seconds without progress after which a rank is taken to hang, once the first step is done."""
 
+    @property
+    def last_step(self) -> int:
+        """The step after which a run is left."""
+        return self.max_steps if self.stop_after is None else self.stop_after
+
 
 @dataclass
 class DataConfig:
@@ -256,6 +261,29 @@ class WandbConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """What a run takes of a Ray cluster: one worker for each accelerator. Other launchers do not look at it."""
+
+    num_nodes: int = 1
+    """Number of nodes."""
+    min_nodes: int | None = None
+    """Go on with as few nodes as this while others are missing; null: `num_nodes`."""
+    gpus_per_node: int = 0
+    """GPUs of each node, and so workers; 0: the workers compute on CPUs."""
+    cpus_per_node: int = 1
+    """Workers of each node where there are no GPUs; each is given one CPU."""
+    max_restarts: int = 5
+    """Restarts in a row that may come to nothing: a newer checkpoint lets the count begin anew."""
+    capacity_timeout: float = 1800.0
+    """Seconds to wait for `min_nodes` before giving up."""
+
+    @property
+    def workers_per_node(self) -> int:
+        """Number of workers on each node."""
+        return self.gpus_per_node or self.cpus_per_node
+
+
+@dataclass
 class Config:
     """Everything a run depends on."""
 
@@ -273,5 +301,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed keys, passed through as they are; keys derived from the rest of this tree are refused."""

@@ -76,7 +76,7 @@ def setup_distributed(startup_timeout: float) -> World:
     deepspeed.init_distributed(
         "nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=startup_timeout), auto_mpi_discovery=False
     )
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, socket.gethostname())
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, _node_name())
 
 
 def set_collective_timeout(seconds: float) -> None:
@@ -177,6 +177,10 @@ def remove_stale_locks(folder: Path) -> None:
         except FileNotFoundError:  # released in the meantime
             continue
         print(f"removed {lock}: a build of an extension was killed and left it", file=sys.stderr)
+
+
+def _node_name() -> str:
+    return os.environ.get("EBWM_NODE") or socket.gethostname()  # several nodes of a cluster may share a host
 
 
 def _complete_environment() -> None:

@@ -20,6 +20,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        """What asked to stop; whoever learns of it in another way than by a signal may set it."""
         self._launchers = _launchers()
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else

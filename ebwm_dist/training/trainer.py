@@ -52,11 +52,11 @@ COLLECTIVE_MARGIN = 30.0
 """Seconds by which collectives outlast the watchdog."""
 
 
-def train(config: Config) -> TrainingState:
+def train(config: Config, stop: StopSignal | None = None) -> TrainingState:
     """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then."""
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     data = load_data(config)
-    stop = StopSignal()
+    stop = stop or StopSignal()
     world = setup_distributed(config.training.startup_timeout)
     watchdog = Watchdog(world, heartbeat_store(), config.training.startup_timeout, config.training.step_timeout)
     failure = None
@@ -151,7 +151,7 @@ class Trainer:
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""
         config, state, training = self.config, self.state, self.config.training
-        last = training.max_steps if training.stop_after is None else min(training.stop_after, training.max_steps)
+        last = training.last_step
         first = state.step
         stop = False
         try:

@@ -1,0 +1,44 @@
+"""Run the driver of a run inside a Ray cluster: `python -m ebwm_dist.cluster --config FILE [key=value ...]`.
+
+`launchers/submit.py` starts it as a job; other ways to run a command on a cluster's head node do as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.errors import UserError
+
+ENVIRONMENT = {
+    "RAY_DEDUP_LOGS": "0",  # else lines that several ranks print are shown once
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else what workers print appears twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches itself, and lets the workers save
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths mean another folder than they do elsewhere
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def main() -> int:
+    """Parse the command line and drive the run."""
+    parser = argparse.ArgumentParser(prog="python -m ebwm_dist.cluster", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. cluster.num_nodes=4")
+    args = parser.parse_intermixed_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        config = load_config(args.config, args.overrides)
+        from ebwm_dist.cluster.driver import run  # Ray reads the environment when it is imported
+
+        return run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Runs as jobs of a Ray cluster, from outside: submit, follow, ask, stop.
+
+The name of a run is the id of its job, so a run is on a cluster once at most: submitting it again finds it there. What
+is uploaded is the package's source and the resolved configuration, nothing else of the folder one works in; what the
+package needs has to be installed on the nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ebwm_dist
+from ebwm_dist.cluster.capacity import allowed_nodes
+from ebwm_dist.config.loading import save_config
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import UserError
+
+CONFIG_FILE = "run.yaml"
+ENTRYPOINT = ("python", "-m", "ebwm_dist.cluster", "--config", CONFIG_FILE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_RECONNECT = 1.0
+
+
+class JobError(UserError):
+    """A job that cannot be found or submitted, or a cluster that does not answer."""
+
+
+class Jobs:
+    """The jobs of the cluster at `address`, the http:// address of its dashboard."""
+
+    def __init__(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address
+        try:
+            self._client: Any = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise JobError(f"{address} does not answer as a Ray cluster does: {_first_line(error)}") from None
+        logging.getLogger("ray").setLevel(logging.WARNING)  # the client has set it anew
+
+    def submit(self, config: Config, name: str | None = None, installed: bool = False) -> tuple[str, str]:
+        """Start a run, unless it runs or has finished; return its name, and what was found or done.
+
+        `installed`: upload the configuration only, and run the package that is installed on the nodes.
+        """
+        config = with_absolute_paths(config)
+        allowed_nodes(config)
+        name = name or Path(config.run_dir).name
+        if not _NAME.fullmatch(name):
+            raise JobError(f"{name!r} cannot name a job: letters, digits and ._- can (--name)")
+        metadata = {"run_dir": config.run_dir, "fingerprint": fingerprint(config)}
+        if (info := self._find(name)) is not None:
+            if info.metadata.get("run_dir") != config.run_dir:
+                raise JobError(f"{name} is the name of another run, in {info.metadata.get('run_dir')}: choose a --name")
+            if info.status not in _ENDED:
+                return name, f"{name} is {info.status.lower()} already"
+            if info.status == "SUCCEEDED" and info.metadata == metadata:
+                return name, f"{name} has finished already"
+            self._client.delete_job(name)
+        with tempfile.TemporaryDirectory() as folder:
+            make_package(Path(folder), config, installed)
+            environment = {
+                # The job is killed when a save takes longer than this.
+                "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.training.step_timeout)),
+                "PYTHONUNBUFFERED": "1",
+            }
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(ENTRYPOINT),
+                    submission_id=name,
+                    runtime_env={"working_dir": folder, "env_vars": environment},
+                    metadata=metadata,
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise JobError(f"{name} was not taken: {_first_line(error)}") from None
+                return name, f"{name} was submitted by somebody else in this moment"
+        return name, f"submitted {name}"
+
+    def follow(self, name: str) -> int:
+        """Print the logs of a job until it ends; return its exit code."""
+        self._info(name)
+        asyncio.run(self._print_logs(name))
+        info = self._info(name)
+        if info.status == "SUCCEEDED":
+            return 0
+        if info.driver_exit_code is None and info.message:
+            print(info.message, file=sys.stderr)  # it has not come to running
+        return int(info.driver_exit_code or 1)
+
+    def logs(self, name: str) -> str:
+        """Return what a job has printed so far."""
+        self._info(name)
+        return str(self._client.get_job_logs(name))
+
+    def status(self, name: str) -> str:
+        """Return one word on a job, and Ray's own on how it has ended."""
+        info = self._info(name)
+        return info.status.lower() + (f": {info.message}" if info.message else "")
+
+    def stop(self, name: str) -> str:
+        """Ask a job to save and leave."""
+        self._info(name)
+        return f"asked {name} to stop" if self._client.stop_job(name) else f"{name} has ended before"
+
+    def list(self) -> list[str]:
+        """Return a line for each job that was submitted, the latest first."""
+        jobs = [job for job in self._client.list_jobs() if job.submission_id]
+        jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [
+            f"{job.submission_id}  {job.status.lower()}  {job.metadata.get('run_dir', '')}".rstrip() for job in jobs
+        ]
+
+    async def _print_logs(self, name: str) -> None:
+        """Print on over lost connections: each tells everything from the start."""
+        printed = 0
+        while True:
+            passed = 0
+            with suppress(RuntimeError, OSError):
+                async for text in self._client.tail_job_logs(name):
+                    print(text[max(0, printed - passed) :], end="", flush=True)
+                    passed += len(text)
+                    printed = max(printed, passed)
+            if self._info(name).status in _ENDED:
+                text = self.logs(name)  # the end may have been missed
+                print(text[printed:], end="", flush=True)
+                return
+            await asyncio.sleep(_RECONNECT)
+
+    def _find(self, name: str) -> Any:
+        for job in self._client.list_jobs():
+            if job.submission_id == name:
+                return job
+        return None
+
+    def _info(self, name: str) -> Any:
+        info = self._find(name)
+        if info is None:
+            raise JobError(f"{self.address} has no job {name!r}: `submit.py list` shows those it has")
+        return info
+
+
+def make_package(folder: Path, config: Config, installed: bool) -> None:
+    """Put into `folder` what a job needs: the resolved configuration, and the package unless it is `installed`."""
+    save_config(config, folder / CONFIG_FILE)
+    if not installed:
+        source = Path(ebwm_dist.__file__).parent
+        for path in source.rglob("*.py"):
+            target = folder / source.name / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return `config` with paths that mean the same in another folder; all nodes must share these."""
+    data = config.data
+    return dataclasses.replace(
+        config,
+        run_dir=_absolute(config.run_dir),
+        data=dataclasses.replace(
+            data,
+            path=_absolute(data.path),
+            mixture={_absolute(path): weight for path, weight in data.mixture.items()},
+            encoder_weights=None if data.encoder_weights is None else _absolute(data.encoder_weights),
+        ),
+    )
+
+
+def fingerprint(config: Config) -> str:
+    """Return a digest of a configuration."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def arguments_of_cluster(
+    num_nodes: int, min_nodes: int | None, gpus_per_node: int | None, cpus_per_node: int | None
+) -> Sequence[str]:
+    """Return the overrides that say the same as these options."""
+    given = {
+        "num_nodes": num_nodes,
+        "min_nodes": min_nodes,
+        "gpus_per_node": gpus_per_node,
+        "cpus_per_node": cpus_per_node,
+    }
+    return [f"cluster.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path or path.startswith("pipe:") else str(Path(path).absolute())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,162 @@
+"""Ray clusters of several nodes on this machine, in processes of their own, which a test may kill one by one.
+
+This process never connects to them: it starts daemons, and looks at them through commands and the Jobs API.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY
+
+MARK = "EBWM_TEST_CLUSTER"
+QUIET = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+class TestCluster:
+    """A head without CPUs, and nodes that each have some."""
+
+    __test__ = False
+
+    def __init__(self, nodes: int, cpus: int = 1) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cpus = cpus
+        self.cluster: Any = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0},
+        )
+        self.nodes = [self.add() for _ in range(nodes)]
+        self.address = f"http://{self.cluster.webui_url.removeprefix('http://')}"
+
+    def add(self) -> Any:
+        """Start a further node."""
+        node = self.cluster.add_node(num_cpus=self.cpus)
+        self.nodes = [*getattr(self, "nodes", []), node]
+        return node
+
+    def lose(self, node: Any) -> None:
+        """Kill a node with all of its workers at once, as a power cut does."""
+        self.nodes.remove(node)
+        raylet = node.all_processes["raylet"][0].process.pid
+        for pid in [raylet, *descendants(raylet)]:
+            kill(pid)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def shutdown(self) -> None:
+        """End every daemon."""
+        self.cluster.shutdown()
+
+
+@contextmanager
+def cluster(nodes: int, cpus: int = 1) -> Iterator[TestCluster]:
+    """Run a cluster whose processes are all found again: none may be left at the end, nor what they shared."""
+    mark, before = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
+    environment = {**QUIET, MARK: mark, "PATH": f"{BESIDE_PYTHON}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    saved = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    running = None
+    try:
+        running = TestCluster(nodes, cpus)
+        yield running
+    finally:
+        try:
+            if running is not None:
+                running.shutdown()
+            wait_for(lambda: not marked(mark), lambda: f"processes of the cluster left: {marked(mark)}", 30)
+        finally:
+            for pid in marked(mark):
+                kill(pid)
+            for name, value in saved.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+    def left() -> list[str]:
+        return [
+            name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("deepspeed", "torch_", "plasma"))
+        ]
+
+    wait_for(lambda: not left(), lambda: f"left in shared memory: {left()}", 10)
+
+
+def marked(mark: str) -> dict[int, str]:
+    """Return the command lines of processes that bear a mark in their environment, this one left out."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if folder.name == str(os.getpid()):
+            continue
+        try:
+            pairs = (folder / "environ").read_text(errors="replace").split("\0")
+            state = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+            if f"{MARK}={mark}" in pairs and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+def workers(run_dir: Path) -> dict[int, int]:
+    """Return the processes of the ranks that train in `run_dir`, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            for descriptor in (folder / "fd").iterdir():
+                target = os.readlink(descriptor)
+                if target.startswith(str(run_dir / "logs" / "rank_")):
+                    found[int(Path(target).stem.removeprefix("rank_"))] = int(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below one."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(folder.name))
+    below, found = [pid], []
+    while below:
+        new = children.get(below.pop(), [])
+        found += new
+        below += new
+    return found
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    """Signal a process that may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def wait_for(condition: Callable[[], object], what: str | Callable[[], str], seconds: float) -> None:
+    """Wait for something that goes on elsewhere."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
+        time.sleep(0.05)
+
+
+def submit_command(address: str, *arguments: str | Path) -> list[str]:
+    """Return the command a user would type."""
+    return [sys.executable, "launchers/submit.py", "--address", address, *map(str, arguments)]

@@ -1,0 +1,79 @@
+"""How many nodes a run takes of those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ebwm_dist.cluster.capacity import SETTLE, CapacityError, allowed_nodes, best, count_nodes, wait_for_nodes
+from ebwm_dist.config import Config
+from ebwm_dist.errors import ConfigError
+
+
+def config(num_nodes: int = 4, min_nodes: int | None = None, per_node: int = 2, batch: int = 24) -> Config:
+    config = Config()
+    config.cluster.num_nodes, config.cluster.min_nodes, config.cluster.cpus_per_node = num_nodes, min_nodes, per_node
+    config.training.global_batch_size, config.training.micro_batch_size = batch, 1
+    return config
+
+
+def test_only_worlds_that_divide_the_batch() -> None:
+    assert allowed_nodes(config()) == [4]
+    assert allowed_nodes(config(min_nodes=1)) == [4, 3, 2, 1]
+    assert allowed_nodes(config(num_nodes=6, min_nodes=2)) == [6, 4, 3, 2]
+    with pytest.raises(ConfigError, match="10 ranks"):
+        allowed_nodes(config(num_nodes=5, min_nodes=2))
+    assert [best([4, 2], free) for free in (9, 4, 3, 2, 1)] == [4, 4, 2, 2, 0]
+
+
+def test_a_node_counts_as_often_as_its_workers_fit() -> None:
+    per_worker = {"GPU": 1.0, "CPU": 1.0}
+    available = {
+        "head": {"CPU": 8.0},
+        "a": {"CPU": 64.0, "GPU": 8.0},
+        "b": {"CPU": 64.0, "GPU": 7.0},
+        "c": {"CPU": 64.0, "GPU": 16.0},
+        "d": {"CPU": 4.0, "GPU": 8.0},
+    }
+    assert count_nodes(available, {}, per_worker, 8) == 3
+    assert count_nodes(available, {"c": 0}, per_worker, 8) == 1
+
+
+class Clock:
+    def __init__(self, free: Iterator[int]) -> None:
+        self.now, self.free = 0.0, free
+
+    def wait(self, config: Config, stop_at: float = float("inf")) -> tuple[int, float, list[str]]:
+        told: list[str] = []
+
+        def sleep(seconds: float) -> None:
+            self.now += seconds
+
+        nodes = wait_for_nodes(
+            config, lambda: next(self.free), lambda: self.now >= stop_at, told.append, lambda: self.now, sleep
+        )
+        return nodes, self.now, told
+
+
+def sequence(*counts: int) -> Iterator[int]:
+    yield from counts
+    while True:
+        yield counts[-1]
+
+
+def test_all_nodes_are_taken_at_once_and_fewer_after_a_while() -> None:
+    assert Clock(sequence(4)).wait(config(min_nodes=2)) == (4, 0, [])
+    assert Clock(sequence(3)).wait(config(min_nodes=2)) == (3, SETTLE, [])
+    assert Clock(sequence(3, 3, 2)).wait(config(min_nodes=2)) == (2, SETTLE + 2, [])
+    assert Clock(sequence(3, 3, 4)).wait(config(min_nodes=2)) == (4, 2, [])
+    nodes, seconds, told = Clock(sequence(*[3] * 30, 4)).wait(config())
+    assert (nodes, seconds, told) == (4, 30, ["waiting for 4 free nodes of 2 workers"])
+
+
+def test_waiting_ends() -> None:
+    limited = config()
+    limited.cluster.capacity_timeout = 60
+    with pytest.raises(CapacityError, match="60 s without 4 free nodes of 2 workers"):
+        Clock(sequence(3)).wait(limited)
+    assert Clock(sequence(3)).wait(limited, stop_at=5)[:2] == (0, 5)

@@ -1,0 +1,156 @@
+"""What is sent to a cluster, and what is asked of it, without one."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ebwm_dist.cluster.jobs import JobError, Jobs, arguments_of_cluster, fingerprint, make_package, with_absolute_paths
+from ebwm_dist.cluster.worker import interface_of
+from ebwm_dist.config import Config
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.errors import ConfigError
+from tests.launchers.jobs import REPOSITORY
+
+
+class Client:
+    """A cluster that remembers."""
+
+    def __init__(self, address: str) -> None:
+        self.jobs: dict[str, Any] = {}
+        self.deleted: list[str] = []
+
+    def list_jobs(self) -> list[Any]:
+        return list(self.jobs.values())
+
+    def delete_job(self, name: str) -> None:
+        assert self.jobs.pop(name).status in ("SUCCEEDED", "FAILED", "STOPPED")
+        self.deleted.append(name)
+
+    def submit_job(self, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: Any) -> None:
+        if submission_id in self.jobs:
+            raise RuntimeError("HTTP 500: already exists")
+        config = load_config(Path(runtime_env["working_dir"]) / "run.yaml")
+        self.jobs[submission_id] = SimpleNamespace(
+            submission_id=submission_id, status="RUNNING", metadata=metadata, entrypoint=entrypoint, config=config,
+            env=runtime_env["env_vars"], start_time=len(self.jobs), message=None,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    return Jobs("http://nowhere:8265")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = Config(run_dir=str(tmp_path / "runs" / "mine"))
+    config.cluster.cpus_per_node = 2
+    return config
+
+
+def test_a_run_is_submitted_once(cluster: Jobs, config: Config) -> None:
+    client: Any = cluster._client
+    assert cluster.submit(config) == ("mine", "submitted mine")
+    job = client.jobs["mine"]
+    assert shlex.split(job.entrypoint) == ["python", "-m", "ebwm_dist.cluster", "--config", "run.yaml"]
+    assert job.config == with_absolute_paths(config)
+    assert job.env["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
+    assert cluster.submit(config) == ("mine", "mine is running already")
+    job.status = "SUCCEEDED"
+    assert cluster.submit(config) == ("mine", "mine has finished already")
+    assert client.deleted == [] and cluster.list() == [f"mine  succeeded  {config.run_dir}"]
+    assert cluster.status("mine") == "succeeded"
+
+
+def test_what_has_not_finished_or_is_to_go_on_is_submitted_again(cluster: Jobs, config: Config) -> None:
+    client: Any = cluster._client
+    for status in ("FAILED", "STOPPED", "SUCCEEDED"):
+        cluster.submit(config)
+        client.jobs["mine"].status = status
+        config.training.max_steps += status == "SUCCEEDED"
+        assert cluster.submit(config)[1] == "submitted mine"
+        client.jobs["mine"].status = "STOPPED"
+    assert client.deleted == ["mine"] * 5
+
+
+def test_names(cluster: Jobs, config: Config, tmp_path: Path) -> None:
+    cluster.submit(config)
+    config.run_dir = str(tmp_path / "elsewhere" / "mine")
+    with pytest.raises(JobError, match=r"another run, in .*/runs/mine: choose a --name"):
+        cluster.submit(config)
+    assert cluster.submit(config, "other")[0] == "other"
+    for name in ("a b", "../x", "-x", "a/b"):
+        with pytest.raises(JobError, match="cannot name a job"):
+            cluster.submit(config, name)
+    with pytest.raises(JobError, match="has no job 'nobody'"):
+        cluster.status("nobody")
+
+
+def test_two_submissions_at_once_are_one(cluster: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.submit(config)
+    monkeypatch.setattr(Client, "list_jobs", lambda self: [])
+    assert "by somebody else" in cluster.submit(config)[1]
+
+
+def test_what_cannot_run_is_not_submitted(cluster: Jobs, config: Config) -> None:
+    config.cluster.cpus_per_node = 7
+    with pytest.raises(ConfigError, match="7 ranks"):
+        cluster.submit(config)
+    assert cluster.list() == []
+
+
+def test_the_package_is_small_and_runs(config: Config, tmp_path: Path) -> None:
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    make_package(whole, config, installed=False)
+    make_package(bare, config, installed=True)
+    assert [path.name for path in bare.iterdir()] == ["run.yaml"]
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert sum((whole / path).stat().st_size for path in files) < 2**21
+    source = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "ebwm_dist").rglob("*.py")}
+    assert set(files) == source | {Path("run.yaml")}
+    code = "import ebwm_dist.config.loading as l; print(l.__file__); l.load_config('run.yaml')"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=whole, env={}, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == str(whole / "ebwm_dist" / "config" / "loading.py")
+
+
+def test_paths_mean_the_same_on_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config(run_dir="runs/x")
+    config.data.path, config.data.encoder_weights = "data/text", "vae"
+    config.data.mixture = {"s3://bucket/a": 1.0, "b": 2.0, "pipe:ssh host cat c": 1.0, "/d": 1.0}
+    absolute = with_absolute_paths(config)
+    assert absolute.run_dir == str(tmp_path / "runs" / "x") and absolute.data.encoder_weights == str(tmp_path / "vae")
+    assert absolute.data.path == str(tmp_path / "data" / "text")
+    assert list(absolute.data.mixture) == ["s3://bucket/a", str(tmp_path / "b"), "pipe:ssh host cat c", "/d"]
+    assert config.run_dir == "runs/x" and fingerprint(config) != fingerprint(absolute) == fingerprint(absolute)
+
+
+def test_options_are_overrides() -> None:
+    assert arguments_of_cluster(4, None, 8, None) == ["cluster.num_nodes=4", "cluster.gpus_per_node=8"]
+    assert arguments_of_cluster(1, 1, None, 2)[1:] == ["cluster.min_nodes=1", "cluster.cpus_per_node=2"]
+
+
+def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from launchers import submit
+
+    monkeypatch.setattr(sys, "argv", ["submit.py", "list", "--address", "http://127.0.0.1:9"])
+    assert submit.main() == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: http://127.0.0.1:9 does not answer as a Ray cluster does") and err.count("\n") == 1
+
+
+def test_interfaces() -> None:
+    assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.9") is None
+
+
+def test_training_knows_nothing_of_ray() -> None:
+    code = "import sys, ebwm_dist.training.trainer, ebwm_dist.training.dry_run; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

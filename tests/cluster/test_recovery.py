@@ -1,0 +1,70 @@
+"""Which failures are restarted, how often and after what pause."""
+
+from __future__ import annotations
+
+import pickle
+
+from ebwm_dist.cluster.recovery import Failure, RestartPolicy, WorkerError, describe, kind_of
+from ebwm_dist.errors import CheckpointError, ConfigError, DataError, PeerError
+
+NODES = {0: "host, node a", 1: "host, node b"}
+
+
+def failure(kind: str = "lost", step: int = 7, cause: str = "lost rank 1") -> Failure:
+    return Failure(step, kind, cause, cause)
+
+
+def test_the_first_cause_is_told_and_not_its_echo() -> None:
+    gone = RuntimeError("The actor died unexpectedly")
+    peer = WorkerError("peer", 0, "rank 0 (a): lost the other ranks", "rank 0 (a): lost the other ranks")
+    program = WorkerError("program", 1, "ValueError: bad", "Traceback ...\nValueError: bad")
+    found = describe({0: peer, 1: program}, NODES, 7)
+    assert found == Failure(
+        7, "program", "rank 1 (host, node b): ValueError: bad", "rank 1 (host, node b):\nTraceback ...\nValueError: bad"
+    )
+    user = WorkerError("user", 0, "no such shard", "no such shard")
+    assert describe({0: user, 1: program}, NODES, 7).text == "error: no such shard"
+    assert describe({0: peer, 1: gone}, NODES, 7).cause == "rank 0 (a): lost the other ranks (last step 7)"
+    lost = describe({1: gone}, NODES, 7)
+    assert (lost.kind, lost.cause) == ("lost", "lost rank 1 (host, node b) (last step 7)")
+    assert "unknown node" in describe({5: gone}, NODES, 7).cause
+
+
+def test_kinds_of_errors() -> None:
+    assert [kind_of(error) for error in (PeerError("x"), ConfigError("x"), DataError("x"), CheckpointError("x"))] == [
+        "peer",
+        "user",
+        "user",
+        "program",
+    ]
+    assert kind_of(OSError("x")) == "program" == kind_of(KeyError("x"))
+    error = WorkerError("program", 1, "cause", "text")
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error) and str(error) == "text"
+
+
+def test_restarts_without_progress_are_bounded_and_ever_slower() -> None:
+    policy = RestartPolicy(8)
+    pauses = [policy.judge(failure(), 5).pause for _ in range(9)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, None]
+    assert RestartPolicy(0).judge(failure(), 5).pause is None
+
+
+def test_a_newer_checkpoint_gives_new_restarts() -> None:
+    policy = RestartPolicy(2)
+    verdicts = [policy.judge(failure(), committed) for committed in (0, 0, 5, 5, 10, 10, 10)]
+    assert [verdict.pause for verdict in verdicts] == [1, 2, 1, 2, 1, 2, None]
+    assert "2 restarts without a new checkpoint" in verdicts[-1].reason
+
+
+def test_the_same_error_at_the_same_step_is_not_tried_again() -> None:
+    policy = RestartPolicy(9)
+    assert policy.judge(failure("program", 7, "ValueError: a"), 5).pause == 1
+    assert policy.judge(failure("program", 7, "ValueError: b"), 5).pause == 2
+    assert policy.judge(failure("program", 8, "ValueError: b"), 5).pause == 4
+    verdict = policy.judge(failure("program", 8, "ValueError: b"), 5)
+    assert verdict.pause is None and "the same error twice after step 8" in verdict.reason
+
+    for kind in ("lost", "peer"):  # two machines may fail at the same step
+        policy = RestartPolicy(9)
+        assert all(policy.judge(failure(kind), 5).pause for _ in range(2))
+    assert RestartPolicy(9).judge(failure("user"), 5).pause is None
