@@ -105,7 +105,9 @@ def test_out_of_memory_is_a_record() -> None:
 
 @pytest.mark.slow
 def test_out_of_time_is_a_record() -> None:
-    done = run("--json", "--time-limit", "1", "--methods", "first_order")  # which the imports take already
+    done = run(
+        "--json", "--steps", "1", "--time-limit", "1", "--methods", "first_order"
+    )  # which the imports take already
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout)
     assert record["error"] == "out of time" and record["seconds"] is None and record["peak_bytes"] is None

@@ -110,6 +110,28 @@ def test_autoregressive_and_compiled(tmp_path: Path) -> None:
     assert torch.equal(model.blocks[1].ffn_norm.weight, state["model.transformer.layers.1.ffn_norm.weight"])
 
 
+def test_video(tmp_path: Path) -> None:
+    """Frames have no embedding table, and where they are wider than the model a projection."""
+    state = published_state("default")
+    for name in ("embeddings", "vocab_to_embed"):
+        del state[f"model.{name}.weight"]
+    torch.save(state, tmp_path / "tokens.ckpt")
+    projection = nn.Linear(48, DIM)
+    state |= {f"model.encoder_down_projection.{name}": x for name, x in projection.state_dict().items()}
+    state["model.image_encoder.conv.weight"] = torch.ones(1)  # is frozen, and not the model's
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    video = ["model.embedding_dim=48", "mcmc.initial_state=most_recent_embedding"]
+    config = load_config(write_config(tmp_path), video)
+    loaded = load_model(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported"))
+    assert loaded.inputs["kind"] == "latents" and "pad_id" not in loaded.inputs
+    assert torch.equal(loaded.model.space.projection.weight, projection.weight)
+    frames = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1))
+    losses, energies, _ = loaded.model.evaluate(frames, torch.arange(2), 2)
+    assert losses.isfinite().all() and (energies[-1] < energies[0]).all()
+    with pytest.raises(CheckpointError, match="missing space.projection"):
+        import_weights(tmp_path / "tokens.ckpt", config, 0, tmp_path / "other")
+
+
 def test_names_that_do_not_fit_are_all_told(tmp_path: Path) -> None:
     state = published_state("default")
     with pytest.raises(CheckpointError, match=r"does not have: model.more.bias, model.more.weight$"):
