@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 
+from ebwm_dist.cluster.jobs import with_absolute_paths
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import UserError
 
@@ -31,7 +32,7 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        config = load_config(args.config, args.overrides)
+        config = with_absolute_paths(load_config(args.config, args.overrides))
         from ebwm_dist.cluster.driver import run  # Ray reads the environment when it is imported
 
         return run(config)

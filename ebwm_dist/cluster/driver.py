@@ -10,27 +10,32 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from ebwm_dist.checkpoints import list_checkpoints, step_of
 from ebwm_dist.cluster import capacity
+from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
+from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
 EVENTS = "cluster.jsonl"
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""
+_TAIL = 1 << 16
+"""Bytes at the end of metrics.jsonl that hold its last record."""
 _STARTUP = 20.0
 """Seconds of a group in which nodes that become free are left alone: those it takes may not be taken yet."""
 
@@ -53,6 +58,7 @@ class Driver:
         self.allowed = capacity.allowed_nodes(config)
         self.policy = RestartPolicy(config.cluster.max_restarts)
         self.asked: str | None = None
+        self.evaluation = EvaluationWorkers(config, self.run_dir, self._say)
         try:
             ray.init(address="auto", logging_level=logging.WARNING)
         except ConnectionError:
@@ -71,30 +77,46 @@ class Driver:
         ray.shutdown()
 
     def run(self) -> int:
-        """Start groups until there is no more to do."""
-        with _evaluation(self.config):
-            while True:
-                nodes = self._wait()
-                if not nodes:
-                    return self._stopped(self.asked or "")
-                group, watch = Group(self.config, nodes), _Watch(self, nodes)
-                self._record("start", nodes=nodes, world_size=group.world_size)
-                self._say(f"starting {group.world_size} workers on {nodes} nodes")
-                try:
-                    step = group.run(watch)
-                except TrainingFailedError as error:
-                    if not self._recover(self._describe(error, group)):
-                        return 0 if self.asked else 1
-                    continue
-                finally:
-                    group.close()
-                if step >= self.config.training.last_step:
-                    self._record("end", reason="done")
-                    return 0
-                if self.asked or not watch.reason:
-                    return self._stopped(self.asked or "a worker was told to stop")
+        """Train, with evaluation beside it; return 0 if the run has come to its end or was told to stop."""
+        with self.evaluation:
+            failure = self._train()
+            if failure is not None or self.asked:
+                self.evaluation.cancel()
+        if failure is None:
+            return 0
+        time.sleep(_LOG_LAG)
+        print(failure.text, file=sys.stderr, flush=True)
+        return 1
+
+    def _train(self) -> Failure | None:
+        """Start groups until there is no more to do; return what that was due to, if it was a failure."""
+        while nodes := self._wait():
+            group = Group(self.config, nodes)
+            watch = _Watch(self, group)
+            self._record("start", nodes=nodes, world_size=group.world_size)
+            self._say(f"starting {group.world_size} workers on {nodes} nodes")
+            failure = None
+            try:
+                step = group.run(watch)
+            except (TrainingFailedError, RayError) as error:
+                failure = self._describe(error, group)
+            finally:
+                group.close()
+            if failure is not None:
+                if not self._recover(failure):
+                    return failure
+            elif step >= self.config.training.last_step:
+                self._record("end", reason="done")
+                return None
+            elif self.asked or watch.reason is None:
+                break
+            else:
                 self._record("restart", reason=watch.reason)
                 self._say(f"left at step {step}: {watch.reason}")
+        reason = self.asked or "a worker was told to"
+        self._record("stop", reason=reason)
+        self._say(f"stopped ({reason}) at step {self._committed()}; submit the run again to go on")
+        return None
 
     def _wait(self) -> int:
         cluster = self.config.cluster
@@ -110,7 +132,7 @@ class Driver:
         finally:
             capacity.request(cluster, 0)
 
-    def _describe(self, error: TrainingFailedError, group: Group) -> Failure:
+    def _describe(self, error: Exception, group: Group) -> Failure:
         failures = getattr(error, "worker_failures", {})
         errors = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
         if errors:
@@ -119,27 +141,19 @@ class Driver:
         return Failure(self._step(), "lost", lines[-1] if lines else repr(error), str(error))
 
     def _recover(self, failure: Failure) -> bool:
-        """Record a failure and wait until it is time to start again; return whether it is."""
-        verdict = self.policy.judge(failure, self._committed())
-        again = verdict.pause is not None and self.asked is None
+        """Record a failure, and wait until it is time to start again; return whether it ever is."""
+        committed = self._committed()
+        verdict = self.policy.judge(failure, committed)
         self._record("failure", reason=failure.cause, kind=failure.kind)
-        if again:
-            self._say(f"{failure.cause}; {verdict.reason}, from step {self._committed()}", sys.stderr)
-            deadline = time.monotonic() + (verdict.pause or 0)
-            while time.monotonic() < deadline and self.asked is None:
-                time.sleep(0.1)
-            return True
-        reason = f"stopped ({self.asked})" if self.asked else verdict.reason
-        self._record("end", reason=f"{failure.cause}; {reason}")
-        time.sleep(_LOG_LAG)
-        self._say(reason, sys.stderr)
-        print(failure.text, file=sys.stderr, flush=True)
-        return False
-
-    def _stopped(self, reason: str) -> int:
-        self._record("stop", reason=reason)
-        self._say(f"stopped ({reason}) at step {self._committed()}; submit the run again to go on")
-        return 0
+        origin = "" if verdict.pause is None else f", from step {committed}"
+        self._say(f"{failure.cause}; {verdict.reason}{origin}", sys.stderr)
+        if verdict.pause is None:
+            self._record("end", reason=verdict.reason)
+            return False
+        deadline = time.monotonic() + verdict.pause
+        while time.monotonic() < deadline and self.asked is None:
+            time.sleep(0.1)
+        return True
 
     def _committed(self) -> int:
         paths = list_checkpoints(self.run_dir / "checkpoints")
@@ -148,7 +162,9 @@ class Driver:
     def _step(self) -> int:
         """Return the last step that is in metrics.jsonl."""
         try:
-            lines = (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            with (self.run_dir / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+                lines = file.read().splitlines()
         except OSError:
             return 0
         for line in reversed(lines):
@@ -166,13 +182,14 @@ class Driver:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
+        self.evaluation.cancel()
 
 
 class _Watch:
     """Says when a running group is to leave, and keeps the reason."""
 
-    def __init__(self, driver: Driver, nodes: int) -> None:
-        self.driver, self.nodes = driver, nodes
+    def __init__(self, driver: Driver, group: Group) -> None:
+        self.driver, self.group, self.nodes = driver, group, group.nodes
         self.reason: str | None = None
         self._start = time.monotonic()
         self._more_since: float | None = None
@@ -184,7 +201,11 @@ class _Watch:
 
     def _leaving_node(self) -> str | None:
         new = set(capacity.leaving_nodes()) - self._leaving
-        return f"node {min(new)[:8]} is being taken away" if new else None
+        if not new:
+            return None
+        ours = set(self.group.members().values())  # an autoscaler also takes away nodes that nobody uses
+        leaving = sorted(name for name in ours if any(name.endswith(node_name(node)) for node in new))
+        return f"{leaving[0]} is being taken away" if leaving else None
 
     def _more_nodes(self) -> str | None:
         driver, now = self.driver, time.monotonic()
@@ -196,7 +217,3 @@ class _Watch:
             return None
         self._more_since = self._more_since or now
         return f"{nodes} nodes are there now" if now - self._more_since >= capacity.SETTLE else None
-
-
-def _evaluation(config: Config) -> AbstractContextManager[object]:
-    return nullcontext()

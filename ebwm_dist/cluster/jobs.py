@@ -43,6 +43,8 @@ class Jobs:
     """The jobs of the cluster at `address`, the http:// address of its dashboard."""
 
     def __init__(self, address: str) -> None:
+        from ray.dashboard.modules import dashboard_sdk
+        from ray.dashboard.modules.job import sdk
         from ray.job_submission import JobSubmissionClient
 
         self.address = address
@@ -50,7 +52,8 @@ class Jobs:
             self._client: Any = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise JobError(f"{address} does not answer as a Ray cluster does: {_first_line(error)}") from None
-        logging.getLogger("ray").setLevel(logging.WARNING)  # the client has set it anew
+        for module in (sdk, dashboard_sdk):  # they tell of packages and sockets between the lines of the job
+            module.logger.setLevel(logging.WARNING)
 
     def submit(self, config: Config, name: str | None = None, installed: bool = False) -> tuple[str, str]:
         """Start a run, unless it runs or has finished; return its name, and what was found or done.

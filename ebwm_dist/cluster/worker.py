@@ -31,7 +31,7 @@ def prepare() -> None:
 
     signal.signal(signal.SIGTERM, lambda number, frame: _asked.append("SIGTERM"))
     context = ray.get_runtime_context()
-    os.environ["EBWM_NODE"] = f"{socket.gethostname()}, node {context.get_node_id()[:8]}"
+    os.environ["EBWM_NODE"] = f"{socket.gethostname()}, {node_name(context.get_node_id())}"
     address = ray.util.get_node_ip_address()
     if interface := interface_of(address):
         # Left alone, gloo asks for the address of the host's name, which /etc/hosts may say is 127.0.0.1.
@@ -39,6 +39,11 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         # Ray begins every line of this process with what is said here.
         print(f":actor_name:rank {ray.train.get_context().get_world_rank()}", file=stream, flush=True)
+
+
+def node_name(node_id: str) -> str:
+    """Return what is said of a node besides its host, which several may share."""
+    return f"node {node_id[:8]}"
 
 
 def interface_of(address: str) -> str | None:
