@@ -24,6 +24,7 @@ from ray.train import TrainingFailedError
 
 from ebwm_dist.checkpoints import list_checkpoints, step_of
 from ebwm_dist.cluster import capacity
+from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
@@ -78,7 +79,7 @@ class Driver:
 
     def run(self) -> int:
         """Train, with evaluation beside it; return 0 if the run has come to its end or was told to stop."""
-        with self.evaluation:
+        with Dashboard(self.run_dir), self.evaluation:
             failure = self._train()
             if failure is not None or self.asked:
                 self.evaluation.cancel()

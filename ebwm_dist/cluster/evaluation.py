@@ -171,12 +171,15 @@ class Follower:
 class EvaluationWorkers:
     """Evaluates what is saved inside the `with` block: `with EvaluationWorkers(config, run_dir): train()`.
 
-    Leaving the block waits for the evaluations that are still due, for at most `evaluation.drain_timeout`; after an
-    exception or `cancel` it does not wait. Nothing happens with `evaluation.workers=0`.
+    Leaving the block waits for the evaluations that are still due, for at most `evaluation.drain_timeout`; not after an
+    exception or `cancel`, nor once `asked` says that whoever runs this is to leave. Nothing happens with
+    `evaluation.workers=0`.
     """
 
-    def __init__(self, config: Config, run_dir: Path, say: Say = print) -> None:
-        self.config, self.run_dir, self.say = config, Path(run_dir).absolute(), say
+    def __init__(
+        self, config: Config, run_dir: Path, say: Say = print, asked: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.run_dir, self.say, self.asked = config, Path(run_dir).absolute(), say, asked
         self._leave, self._last = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
 
@@ -196,11 +199,14 @@ class EvaluationWorkers:
             return
         self._last.set()
         if error is None and not self._leave.is_set():
-            self._thread.join(self.config.evaluation.drain_timeout)
+            deadline = time.monotonic() + self.config.evaluation.drain_timeout
+            while self._thread.is_alive() and time.monotonic() < deadline and not self.asked():
+                self._thread.join(0.5)
             if self._thread.is_alive():
                 self.say(
-                    f"WARNING: not all checkpoints were evaluated in evaluation.drain_timeout = "
-                    f"{self.config.evaluation.drain_timeout:g} s; for the rest: {follow_command(self.config)}"
+                    "WARNING: not all checkpoints are evaluated, though the training is done "
+                    f"(evaluation.drain_timeout = {self.config.evaluation.drain_timeout:g} s); for the rest: "
+                    f"{follow_command(self.config)}"
                 )
         self._leave.set()
         self._thread.join()

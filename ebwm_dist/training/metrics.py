@@ -150,11 +150,11 @@ def train_line(record: Record, max_steps: int, eta_seconds: float, unit: str = "
     parts += [
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
-        f"{_si(record['tokens_per_second'])} {unit}/s",
+        f"{si(record['tokens_per_second'])} {unit}/s",
         f"MFU {100 * record['mfu']:.1f} %",
         f"mem {record['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"data {100 * record['data_wait']:.1f} %",
-        f"ETA {_duration(eta_seconds)}",
+        f"ETA {duration(eta_seconds)}",
     ]
     return " | ".join(parts)
 
@@ -171,14 +171,16 @@ def val_line(record: Record) -> str:
     return f"{line} | perplexity {record['perplexity']:.2f}"
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
+    """Return a number with a suffix for thousands, millions or billions."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{suffix}"
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as a person says it."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

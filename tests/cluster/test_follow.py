@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from ebwm_dist.checkpoints import list_checkpoints, step_of
 from ebwm_dist.cluster.results import read_evaluations
+from ebwm_dist.cluster.view import read_view
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
+from tests.cluster.clusters import cluster, submit_command
 from tests.cluster.test_evaluation import CPU, close_to
 from tests.launchers.jobs import REPOSITORY, Job
 from tests.runs import metrics, write_config
@@ -62,3 +68,31 @@ def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, caps
         print(f"\nmedian step: {1e3 * steps_of(tmp_path / 'alone'):.1f} ms alone, ", end="")
         print(f"{1e3 * steps_of(run_dir):.1f} ms beside two evaluation workers; lag of the evaluations in s:")
         print([round(record["lag"], 1) for record in found.values()])
+
+
+@pytest.mark.slow
+def test_a_submitted_run_is_evaluated_by_the_nodes_it_leaves_free(tmp_path: Path) -> None:
+    """Two of three nodes train; every checkpoint is evaluated when the job ends; the dashboard is told of all."""
+    make_tiny_data(tmp_path / "text")
+    run_dir = tmp_path / "run"
+    arguments = ["--config", write_config(tmp_path), "--num-nodes", "2", "--cpus-per-node", "1"]
+    arguments += [f"data.path={tmp_path / 'text'}", f"run_dir={run_dir}", "training.max_steps=30"]
+    arguments += ["checkpoint.interval=10", "checkpoint.keep=1", "evaluation.workers=1", "evaluation.most_steps=3"]
+    seen: set[str] = set()
+    with cluster(3) as nodes, (tmp_path / "output").open("w") as output:
+        command = submit_command(nodes.address, *arguments)
+        job = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        port = nodes.cluster.head_node.metrics_export_port
+        while job.poll() is None:
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+                seen |= set(re.findall(r"ray_(ebwm_\w+)\{[^}]*run=.run.", page.read().decode()))
+            time.sleep(0.5)
+        text = (tmp_path / "output").read_text()
+    assert job.returncode == 0, text
+    found = read_evaluations(run_dir)
+    assert 30 in found and not any("error" in record for record in found.values()), text
+    assert "driver: step 30 evaluation | loss" in text
+    assert {"ebwm_step", "ebwm_loss", "ebwm_energy_gap", "ebwm_nodes_alive"} <= seen, seen
+    assert not list((run_dir / "checkpoints").glob("*lease*"))
+    view = read_view(run_dir)
+    assert view.finished and view.nodes is not None and sum(node["alive"] for node in view.nodes["nodes"]) == 4
