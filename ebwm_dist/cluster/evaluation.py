@@ -69,7 +69,7 @@ class Follower:
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
         self.settings, self.say = config.evaluation, say
         self.root = run_dir / "checkpoints"
-        self.run_dir = run_dir
+        self.folder = str(Path.cwd())
         self.results = Results(config, run_dir)
         known = read_evaluations(run_dir).values()
         self.done = {(record["step"], record["checkpoint"]) for record in known if "error" not in record}
@@ -104,7 +104,7 @@ class Follower:
 
     def _start(self) -> Pool:
         settings = self.settings
-        arguments = (settings, str(Path.cwd()))
+        arguments = (settings, self.folder)
         return Pool(Evaluator, arguments, settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
 
     def pending(self) -> list[tuple[Path, tuple[int, str]]]:

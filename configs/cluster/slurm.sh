@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Five nodes of a Slurm cluster for one run: four train, the fifth evaluates the checkpoints.
+#   sbatch configs/cluster/slurm.sh configs/ebt_1b.yaml runs/ebt_1b [key=value ...]
+# from the checkout, on a file system that all nodes share, with .venv in it.
+#SBATCH --job-name=ebwm
+#SBATCH --nodes=5
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# Ten minutes before the time is up, this script (B:) is told; the run is then saved, and queued again.
+#SBATCH --signal=B:TERM@600
+set -euo pipefail
+
+config=$1 run_dir=$2
+shift 2
+name=$(basename "$run_dir")
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+dashboard=http://127.0.0.1:8265  # of the first node, where this script runs
+if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
+
+# Whoever can reach a Ray cluster can run code on it, as its user. Here only those who can read this file of the user's.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
+ray get-auth-token --generate > /dev/null
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # seconds; 30 are few where many nodes read one file system
+
+srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --include-dashboard=true -- \
+    python launchers/submit.py --address "$dashboard" --name "$name" --config "$config" \
+    --num-nodes $((SLURM_JOB_NUM_NODES - 1)) --gpus-per-node 8 run_dir="$run_dir" \
+    evaluation.workers=8 evaluation.gpus_per_worker=1 "$@" &
+run=$!
+
+asked=
+trap 'asked=yes; python launchers/submit.py --address "$dashboard" stop "$name"' TERM
+code=0
+wait "$run" || code=$?
+if [[ -n $asked ]]; then
+    code=0  # the signal has only interrupted the first wait
+    wait "$run" || code=$?
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
