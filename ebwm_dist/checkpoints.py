@@ -171,7 +171,7 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
             f"{staging} cannot be committed, the ranks do not see the same files there ({odd}): "
             "put run_dir on a file system that all nodes share"
         )
-    step, root = step_of(staging), staging.parent
+    step = step_of(staging)
     marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
     text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
     draft = staging / f"{MARKER}.tmp"
@@ -182,7 +182,17 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     for folder in {path.parent for path in _files(staging)} | {staging}:
         _flush(folder)
     _rename(draft, staging / MARKER)
+    return _take_place(staging)
 
+
+def install(staging: Path) -> Path:
+    """Turn a staging folder that a whole checkpoint was copied into, marker included, into a checkpoint."""
+    verify(staging)
+    return _take_place(staging)
+
+
+def _take_place(staging: Path) -> Path:
+    step, root = step_of(staging), staging.parent
     final, old = checkpoint_path(root, step), root / f"step-{step:06d}.old"
     if (final / MARKER).exists():
         if old.exists():

@@ -126,6 +126,7 @@ def check_config(config: Config) -> None:
     _check_batch(config)
     _check_encoder(config)
     _check_zero(config)
+    _check_remote(config)
     _check_cluster(config)
 
 
@@ -298,6 +299,14 @@ def _check_cluster(config: Config) -> None:
     if cluster.min_nodes is not None and cluster.min_nodes > cluster.num_nodes:
         raise ConfigError(
             f"cluster.min_nodes = {cluster.min_nodes}: at most cluster.num_nodes = {cluster.num_nodes}; null for all"
+        )
+
+
+def _check_remote(config: Config) -> None:
+    remote = config.checkpoint.remote
+    if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
+        raise ConfigError(
+            f"checkpoint.remote = {remote!r}: must begin with s3://, gs:// or file://, or be null for no copy"
         )
 
 

@@ -234,6 +234,9 @@ class CheckpointConfig:
     """Number of newest checkpoints kept."""
     resume: str = choice("auto", "never")
     """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
+    remote: str | None = None
+    """Address (s3://bucket/path, gs://, file://) where every checkpoint and the run's records are copied to while the
+    training goes on; a run folder that is behind it, or empty, continues from there."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,9 @@ from ebwm_dist import checkpoints, universal
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.remote_run import Mirror, RemoteRun
 from ebwm_dist.saved_state import COUNTERS, SavedState, open_state
-from ebwm_dist.training.distributed import World, gather_objects, restricted_loading
+from ebwm_dist.training.distributed import World, any_rank, gather_objects, restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
 
 
@@ -58,6 +60,8 @@ class Checkpointer:
         self.config, self.world = config, world
         self.root = Path(config.run_dir) / "checkpoints"
         self.universal_root = Path(config.run_dir) / "checkpoints_universal"
+        self.mirror: Mirror | None = None
+        """What copies checkpoints to remote storage, on rank 0, if there is such."""
 
     def save(
         self,
@@ -80,6 +84,8 @@ class Checkpointer:
 
         def tidy() -> None:
             if self.world.rank == 0:
+                if self.mirror is not None:
+                    self.mirror.offer(path)
                 checkpoints.prune(self.root, self.config.checkpoint.keep, latest=state.step)
                 # Killed in the middle, this leaves something that is neither needed nor intact, until the next time.
                 shutil.rmtree(self.universal_root, ignore_errors=True)
@@ -95,20 +101,54 @@ class Checkpointer:
             if self.world.rank != 0:
                 return None
             self.root.mkdir(parents=True, exist_ok=True)
+            location, remote = self.config.checkpoint.remote, None
+            if location is not None:
+                remote = RemoteRun(location, Path(self.config.run_dir))
+                self.mirror = Mirror(remote, self.config.checkpoint.keep, warn)
             if self.config.checkpoint.resume == "never":
-                if checkpoints.list_checkpoints(self.root):
+                if checkpoints.list_checkpoints(self.root) or (remote is not None and remote.steps()):
                     raise CheckpointError(
                         f"{self.config.run_dir} holds checkpoints and checkpoint.resume is 'never': "
                         "choose another run_dir, or continue with checkpoint.resume=auto"
                     )
                 return None
             checkpoints.clean_leftovers(self.root, warn)
-            path = checkpoints.newest_intact(self.root, warn)
+            path = checkpoints.newest_intact(self.root, warn) if remote is None else self._newest(remote, warn)
             if path is not None:
                 self._check_fits(path, warn)
             return path
 
         return self._together(search)[0]
+
+    def _newest(self, remote: RemoteRun, warn: Callable[[str], None]) -> Path | None:
+        """Return the newest intact checkpoint of here and there, brought here."""
+        own, damage = None, None
+        try:
+            own = checkpoints.newest_intact(self.root, warn)
+        except CheckpointError as error:
+            damage = error
+        path = remote.fetch(checkpoints.step_of(own) if own else 0, warn) or own
+        if path is None and damage is not None:
+            raise damage
+        if path is not None and path == own and self.mirror is not None:
+            self.mirror.offer(path)
+        return path
+
+    def finish(self, step: int, progress: Callable[[], None]) -> None:
+        """Wait until what was saved up to `step` is in remote storage too, if any; all ranks fail together."""
+        if self.config.checkpoint.remote is None:
+            return
+        while any_rank(self.mirror is not None and self.mirror.busy, self.world):
+            progress()
+            time.sleep(0.1)
+
+        def check() -> None:
+            if self.mirror is not None:
+                if self.mirror.failure is not None:
+                    raise CheckpointError(f"{self.mirror.failure}; start the same command again to copy it")
+                checkpoints.prune(self.root, self.config.checkpoint.keep, latest=step)
+
+        self._together(check)
 
     def load(
         self,

@@ -169,6 +169,7 @@ class Trainer:
                     stop = self._validate()
                     if stop and self.saved_step != state.step:
                         self._save()
+            self.checkpointer.finish(state.step, lambda: self.watchdog.beat(state.step, "upload"))
             if stop:
                 self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
             else:
