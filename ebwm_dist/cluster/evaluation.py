@@ -86,11 +86,11 @@ class Follower:
                 last_look = complete()
                 pending = self.pending()
                 now = time.time()
-                due = [path for path, key in pending if now >= self._not_before(key)]
+                due = [found for found in pending if now >= self._not_before(found[1])]
                 if due:
                     # Not before there is something to do: the training has taken its places in the cluster then.
                     pool = pool or self._start()
-                    self._try(due[0], pool, leave)
+                    self._try(*due[0], pool, leave)
                 elif not pending and last_look:
                     return
                 else:
@@ -121,31 +121,29 @@ class Follower:
         failures = self.failures.get(key)
         return failures[-1] + PAUSE * 2 ** (len(failures) - 1) if failures else 0.0
 
-    def _try(self, path: Path, pool: Pool, leave: threading.Event) -> None:
+    def _try(self, path: Path, key: tuple[int, str], pool: Pool, leave: threading.Event) -> None:
         """Evaluate a checkpoint and record the result; put it off after a failure, and give it up after `TRIES`."""
         lease = Lease(path, self.holder)
-        if not lease.take():
-            return
+        record: Record = {"step": key[0], "checkpoint": key[1]}
         try:
-            key = step_of(path), fingerprint(path)
-            record: Record = {"step": key[0], "checkpoint": key[1]}
-            try:
-                record |= self._evaluate(path, pool, lease, leave)
-            except Stopped:
-                raise
-            except Exception as error:
-                failures = self.failures.setdefault(key, [])
-                failures.append(time.time())
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                if len(failures) < TRIES:
-                    self.say(f"WARNING: evaluation of {path.name} failed and will be tried again: {reason}")
-                    return
-                record |= {"error": reason, "tries": len(failures)}
-            self.results.write(record)
-            self.done.add(key)
-            self.say(line(record))
+            if not lease.take():
+                return
+            record |= self._evaluate(path, pool, lease, leave)
+        except Stopped:
+            raise
+        except Exception as error:
+            failures = self.failures.setdefault(key, [])
+            failures.append(time.time())
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            if len(failures) < TRIES:
+                self.say(f"WARNING: evaluation of {path.name} failed and will be tried again: {reason}")
+                return
+            record |= {"error": reason, "tries": len(failures)}
         finally:
             lease.release()
+        self.results.write(record)
+        self.done.add(key)
+        self.say(line(record))
 
     def _evaluate(self, path: Path, pool: Pool, lease: Lease, leave: threading.Event) -> Record:
         saved, start = (path / MARKER).stat().st_mtime, time.time()

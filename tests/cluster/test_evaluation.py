@@ -153,14 +153,15 @@ def test_calls_of_dead_and_stuck_actors_are_made_again(ray: None, tmp_path: Path
 def test_a_follower_goes_on_where_another_was_killed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torn line does not count and spoils none; what failed is tried anew, and so is what was saved anew."""
     run_dir = Path(config.run_dir)
-    paths = [add_checkpoint(config, step) for step in (1, 2, 3)]
+    for step in (1, 2, 3):
+        add_checkpoint(config, step)
     first = Follower(config, run_dir, print)
     figures = {"loss": [1.0, math.inf], "trained_steps": 1, "workers": 1, "seconds": 1.0, "lag": 1.0}
     monkeypatch.setattr(
         first, "_evaluate", lambda path, *_: figures | ({"error": "", "tries": 3} if "3" in path.name else {})
     )
-    for path in paths:
-        first._try(path, None, threading.Event())  # type: ignore[arg-type]
+    for path, key in first.pending():
+        first._try(path, key, None, threading.Event())  # type: ignore[arg-type]
     with (run_dir / "evaluations.jsonl").open("a") as file:
         file.write('{"step": 7, "check')
     second = Follower(config, run_dir, print)
