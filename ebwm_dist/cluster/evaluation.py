@@ -170,14 +170,11 @@ class EvaluationWorkers:
     """Evaluates what is saved inside the `with` block: `with EvaluationWorkers(config, run_dir): train()`.
 
     Leaving the block waits for the evaluations that are still due, for at most `evaluation.drain_timeout`; not after an
-    exception or `cancel`, nor once `asked` says that whoever runs this is to leave. Nothing happens with
-    `evaluation.workers=0`.
+    exception or `cancel`. Nothing happens with `evaluation.workers=0`.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, say: Say = print, asked: Callable[[], bool] = lambda: False
-    ) -> None:
-        self.config, self.run_dir, self.say, self.asked = config, Path(run_dir).absolute(), say, asked
+    def __init__(self, config: Config, run_dir: Path, say: Say = print) -> None:
+        self.config, self.run_dir, self.say = config, Path(run_dir).absolute(), say
         self._leave, self._last = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
 
@@ -187,7 +184,7 @@ class EvaluationWorkers:
         return self
 
     def cancel(self) -> None:
-        """Evaluate no more."""
+        """Evaluate no more, and do not wait for what is left."""
         self._leave.set()
 
     def __exit__(
@@ -197,9 +194,7 @@ class EvaluationWorkers:
             return
         self._last.set()
         if error is None and not self._leave.is_set():
-            deadline = time.monotonic() + self.config.evaluation.drain_timeout
-            while self._thread.is_alive() and time.monotonic() < deadline and not self.asked():
-                self._thread.join(0.5)
+            self._thread.join(self.config.evaluation.drain_timeout)
             if self._thread.is_alive():
                 self.say(
                     "WARNING: not all checkpoints are evaluated, though the training is done "
