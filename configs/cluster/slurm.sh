@@ -18,7 +18,7 @@ set -euo pipefail
 config=$1 run_dir=$2
 shift 2
 name=$(basename "$run_dir")
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 dashboard=http://127.0.0.1:8265  # of the first node, where this script runs
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 
@@ -27,7 +27,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
 ray get-auth-token --generate > /dev/null
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # seconds; 30 are few where many nodes read one file system
 
-srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
+srun --kill-on-bad-exit=1 ray symmetric-run --address "${nodes[0]}:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --include-dashboard=true -- \
     python launchers/submit.py --address "$dashboard" --name "$name" --config "$config" \
     --num-nodes $((SLURM_JOB_NUM_NODES - 1)) --gpus-per-node 8 run_dir="$run_dir" \
