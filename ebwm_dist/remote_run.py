@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -157,6 +156,7 @@ class Mirror:
         self.failure: str | None = None
         """Why the newest checkpoint that was offered is not there."""
         self._changed = threading.Condition()
+        self._closed = threading.Event()
         self._waiting: Lease | None = None
         self._current: Lease | None = None
         threading.Thread(target=self._run, name="upload", daemon=True).start()
@@ -175,6 +175,10 @@ class Mirror:
                 self._waiting.release()
             self._waiting = lease if lease.take() else None
             self._changed.notify()
+
+    def close(self) -> None:
+        """Upload no more: what is under way is broken off, as a process that ends would wait for it."""
+        self._closed.set()
 
     def _run(self) -> None:
         while True:
@@ -196,12 +200,13 @@ class Mirror:
             except Exception as error:  # of the storage, the network or the disk: training goes on
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 self.failure = f"{lease.checkpoint} could not be copied to {self.remote.location}: {reason}"
-            if attempt + 1 < TRIES:
-                time.sleep(PAUSE * 2**attempt)
-                self._renew()
+            if self._closed.wait(PAUSE * 2**attempt if attempt + 1 < TRIES else 0):
+                return
         self.warn(self.failure or "")
 
     def _renew(self) -> None:
+        if self._closed.is_set():
+            raise InterruptedError("the run has ended")
         with self._changed:  # several files are uploaded at a time
             for lease in (self._current, self._waiting):
                 if lease is not None:

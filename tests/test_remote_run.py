@@ -226,6 +226,29 @@ def test_storage_that_fails_is_tried_again_and_told(run: RemoteRun, monkeypatch:
     assert len(tries) == 5 and "step-000002 could not be copied" in (mirror.failure or "") and told == [mirror.failure]
 
 
+def test_a_run_that_fails_does_not_wait_for_an_upload(run: RemoteRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is broken off between two blocks of a file, and leaves nothing that counts."""
+    path, blocks = add(run.run_dir, 1), threading.Event()
+    monkeypatch.setattr(remote_run, "_BLOCK", 1)
+    mirror = Mirror(run, 1, fail)
+    put = run._put
+
+    def slow_put(source: Path, target: Any, tick: Any) -> None:
+        def slow_tick() -> None:
+            blocks.set()
+            time.sleep(0.05)
+            tick()
+
+        put(source, target, slow_tick)
+
+    monkeypatch.setattr(run, "_put", slow_put)
+    mirror.offer(path)
+    assert blocks.wait(20)
+    mirror.close()
+    wait_for(mirror)  # all blocks would take minutes
+    assert run.steps() == [] and not list(run.run_dir.rglob("*lease*"))
+
+
 def test_addresses(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     with pytest.raises(ConfigError, match="checkpoint.remote = 'bucket/a': must begin with s3://"):

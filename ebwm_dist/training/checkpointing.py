@@ -150,6 +150,11 @@ class Checkpointer:
 
         self._together(check)
 
+    def close(self) -> None:
+        """Leave what has not been copied to remote storage by now."""
+        if self.mirror is not None:
+            self.mirror.close()
+
     def load(
         self,
         engine: TrainingEngine,

@@ -179,6 +179,7 @@ class Trainer:
             raise
         finally:
             self.stream.close()
+            self.checkpointer.close()
             self.console.close()
             for log in (*self.logs, *([self.samples] if self.samples else [])):
                 log.close()
