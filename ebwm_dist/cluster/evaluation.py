@@ -69,7 +69,9 @@ class Follower:
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
         self.settings, self.say = config.evaluation, say
         self.root = run_dir / "checkpoints"
-        self.folder = str(Path.cwd())
+        self.folder = ""
+        with suppress(FileNotFoundError):  # of a job, it may have been unpacked anew; paths are absolute then
+            self.folder = os.getcwd()
         self.results = Results(config, run_dir)
         known = read_evaluations(run_dir).values()
         self.done = {(record["step"], record["checkpoint"]) for record in known if "error" not in record}
