@@ -122,18 +122,23 @@ def _die_with_parent(_worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _start_fork_server() -> None:
-    """Start the fork server and so the workers deaf to what asks a run to stop, which is the trainer's to decide.
+def _start_fork_server() -> Any:
+    """Start the fork server, if it does not run yet, and return the context of workers that come from it.
 
-    A Ctrl-C, the DeepSpeed launcher and batch systems signal all processes of a run at once. Workers that obeyed would
-    be missing in the step that the trainer still finishes before it saves.
+    A fork server is safe although this process has threads, and importing torch there makes its forks fast. It and so
+    the workers are deaf to what asks a run to stop, which is the trainer's to decide: a Ctrl-C, the DeepSpeed launcher
+    and batch systems signal all processes of a run at once, and workers that obeyed would be missing in the step that
+    the trainer still finishes before it saves.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     resource_tracker.ensure_running()  # first, because it ends with all these signals let through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def _as_is(batch: Any) -> Any:
@@ -176,6 +181,8 @@ class SampleStream:
         self._order = mixture.order(seed, self._window, global_batch_size)
         self._micro = 0  # number of the next micro-batch of this rank
         self._raw: Iterator[RawBatch | DataError] | None = None
+        if self._num_workers:
+            _start_fork_server()  # it imports torch while the model is being built
 
     @property
     def dropped_per_epoch(self) -> int:
@@ -217,18 +224,14 @@ class SampleStream:
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
             return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
-        # A fork server is safe although this process has threads, and importing torch there makes its forks fast.
         # Each worker runs torch on one thread, as all DataLoader workers do.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        _start_fork_server()
         return DataLoader(
             dataset,
             batch_size=None,
             collate_fn=_as_is,
             generator=own,
             num_workers=self._num_workers,
-            multiprocessing_context=context,
+            multiprocessing_context=_start_fork_server(),
             worker_init_fn=_die_with_parent,
         )
 

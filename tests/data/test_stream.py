@@ -90,6 +90,28 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(
         assert joined == reference
 
 
+def test_8_ranks_share_3_shards_evenly(tiny: Manifest) -> None:
+    """Though shards differ in size, no rank gets more batches, nothing is repeated, and only the tail is left out."""
+    three = replace(tiny, splits={**tiny.splits, "train": replace(tiny.train, shards=tiny.train.shards[-3:])})
+    counts, g = three.train.counts, 16
+    assert len(counts) == 3 and len(set(counts)) > 1 and three.train.samples % g
+    shards, rows = np.repeat(range(3), counts), np.concatenate([np.arange(count) for count in counts])
+    everything = set(open_reader(three).read(shards, rows)[1])
+    assert len(everything) == three.train.samples
+    for micro in (1, 2):
+        ranks = [stream(three, rank, 8, micro=micro, g=g) for rank in range(8)]
+        assert {(s.steps_per_epoch, s.dropped_per_epoch) for s in ranks} == {divmod(three.train.samples, g)}
+        for epoch in range(3):
+            batches: list[list[Batch]] = [[] for _ in ranks]
+            for tokens, mine in zip(ranks, batches, strict=True):
+                while tokens.epoch == epoch:
+                    mine.append(next(tokens))
+            assert {len(mine) for mine in batches} == {three.train.samples // g * (g // 8) // micro}
+            keys = [key for mine in batches for batch in mine for key in batch.keys]
+            assert set(keys) <= everything
+            assert len(keys) == len(set(keys)) == three.train.samples - ranks[0].dropped_per_epoch
+
+
 def test_another_seed_is_another_order(tiny: Manifest, reference: list[tuple[int, str, tuple[int, ...]]]) -> None:
     other = flat(take(stream(tiny, seed=8), 4))
     assert [key for _, key, _ in other] != [key for _, key, _ in reference[: 4 * G]]
