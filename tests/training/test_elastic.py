@@ -22,6 +22,7 @@ from ebwm_dist.saved_state import MOMENTS, load_module_state, open_state
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import World, setup_distributed
 from ebwm_dist.training.engine import TrainingEngine, create_engine
+from ebwm_dist.training.metrics import SampleLog
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
 from tests.test_checkpoints import flip_byte, kills
@@ -172,12 +173,14 @@ def overrides(run_dir: Path, data: Path, world_size: int, stage: int, *more: str
         f"run_dir={run_dir}",
         f"zero.stage={stage}",
         f"training.micro_batch_size={12 // world_size}",
+        "data.log_sample_ids=true",
         *nothing_kept,
         *more,
     ]
 
 
 def check_run(run_dir: Path, whole_dir: Path) -> None:
+    assert (run_dir / SampleLog.name).read_text() == (whole_dir / SampleLog.name).read_text()
     got, wanted = metrics(run_dir), metrics(whole_dir)
     assert [record["step"] for record in got] == [record["step"] for record in wanted]
     for mine, theirs in zip(got, wanted, strict=True):
