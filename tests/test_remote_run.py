@@ -257,6 +257,7 @@ def test_addresses(tmp_path: Path) -> None:
         RemoteRun("s3://bucket/a?endpoint=b", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_machine_was_lost(s3: str, tmp_path: Path) -> None:
     """4 steps, an empty run folder, and 6 more steps give what 10 steps give; so does a folder that is behind."""
     make_tiny_data(tmp_path / "text")
