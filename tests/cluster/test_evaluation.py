@@ -16,13 +16,14 @@ from ebwm_dist.checkpoints import list_checkpoints, prune
 from ebwm_dist.cluster import evaluation
 from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
 from ebwm_dist.cluster.pool import Pool
-from ebwm_dist.cluster.results import line, read_evaluations
+from ebwm_dist.cluster.results import Results, line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.data.executors import connected
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
 from ebwm_dist.leases import Lease
 from ebwm_dist.observation import build_observer, embedding_statistics
+from tests.cluster.clusters import wait_for
 from tests.cluster.flaky import Flaky
 from tests.cluster.made_runs import add_checkpoint, make_run
 from tests.runs import write_config
@@ -172,3 +173,22 @@ def test_a_follower_goes_on_where_another_was_killed(config: Config, monkeypatch
     config.seed = 1
     add_checkpoint(config, 2)
     assert [step for _, (step, _) in second.pending()] == [3, 2]
+
+
+@pytest.mark.slow
+def test_wandb_has_a_run_of_the_evaluations(config: Config) -> None:
+    """One across restarts, beside that of the training; steps may come in any order."""
+    config.wandb.mode = "offline"
+    run_dir = Path(config.run_dir)
+    record = {"step": 2, "checkpoint": "a", "loss": [2.0, 1.5], "trained_steps": 2, "frames": {"1": {"mse": 0.5}}}
+    for step in (2, 1):
+        results = Results(config, run_dir)
+        results.write({**record, "step": step})
+        results.close()
+    assert list(read_evaluations(run_dir)) == [1, 2]
+    folders = list((run_dir / "wandb").glob("offline-run-*"))
+    assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {(run_dir / "wandb_evaluation_id").read_text()}
+    names = (b"evaluation/loss_2", b"evaluation/frames_1/mse")
+    files = [next(folder.glob("*.wandb")) for folder in folders]
+    # Another process writes them, and says that it has finished before they are on the disk.
+    wait_for(lambda: all(name in file.read_bytes() for file in files for name in names), "figures in the files", 20)
