@@ -40,7 +40,7 @@ def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, caps
     arguments += ["checkpoint.interval=30", "checkpoint.keep=5", "evaluation.workers=2", "evaluation.most_steps=4"]
     alone = Job("python", [*arguments, f"run_dir={tmp_path / 'alone'}"], tmp_path / "alone.txt", {})
     try:
-        assert alone.end() == 0, alone.text
+        assert alone.end(300) == 0, alone.text
     finally:
         alone.kill()
     assert f"evaluate.py --follow {tmp_path / 'alone'}" in alone.text
@@ -55,7 +55,7 @@ def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, caps
             follower, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
         )
         assert followed.returncode == 0, followed.stderr
-        assert beside.end() == 0, beside.text
+        assert beside.end(300) == 0, beside.text
     finally:
         beside.kill()
     found = read_evaluations(run_dir)
