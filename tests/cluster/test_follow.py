@@ -52,7 +52,7 @@ def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, caps
         follower = [sys.executable, "launchers/evaluate.py", "--follow", str(run_dir)]
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
         followed = subprocess.run(
-            follower, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200
+            follower, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
         )
         assert followed.returncode == 0, followed.stderr
         assert beside.end(300) == 0, beside.text
