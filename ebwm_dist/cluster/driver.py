@@ -137,7 +137,7 @@ class Driver:
         failures = getattr(error, "worker_failures", {})
         errors = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
         if errors:
-            return describe(errors, group.members(), self._step())
+            return describe(errors, group.members(), self._step(), group.last_words())
         lines = str(getattr(error, "controller_failure", error)).strip().splitlines()
         return Failure(self._step(), "lost", lines[-1] if lines else repr(error), str(error))
 

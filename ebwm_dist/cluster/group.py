@@ -30,6 +30,7 @@ class Control:
     def __init__(self) -> None:
         self._reason: str | None = None
         self._members: dict[int, str] = {}
+        self._last_words: dict[int, str] = {}
 
     def stop(self, reason: str) -> None:
         """Ask the group to save and leave."""
@@ -43,9 +44,17 @@ class Control:
         """Note where a rank runs."""
         self._members[rank] = node
 
+    def leave(self, rank: int, why: str) -> None:
+        """Note why a rank ends its process."""
+        self._last_words[rank] = why
+
     def members(self) -> dict[int, str]:
         """Return where the ranks run."""
         return self._members
+
+    def last_words(self) -> dict[int, str]:
+        """Return why ranks have ended their processes."""
+        return self._last_words
 
 
 class _Backend(_TorchBackend):
@@ -94,6 +103,11 @@ class Group:
         """Return on which node each rank runs, as far as they have come."""
         members: dict[int, str] = ray.get(self._control.members.remote(), timeout=60)
         return members
+
+    def last_words(self) -> dict[int, str]:
+        """Return why ranks have ended their own processes."""
+        words: dict[int, str] = ray.get(self._control.last_words.remote(), timeout=60)
+        return words
 
     def close(self) -> None:
         """Let go of what has served this start."""

@@ -52,8 +52,8 @@ class Jobs:
             self._client: Any = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise JobError(f"{address} does not answer as a Ray cluster does: {_first_line(error)}") from None
-        for module in (sdk, dashboard_sdk):  # they tell of packages and sockets between the lines of the job
-            module.logger.setLevel(logging.WARNING)
+        for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
+            logger.setLevel(logging.WARNING)  # they tell of packages and sockets between the lines of the job
 
     def submit(self, config: Config, name: str | None = None, installed: bool = False) -> tuple[str, str]:
         """Start a run, unless it runs or has finished; return its name, and what was found or done.

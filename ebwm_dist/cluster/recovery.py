@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,12 +45,20 @@ class Failure:
     """One line."""
     text: str
     """What is printed last if the run ends with it."""
+    error: str = ""
+    """What repeats itself if it does: the error alone, wherever it comes up."""
 
 
-def describe(errors: Mapping[int, BaseException], members: Mapping[int, str], step: int) -> Failure:
-    """Return what has made a group fail, given the errors by rank and the nodes by rank: the first cause, not its echo.
+def describe(
+    errors: Mapping[int, BaseException], members: Mapping[int, str], step: int, last_words: Mapping[int, str]
+) -> Failure:
+    """Return what has made a group fail: the first cause, not its echo.
 
-    A worker that was killed has no words of its own, and those of its peers only name it.
+    Args:
+        errors: what Ray found of ranks. A worker that was killed has no words of its own; those of its peers name it.
+        members: the nodes of the ranks.
+        step: the last one that was recorded.
+        last_words: of ranks that have ended their own processes, because another made no progress.
     """
     told = [error for _, error in sorted(errors.items()) if isinstance(error, WorkerError)]
     for kind in (USER, PROGRAM):
@@ -57,10 +66,12 @@ def describe(errors: Mapping[int, BaseException], members: Mapping[int, str], st
             if error.kind == kind:
                 where = f"rank {error.rank} ({members.get(error.rank, 'unknown node')})"
                 text = f"error: {error.text}" if kind == USER else f"{where}:\n{error.text}"
-                return Failure(step, kind, f"{where}: {error.cause}", text)
+                return Failure(step, kind, f"{where}: {error.cause}", text, re.sub(r"\d+", "#", error.cause))
     lost = [f"rank {rank} ({members.get(rank, 'unknown node')})" for rank in sorted(errors)]
-    lines = [error.cause for error in told] or [f"lost {', '.join(lost)}" if lost else "the worker group was lost"]
-    return Failure(step, PEER if told else LOST, f"{lines[0]} (last step {step})", f"error: {lines[0]}")
+    lines = [*last_words.values(), *(error.cause for error in told)] or [
+        f"lost {', '.join(lost)}" if lost else "the worker group was lost"
+    ]
+    return Failure(step, PEER if told or last_words else LOST, f"{lines[0]} (last step {step})", f"error: {lines[0]}")
 
 
 class Verdict(NamedTuple):
@@ -86,7 +97,7 @@ class RestartPolicy:
         last, self._last = self._last, failure
         if failure.kind == USER:
             return Verdict(None, "starting again would not help")
-        if failure.kind == PROGRAM and last is not None and (last.step, last.cause) == (failure.step, failure.cause):
+        if failure.kind == PROGRAM and last is not None and (last.step, last.error) == (failure.step, failure.error):
             return Verdict(None, f"the same error twice after step {failure.step}, starting again would not help")
         if self.count >= self.max_restarts:
             return Verdict(None, f"{self.count} restarts without a new checkpoint (cluster.max_restarts)")

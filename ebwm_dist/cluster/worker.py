@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 from ebwm_dist.cluster.recovery import WorkerError, kind_of
@@ -20,6 +21,7 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
 STOP_POLL = 1.0
+_PATIENCE = 5.0
 
 _asked: list[str] = []
 """What has asked this process to stop."""
@@ -67,10 +69,15 @@ def work(settings: dict[str, Any]) -> int:
     rank = ray.train.get_context().get_world_rank()
     stop = StopSignal()
     control.join.remote(rank, os.environ["EBWM_NODE"])
+
+    def tell(text: str) -> None:
+        with suppress(ray.exceptions.RayError):
+            ray.get(control.leave.remote(rank, text), timeout=_PATIENCE)
+
     threading.Thread(target=_follow, args=(stop, control if rank == 0 else None), daemon=True).start()
     try:
         _choose_device(config)
-        return train(config, stop).step
+        return train(config, stop, tell).step
     except BaseException as error:
         if isinstance(error, UserError):
             text, cause = str(error), str(error)

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,13 +53,17 @@ COLLECTIVE_MARGIN = 30.0
 """Seconds by which collectives outlast the watchdog."""
 
 
-def train(config: Config, stop: StopSignal | None = None) -> TrainingState:
-    """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then."""
+def train(config: Config, stop: StopSignal | None = None, tell: Callable[[str], None] | None = None) -> TrainingState:
+    """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then.
+
+    `tell` is told why, before this process is ended for want of progress.
+    """
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
     data = load_data(config)
     stop = stop or StopSignal()
     world = setup_distributed(config.training.startup_timeout)
-    watchdog = Watchdog(world, heartbeat_store(), config.training.startup_timeout, config.training.step_timeout)
+    timeouts = config.training.startup_timeout, config.training.step_timeout
+    watchdog = Watchdog(world, heartbeat_store(), *timeouts, tell)
     failure = None
     try:
         return Trainer(config, data, world, stop, watchdog).run()

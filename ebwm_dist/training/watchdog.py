@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -63,8 +63,16 @@ def is_communication_error(error: BaseException) -> bool:
 class Watchdog:
     """Watch this rank, and explain a failure by what the others last reported."""
 
-    def __init__(self, world: World, store: Store | None, startup_timeout: float, step_timeout: float) -> None:
-        self.world = world
+    def __init__(
+        self,
+        world: World,
+        store: Store | None,
+        startup_timeout: float,
+        step_timeout: float,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        """Begin to watch; `tell` is told, besides the console, why the process is about to be ended."""
+        self.world, self._tell = world, tell
         self.store = store if world.world_size > 1 else None
         self.step_timeout = step_timeout
         self._timeout = startup_timeout
@@ -136,7 +144,10 @@ class Watchdog:
         self._giving_up = True
         what = f"no progress for {self._silence:.0f} s in {_point(self._current())}"
         verdict = self._verdict()
-        print(f"{self._here()}: {what}. {verdict}", file=sys.stderr, flush=True)
+        told = f"{self._here()}: {what}. {verdict}"
+        print(told, file=sys.stderr, flush=True)
+        if self._tell is not None:
+            self._tell(told)
         self._publish_end("it made no progress", verdict)
         self._wait_for_readers()
         sys.stdout.flush()

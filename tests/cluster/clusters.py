@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ebwm_dist.training.distributed import free_port
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY
 
 MARK = "EBWM_TEST_CLUSTER"
@@ -36,7 +37,12 @@ class TestCluster:
         self.cpus = cpus
         self.cluster: Any = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0},
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": True,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": int(free_port()),  # by default all clusters of a machine have the same
+            },
         )
         self.nodes = [self.add() for _ in range(nodes)]
         self.address = f"http://{self.cluster.webui_url.removeprefix('http://')}"

@@ -11,23 +11,31 @@ NODES = {0: "host, node a", 1: "host, node b"}
 
 
 def failure(kind: str = "lost", step: int = 7, cause: str = "lost rank 1") -> Failure:
-    return Failure(step, kind, cause, cause)
+    return Failure(step, kind, cause, cause, cause)
 
 
 def test_the_first_cause_is_told_and_not_its_echo() -> None:
     gone = RuntimeError("The actor died unexpectedly")
     peer = WorkerError("peer", 0, "rank 0 (a): lost the other ranks", "rank 0 (a): lost the other ranks")
-    program = WorkerError("program", 1, "ValueError: bad", "Traceback ...\nValueError: bad")
-    found = describe({0: peer, 1: program}, NODES, 7)
-    assert found == Failure(
-        7, "program", "rank 1 (host, node b): ValueError: bad", "rank 1 (host, node b):\nTraceback ...\nValueError: bad"
-    )
+    program = WorkerError("program", 1, "ValueError: bad 3", "Traceback ...\nValueError: bad 3")
+    found = describe({0: peer, 1: program}, NODES, 7, {})
+    assert (found.step, found.kind, found.cause) == (7, "program", "rank 1 (host, node b): ValueError: bad 3")
+    assert found.text == "rank 1 (host, node b):\nTraceback ...\nValueError: bad 3"
     user = WorkerError("user", 0, "no such shard", "no such shard")
-    assert describe({0: user, 1: program}, NODES, 7).text == "error: no such shard"
-    assert describe({0: peer, 1: gone}, NODES, 7).cause == "rank 0 (a): lost the other ranks (last step 7)"
-    lost = describe({1: gone}, NODES, 7)
+    assert describe({0: user, 1: program}, NODES, 7, {}).text == "error: no such shard"
+    assert describe({0: peer, 1: gone}, NODES, 7, {}).cause == "rank 0 (a): lost the other ranks (last step 7)"
+    lost = describe({1: gone}, NODES, 7, {})
     assert (lost.kind, lost.cause) == ("lost", "lost rank 1 (host, node b) (last step 7)")
-    assert "unknown node" in describe({5: gone}, NODES, 7).cause
+    words = {0: "rank 0 (host, node a): no progress. Rank 1 (host, node b) stopped responding in step 8."}
+    assert describe({0: gone}, NODES, 7, words).cause == f"{words[0]} (last step 7)"
+    assert "unknown node" in describe({5: gone}, NODES, 7, {}).cause
+
+
+def test_an_error_is_the_same_on_another_rank_and_node() -> None:
+    policy = RestartPolicy(9)
+    for rank, node, pause in ((0, "host, node a", 1), (1, "other, node c", None)):
+        error = WorkerError("program", rank, f"ValueError: bad in rank {rank}", "Traceback ...")
+        assert policy.judge(describe({rank: error}, {rank: node}, 7, {}), 5).pause == pause
 
 
 def test_kinds_of_errors() -> None:
