@@ -71,7 +71,7 @@ def work(settings: dict[str, Any]) -> int:
     control.join.remote(rank, os.environ["EBWM_NODE"])
 
     def tell(text: str) -> None:
-        with suppress(ray.exceptions.RayError):
+        with suppress(Exception):  # whatever comes of it, the process must then end
             ray.get(control.leave.remote(rank, text), timeout=_PATIENCE)
 
     threading.Thread(target=_follow, args=(stop, control if rank == 0 else None), daemon=True).start()

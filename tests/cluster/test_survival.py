@@ -110,7 +110,9 @@ def test_a_killed_worker(
     )
     assert f"rank {stage % 2} (" in failure["reason"] and f"last step {failure['step']}" in failure["reason"]
     assert 0 <= redone(run_dir, text)[0] <= INTERVAL
-    assert_equal_runs(run_dir, reference(stage))
+    # Stage 3 pads alpha, a single number, to one on each rank.
+    padding = ("rank_1_mp_rank_00_optim_states.pt/optimizer_state_dict/fp32_flat_groups/1",)
+    assert_equal_runs(run_dir, reference(stage), padding if stage == 3 else ())
 
 
 def test_a_lost_node(
