@@ -29,7 +29,8 @@ from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_o
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
 from ebwm_dist.inference.load import Loaded
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.thinking import Thinking, has_noise
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
 
@@ -41,7 +42,7 @@ class Options:
     steps: Sequence[int] = (1, 2, 4, 8)
     """Numbers of MCMC steps; all are measured on the way to the largest."""
     candidates: Sequence[int] = (1, 4)
-    """Numbers of candidates, each with the number of steps of training."""
+    """Numbers of candidates, each with the number of steps of training; a model without noise has but one."""
     stop_energies: Sequence[float] = (1e-2, 1e-1)
     """Thresholds of early stopping, each with the largest number of steps."""
     max_sequences: int = 512
@@ -135,7 +136,10 @@ class Suite:
     def thinking(self, usual: Table) -> list[dict[str, Any]]:
         """Return what thinking differently changes, against a single candidate and the steps of training."""
         most = max(*self.options.steps, self.trained_steps)
-        ways = [Thinking(candidates=number) for number in self.options.candidates if number > 1]
+        assert isinstance(self.model, EnergyBasedTransformer)
+        ways = []
+        if has_noise(self.model, Thinking()):  # else all candidates are the same
+            ways += [Thinking(candidates=number) for number in self.options.candidates if number > 1]
         ways += [Thinking(steps=most)]
         ways += [Thinking(steps=most, stop_energy=threshold) for threshold in self.options.stop_energies]
         ways += [Thinking(steps=most, accept=True)]

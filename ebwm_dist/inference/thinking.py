@@ -134,10 +134,15 @@ def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
     return range(model.transformer.landscape(_num_steps(model, thinking) - 1) + 1)
 
 
+def has_noise(model: EnergyBasedTransformer, thinking: Thinking) -> bool:
+    """Return whether candidates of one position differ from one another."""
+    noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
+    return model.space.initial_state == "random_noise" or noise > 0
+
+
 def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
     """Refuse candidates that would all be the same, and a budget that ends before the last landscape."""
-    noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
-    if thinking.candidates > 1 and model.space.initial_state != "random_noise" and noise == 0:
+    if thinking.candidates > 1 and not has_noise(model, thinking):
         raise UserError(
             f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
             f"({model.space.initial_state}); set langevin_noise, or use 1"

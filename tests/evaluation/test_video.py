@@ -15,6 +15,9 @@ from ebwm_dist.data.decode import encode_jpeg
 from ebwm_dist.data.manifest import Manifest, Split
 from ebwm_dist.data.writer import ClipWriter
 from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.ranks import Ranks
+from ebwm_dist.evaluation.run import evaluate_runs
+from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.evaluation.video import BATCH_SIZE, Run, compare, energies_of, wrong_frames
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from tests.distributed import run_distributed_test
@@ -56,6 +59,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", overrides)
     return folder
+
+
+def test_the_suite_takes_a_model_whose_candidates_are_all_the_same(runs: Path, tmp_path: Path) -> None:
+    file, page = evaluate_runs(runs / "ebwm", runs / "ar", None, tmp_path, Options(batch_size=4), Ranks.join())
+    found = json.loads(file.read_text())
+    assert [way["candidates"] for way in found["model"]["thinking"]] == [1] * 5
+    assert found["model"]["by_steps"]["copy_loss"] > 0 and page.stat().st_size > 10_000
 
 
 def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
