@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -28,15 +27,13 @@ from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
+from ebwm_dist.cluster.view import EVENTS_FILE, METRICS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
-EVENTS = "cluster.jsonl"
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""
-_TAIL = 1 << 16
-"""Bytes at the end of metrics.jsonl that hold its last record."""
 _STARTUP = 20.0
 """Seconds of a group in which nodes that become free are left alone: those it takes may not be taken yet."""
 
@@ -70,7 +67,7 @@ class Driver:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.events = (self.run_dir / EVENTS).open("a", buffering=1)
+        self.events = (self.run_dir / EVENTS_FILE).open("a", buffering=1)
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -162,18 +159,8 @@ class Driver:
 
     def _step(self) -> int:
         """Return the last step that is in metrics.jsonl."""
-        try:
-            with (self.run_dir / "metrics.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-                lines = file.read().splitlines()
-        except OSError:
-            return 0
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                continue
-        return 0
+        records, _ = tail(self.run_dir / METRICS_FILE)
+        return int(records[-1]["step"]) if records else 0
 
     def _record(self, event: str, **more: Any) -> None:
         self.events.write(json.dumps({"time": time.time(), "event": event, "step": self._step(), **more}) + "\n")

@@ -23,9 +23,9 @@ from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
-NODES_FILE = "nodes.json"
+METRICS_FILE, EVENTS_FILE, NODES_FILE = "metrics.jsonl", "cluster.jsonl", "nodes.json"
 _TAIL = 1 << 18
-"""Bytes of metrics.jsonl that are read, from its end: some hundred steps."""
+"""Bytes that are read of a file, from its end: some hundred steps of metrics.jsonl."""
 
 Record = Mapping[str, Any]
 
@@ -116,25 +116,25 @@ def read_view(run_dir: Path) -> View:
     if not config_file.is_file():
         raise UserError(f"{run_dir} is not a run folder (yet): it has no config.yaml; name one that is trained")
     view = View(run_dir, load_config(config_file), time.time())
-    records, view.silent = _tail(run_dir / "metrics.jsonl", view.time)
+    records, view.silent = tail(run_dir / METRICS_FILE)
     view.train = [record for record in records if record.get("kind") == "train"]
     view.val = next((record for record in reversed(records) if record.get("kind") == "val"), None)
     view.checkpoints = [step_of(path) for path in list_checkpoints(run_dir / "checkpoints")]
     view.evaluations = list(read_evaluations(run_dir).values())
-    view.events, _ = _tail(run_dir / "cluster.jsonl", view.time)
+    view.events, _ = tail(run_dir / EVENTS_FILE)
     with suppress(OSError, ValueError):
         view.nodes = json.loads((run_dir / NODES_FILE).read_text("utf-8"))
     return view
 
 
-def _tail(path: Path, now: float) -> tuple[list[Record], float | None]:
+def tail(path: Path) -> tuple[list[Record], float | None]:
     """Return the last records of a file, and the seconds since it was written to."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _TAIL))
             lines = file.read().splitlines()
-        age = max(0.0, now - path.stat().st_mtime)
+        age = max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return [], None
     records: list[Record] = []
