@@ -52,13 +52,14 @@ class RemoteRun:
         """Return the steps of all folders of checkpoints there, newest first, and whether they have their markers."""
         from pyarrow.fs import FileSelector
 
-        steps = []
-        for info in self._storage.get_file_info(FileSelector(str(self._checkpoints), allow_not_found=True)):
+        # Where storage has no folders, those that are listed one by one are only what someone has made there.
+        everything = FileSelector(str(self._checkpoints), allow_not_found=True, recursive=True)
+        paths = {PurePosixPath(info.path) for info in self._storage.get_file_info(everything)}
+        steps = set()
+        for name in {path.relative_to(self._checkpoints).parts[0] for path in paths}:
             with suppress(CheckpointError):  # something else lies there
-                steps.append(step_of(Path(info.base_name)))
-        steps.sort(reverse=True)
-        markers = self._storage.get_file_info([str(self._checkpoint(step) / MARKER) for step in steps])
-        return [(step, marker.is_file) for step, marker in zip(steps, markers, strict=True)]
+                steps.add(step_of(Path(name)))
+        return [(step, self._checkpoint(step) / MARKER in paths) for step in sorted(steps, reverse=True)]
 
     def upload(self, checkpoint: Path, keep: int, tick: Tick = lambda: None) -> None:
         """Copy a checkpoint and what lies in the run folder; then remove all but the `keep` newest up to it."""

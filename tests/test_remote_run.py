@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from ebwm_dist.training.checkpointing import Checkpointer
 from ebwm_dist.training.distributed import World
 from tests.distributed import run_distributed_test
 from tests.launchers.jobs import Job, assert_equal_runs, steps_done
+from tests.object_storage import gs_bucket, s3_bucket
 from tests.runs import assert_same, metrics, newest_state, train_in_turn, write_config
 from tests.tiny_data import make_tiny_data
 
@@ -31,30 +31,21 @@ ALONE = World(0, 0, 1, torch.device("cpu"), "here")
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """Return the address of a bucket on a server of this machine; `{}` is to be the path in it."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "none")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        from pyarrow.fs import S3FileSystem
-
-        options = {"endpoint_override": f"{host}:{port}", "scheme": "http", "region": "us-east-1"}
-        S3FileSystem(allow_bucket_creation=True, **options).create_dir("bucket")
-        yield "s3://bucket/{}?" + "&".join(f"{name}={value}" for name, value in options.items())
-    server.stop()
+    with s3_bucket() as address:
+        yield address
 
 
-@pytest.fixture
-def run(s3: str, tmp_path: Path) -> RemoteRun:
+@pytest.fixture(scope="module")
+def gs() -> Iterator[str]:
+    with gs_bucket() as address:
+        yield address
+
+
+@pytest.fixture(params=["s3", "gs"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> RemoteRun:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("1\n")
-    return RemoteRun(s3.format(tmp_path.name), tmp_path / "run")
+    return RemoteRun(request.getfixturevalue(request.param).format(tmp_path.name), tmp_path / "run")
 
 
 def add(run_dir: Path, step: int, text: str = "") -> Path:
@@ -253,6 +244,10 @@ def test_addresses(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     with pytest.raises(ConfigError, match="checkpoint.remote = 'bucket/a': must begin with s3://"):
         load_config(config, ["checkpoint.remote=bucket/a"])
+    for key in ("checkpoint.remote", "data.path"):
+        with pytest.raises(ConfigError, match=f"{key}: the address holds a password") as raised:
+            load_config(config, [f"{key}=s3://me:secret@bucket/a"])
+        assert "secret" not in str(raised.value)
     with pytest.raises(ConfigError, match="not an address of storage"):
         RemoteRun("s3://bucket/a?endpoint=b", tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -304,6 +305,14 @@ def _check_cluster(config: Config) -> None:
 
 def _check_remote(config: Config) -> None:
     remote = config.checkpoint.remote
+    for key, addresses in (
+        ("data.path", [config.data.path]),
+        ("data.mixture", config.data.mixture),
+        ("checkpoint.remote", [remote or ""]),
+    ):
+        if any(re.match(r"\w+://[^/?@]*:[^/?]*@", address) for address in addresses):
+            # Neither here nor in the run folder's config.yaml, where it would stay.
+            raise ConfigError(f"{key}: the address holds a password; leave it out and put it into the environment")
     if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
         raise ConfigError(
             f"checkpoint.remote = {remote!r}: must begin with s3://, gs:// or file://, or be null for no copy"

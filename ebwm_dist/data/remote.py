@@ -1,7 +1,8 @@
 """Data folders that are not on this machine: files are fetched whole into a bounded cache, and read from there.
 
 A location is `http(s)://`, `s3://` or `gs://` with the folder's address, or `pipe:` with a command that writes the file
-named by its last argument to its standard output, like `pipe:ssh host cat /data/text`.
+named by its last argument to its standard output, like `pipe:ssh host cat /data/text`. An address may end in options,
+`?endpoint_override=HOST`, which pass to every file's and are left out of messages.
 
 The cache may be shared by any number of processes. A file is named after its whole address and its version, so equal
 names in different folders do not meet. It is fetched once, by whoever locks it first, under another name, and takes its
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -33,6 +35,7 @@ SCHEMES = ("http", "https", "s3", "gs")
 TRIES = 3
 PAUSE = 0.5
 """Seconds before a file is fetched again, doubled every time."""
+_BLOCK = 1 << 23
 _SILENCE = 60.0
 """Seconds without a byte after which an HTTP transfer is given up."""
 
@@ -53,7 +56,8 @@ class RemoteFolder:
         """Return the address of a file in the folder."""
         if self.location.startswith("pipe:"):
             return f"{self.location.rstrip('/')}/{shlex.quote(name)}"
-        return f"{self.location.rstrip('/')}/{quote(name) if self.location.startswith('http') else name}"
+        folder, mark, options = self.location.partition("?")
+        return f"{folder.rstrip('/')}/{quote(name)}{mark}{options}"
 
     def read(self, name: str, version: str | None, sha256: str | None = None) -> bytes:
         """Return the content of a small file; a copy serves for its own `version` only, and without one none does."""
@@ -80,7 +84,7 @@ class Cache:
         """Return a file descriptor of the copy of `url`, which is fetched if there is none."""
         if size is not None and size > self.limit:
             raise ConfigError(
-                f"data.cache_gib = {self.limit / 2**30:g}: {url} alone has {size / 2**30:.3g} GiB; raise it"
+                f"data.cache_gib = {self.limit / 2**30:g}: {_shown(url)} alone has {size / 2**30:.3g} GiB; raise it"
             )
         digest = sha256_of_bytes(f"{url}\n{version}".encode())
         path = self.folder / f"{digest[:40]}-{_name(url)[-80:]}"
@@ -184,8 +188,8 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
         try:
             _transfer(url, path)
         except FileNotFoundError:
-            raise DataError(f"missing file: {url} does not exist; restore it, or correct data.path") from None
-        except (ConfigError, ImportError):
+            raise DataError(f"missing file: {_shown(url)} does not exist; restore it, or correct data.path") from None
+        except ConfigError:
             raise
         except Exception as error:  # each transport has exceptions of its own, and all mean the same here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -198,7 +202,7 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
         else:
             return
     raise DataError(
-        f"{_name(url)} could not be fetched from {url} in {TRIES} tries: {reason}; "
+        f"{_name(url)} could not be fetched from {_shown(url)} in {TRIES} tries: {reason}; "
         "check the connection and the file there"
     )
 
@@ -210,27 +214,32 @@ def _stamp(descriptor: int) -> None:
 
 
 def _name(url: str) -> str:
-    return os.path.basename(url).strip("'")
+    return os.path.basename(_shown(url)).strip("'")
+
+
+def _shown(url: str) -> str:
+    """Return the part of `url` that messages may name: a signed address has its secrets among its options."""
+    return url if url.startswith("pipe:") else url.partition("?")[0]
 
 
 def _transfer(url: str, path: Path) -> None:
     if url.startswith("pipe:"):
         _run(shlex.split(url.removeprefix("pipe:")), path)
-        return
-    import fsspec
+    elif url.startswith("http"):
+        import aiohttp
+        import fsspec
 
-    scheme = url.partition("://")[0]
-    options = {}
-    try:
-        if scheme.startswith("http"):
-            import aiohttp
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+        fsspec.filesystem("http", client_kwargs={"timeout": timeout}).get_file(url, str(path))
+    else:
+        from pyarrow.fs import FileSystem
 
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
-            }
-        fsspec.filesystem(scheme, **options).get_file(url, str(path))
-    except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs a package more ({error}): pip install 'ebwm_dist[remote]'") from None
+        try:
+            storage, source = FileSystem.from_uri(url)
+        except ValueError as error:
+            raise ConfigError(f"{_shown(url)}: not an address of storage ({error}); correct data.path") from None
+        with storage.open_input_stream(source) as stream, open(path, "wb") as file:
+            shutil.copyfileobj(stream, file, _BLOCK)
 
 
 def _run(command: list[str], path: Path) -> None:

@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from pyarrow.fs import FileSystem
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data import remote
@@ -23,6 +25,7 @@ from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
 from ebwm_dist.data.stream import SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, DataError, UserError
+from tests.object_storage import gs_bucket, s3_bucket
 
 SIZE = 100_000
 
@@ -76,7 +79,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(params=[False, True], ids=["plain", "ranges"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    pytest.importorskip("aiohttp")
     folder = tmp_path / "served"
     for name, seed in (("train/000.tar", 1), ("val/000.tar", 2), ("train/001.tar", 3)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -207,16 +209,30 @@ def test_which_locations_are_remote() -> None:
     assert not any(is_remote(path) for path in ("data/text", "/data", "https/folder", "file.tar"))
 
 
-def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(tiny: Manifest, tmp_path: Path) -> None:
+@contextmanager
+def served(transport: str, folder: Path) -> Iterator[str]:
+    """Yield the address at which `transport` finds the files of `folder`."""
+    if transport == "pipe":
+        yield f"pipe:cat {folder}"
+        return
+    with s3_bucket() if transport == "s3" else gs_bucket() as bucket:
+        address = bucket.format("a%20folder")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                storage, target = FileSystem.from_uri(RemoteFolder(address, Cache(folder, 0)).url(path.name))
+                with storage.open_output_stream(target) as file:
+                    file.write(path.read_bytes())
+        yield address
+
+
+@pytest.mark.parametrize(("transport", "workers"), [("pipe", 0), ("s3", 2), ("gs", 2)])
+def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(
+    tiny: Manifest, tmp_path: Path, transport: str, workers: int
+) -> None:
     window = 2 * max(shard.bytes for shard in tiny.train.shards)
     indexes = 2 * max((tiny.folder / shard.index_path).stat().st_size for shard in tiny.train.shards)
-    local = DataConfig(path=str(tiny.folder), sequence_length=16, shuffle_window=1)
-    far = replace(
-        local,
-        path=f"pipe:cat {tiny.folder}",
-        cache_dir=str(tmp_path / "cache"),
-        cache_gib=(window + indexes) / 2**30,
-    )
+    local = DataConfig(path=str(tiny.folder), sequence_length=16, shuffle_window=1, num_workers=0)
+    cache_gib = (window + indexes) / 2**30
 
     def read(config: DataConfig) -> list[tuple[list[str], list[list[int]]]]:
         mixture = Mixture.load(config)
@@ -227,13 +243,34 @@ def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(tiny: Manifest, 
         batches += validation_batches(config, mixture, batch_size=8, max_sequences=20, dp_rank=0, dp_world_size=1)
         return [(batch.keys, batch.observed.tolist()) for batch in batches]
 
-    assert read(far) == read(local)
+    with served(transport, tiny.folder) as address:
+        cache = str(tmp_path / "cache")
+        far = replace(local, path=address, cache_dir=cache, cache_gib=cache_gib, num_workers=workers)
+        assert read(far) == read(local)
     files = [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
     assert 0 < sum(path.stat().st_size for path in files) <= window + indexes
+
+
+def test_a_remote_folder_is_no_place_to_write_to_and_needs_room(tiny: Manifest, tmp_path: Path) -> None:
+    far = DataConfig(path=f"pipe:cat {tiny.folder}", cache_dir=str(tmp_path / "cache"), shuffle_window=2)
+    far.sequence_length = 16
     with pytest.raises(UserError, match="is not a folder of this machine"):
         Manifest.load(far.path)
+    far.cache_gib = 2 * max(shard.bytes for shard in tiny.train.shards) / 2**30
     with pytest.raises(ConfigError, match=r"two windows of data.shuffle_window = 2 shards take"):
-        wider = replace(far, shuffle_window=2)
         SampleStream(
-            wider, Mixture.load(wider), seed=1, global_batch_size=8, micro_batch_size=8, dp_rank=0, dp_world_size=1
+            far, Mixture.load(far), seed=1, global_batch_size=8, micro_batch_size=8, dp_rank=0, dp_world_size=1
         )
+
+
+def test_options_of_an_address_go_with_every_file_and_into_no_message(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", SIZE)
+    folder = RemoteFolder("https://127.0.0.1:9/a?signature=hidden", cache)
+    assert folder.url("b c.tar") == "https://127.0.0.1:9/a/b%20c.tar?signature=hidden"
+    with pytest.raises(
+        DataError, match="c.tar could not be fetched from https://127.0.0.1:9/a/b%20c.tar in 3"
+    ) as raised:
+        folder.open("b c.tar", SIZE, "")
+    assert "hidden" not in str(raised.value)
+    with pytest.raises(ConfigError, match="s3://bucket/a/b.tar: not an address of storage"):
+        RemoteFolder("s3://bucket/a?colour=red", cache).read("b.tar", None)
