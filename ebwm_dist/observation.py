@@ -17,6 +17,7 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
 from ebwm_dist.data.files import write_json
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import BLOCK, Mixture
 from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.skipping import intact_parts
 from ebwm_dist.encoders import Encoder, build_encoder
@@ -25,7 +26,7 @@ from ebwm_dist.mcmc.noise import mix_seed
 
 STATISTICS_FILE = "embedding_statistics.json"
 STATISTICS_CLIPS = 256
-"""Clips, spread over the training split, that mean and standard deviation of their embeddings are taken from."""
+"""Clips of each data set, spread over its training split, that mean and deviation of embeddings are taken from."""
 _CLIPS_AT_ONCE = 16
 CROP = 0xC409
 """Keeps the seeds of crops apart from those of a model's noise."""
@@ -147,16 +148,28 @@ def build_observer(config: Config, content: Content, device: torch.device) -> Ob
 
 
 def embedding_statistics(
-    observer: Observer, manifest: Manifest, run_dir: Path, skip: bool = False
+    observer: Observer, mixture: Mixture, run_dir: Path, skip: bool = False
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the embeddings of training clips, without damaged ones if `skip`.
 
-    They are computed at the first start of a run, kept in its folder, and the same ever after.
+    Data sets count by their shares. The figures are computed at the first start of a run, kept in its folder, and the
+    same ever after.
     """
-    assert observer.encoder is not None
-    file = run_dir / STATISTICS_FILE
+    encoder, file = observer.encoder, run_dir / STATISTICS_FILE
+    assert encoder is not None
     if file.is_file():
-        return read_statistics(file, observer.encoder)
+        return read_statistics(file, encoder)
+    moments = [_moments(observer, source.manifest, skip) for source in mixture.sources]
+    shares = [source.quota / BLOCK for source in mixture.sources]
+    mean, square = (sum(share * m[i] for share, m in zip(shares, moments, strict=True)) for i in (0, 1))
+    std = max(square - mean**2, 1e-12) ** 0.5
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "mean": mean, "std": std})
+    return mean, std
+
+
+def _moments(observer: Observer, manifest: Manifest, skip: bool) -> tuple[float, float]:
+    """Return the means of embeddings and of their squares over training clips of one data set."""
     counts = np.cumsum([0, *manifest.train.counts])
     chosen = min(STATISTICS_CLIPS, manifest.train.samples)
     numbers = np.arange(chosen) * manifest.train.samples // chosen
@@ -174,12 +187,7 @@ def embedding_statistics(
     reader.close()
     if not count:
         raise DataError(f"none of the {chosen} clips of {manifest.name} tried is intact; see verify.py --deep")
-    mean = total / count
-    std = max(squares / count - mean**2, 1e-12) ** 0.5
-    run_dir.mkdir(parents=True, exist_ok=True)
-    encoder = observer.encoder
-    write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "clips": chosen, "mean": mean, "std": std})
-    return mean, std
+    return total / count, squares / count
 
 
 def read_statistics(file: Path, encoder: Encoder) -> tuple[float, float]:

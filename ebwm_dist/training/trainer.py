@@ -352,7 +352,7 @@ class Trainer:
         if isinstance(self.manifest.content, ClipContent):
             self.watchdog.beat(0, "statistics of the embeddings")
             skip = self.config.data.on_error == "skip"
-            found = embedding_statistics(observer, self.manifest, self.run_dir, skip) if self.world.rank == 0 else None
+            found = embedding_statistics(observer, self.data, self.run_dir, skip) if self.world.rank == 0 else None
             observer.mean, observer.std = from_rank_0(found, self.world)
         return observer
 

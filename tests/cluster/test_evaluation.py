@@ -20,6 +20,7 @@ from ebwm_dist.cluster.results import Results, line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.data.executors import connected
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import Mixture
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
 from ebwm_dist.leases import Lease
 from ebwm_dist.observation import build_observer, embedding_statistics
@@ -76,7 +77,8 @@ def test_any_number_of_shards_gives_the_same_figures(kind: str, folder: Path, co
     if kind == "clips":
         manifest = make_tiny_clips(tmp_path / "clips", "jpeg")
         config = make_run(folder / "tiny.yaml", manifest, tmp_path / "video", (*SETTINGS, *CLIPS))
-        embedding_statistics(build_observer(config, manifest.content, CPU), manifest, tmp_path / "video")
+        mixture = Mixture.of({"clips": manifest}, {"clips": 1.0})
+        embedding_statistics(build_observer(config, mixture.content, CPU), mixture, tmp_path / "video")
     path = add_checkpoint(config, 1)
     whole = alone(path, config.evaluation)
     assert whole["steps"] == [1, 2, 3] and whole["tokens"] > 0 and whole["loss"][0] != whole["loss"][2]

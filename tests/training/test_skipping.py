@@ -10,6 +10,7 @@ import torch
 
 from ebwm_dist.data.index import read_index
 from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.mixture import Mixture
 from ebwm_dist.data.order import EpochOrder
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.errors import DataError
@@ -59,11 +60,12 @@ def test_a_run_that_skips_counts_each_damaged_sample_once_an_epoch(
 def test_statistics_of_embeddings_leave_damaged_clips_out(tmp_path: Path) -> None:
     manifest = make_tiny_clips(tmp_path / "clips", "jpeg")
     (manifest.folder / "train-000001.tar").unlink()  # clips 3, 4 and 5
+    mixture = Mixture.of({"clips": manifest}, {"clips": 1.0})
     encoder = build_encoder("pixels:2")
     observer = Observer(torch.device("cpu"), encoder)
     with pytest.raises(DataError, match=r"missing shard: .*train-000001\.tar"):
-        embedding_statistics(observer, manifest, tmp_path / "run")
-    mean, std = embedding_statistics(observer, manifest, tmp_path / "run", skip=True)
+        embedding_statistics(observer, mixture, tmp_path / "run")
+    mean, std = embedding_statistics(observer, mixture, tmp_path / "run", skip=True)
     frames = torch.from_numpy(tiny_frames("train"))
     intact = encoder.encode(torch.cat([frames[:3], frames[6:]]).flatten(0, 1)).double()
     assert abs(mean - intact.mean()) < 0.01 and abs(std - intact.std()) < 0.01

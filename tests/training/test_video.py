@@ -9,6 +9,7 @@ import torch
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.content import TokenContent
+from ebwm_dist.data.mixture import Mixture
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.errors import ConfigError, DataError, UserError
 from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, embedding_statistics
@@ -85,9 +86,9 @@ def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
 
 def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "clips", tmp_path / "run"))
-    manifest = load_data(config).manifest
-    observer = build_observer(config, manifest.content, CPU)
-    observer.mean, observer.std = embedding_statistics(observer, manifest, tmp_path / "run")
+    mixture = load_data(config)
+    observer = build_observer(config, mixture.content, CPU)
+    observer.mean, observer.std = embedding_statistics(observer, mixture, tmp_path / "run")
     frames = torch.from_numpy(tiny_frames("train"))
     observed = observer(frames)
     assert observed.shape == (SAMPLES["train"], FRAMES, 12)
@@ -96,11 +97,24 @@ def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
 
     # The same at every later start, whatever the clips are; but never those of another encoder.
     kept = (tmp_path / "run" / STATISTICS_FILE).read_text()
-    assert embedding_statistics(observer, manifest, tmp_path / "run") == (observer.mean, observer.std)
+    assert embedding_statistics(observer, mixture, tmp_path / "run") == (observer.mean, observer.std)
     assert (tmp_path / "run" / STATISTICS_FILE).read_text() == kept
     other = Observer(CPU, build_encoder("pixels:2/1"))
     with pytest.raises(UserError, match=r"was trained with the encoder pixels:2 .*now it is pixels:2/1 .*new run_dir"):
-        embedding_statistics(other, manifest, tmp_path / "run")
+        embedding_statistics(other, mixture, tmp_path / "run")
+
+
+def test_data_sets_count_by_their_shares_in_the_statistics(tmp_path: Path) -> None:
+    observer = Observer(CPU, build_encoder("pixels:2"))
+    manifests = {str(seed): make_tiny_clips(tmp_path / str(seed), "jpeg", seed) for seed in (1, 2)}
+    alone = [
+        embedding_statistics(observer, Mixture.of({k: m}, {k: 1}), tmp_path / f"run{k}") for k, m in manifests.items()
+    ]
+    mean, std = embedding_statistics(observer, Mixture.of(manifests, {"1": 3, "2": 1}), tmp_path / "run")
+    (mean_1, std_1), (mean_2, std_2) = alone
+    assert abs(mean_1 - mean_2) > 0.01 and mean == pytest.approx(0.75 * mean_1 + 0.25 * mean_2)
+    square = 0.75 * (std_1**2 + mean_1**2) + 0.25 * (std_2**2 + mean_2**2)
+    assert std == pytest.approx((square - mean**2) ** 0.5)
 
 
 def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
