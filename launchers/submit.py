@@ -46,6 +46,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of each node, and so workers")
     parser.add_argument("--cpus-per-node", type=int, help="workers of each node where there are no GPUs")
     parser.add_argument("--name", help="of the run and its job (default: the name of run_dir)")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="variable that the run gets from here"
+    )
     parser.add_argument("--installed", action="store_true", help="use the package that is installed on the nodes")
     parser.add_argument("--detach", action="store_true", help="do not follow the logs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
@@ -54,8 +57,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _submit(args: argparse.Namespace) -> int:
     cluster = arguments_of_cluster(args.num_nodes, args.min_nodes, args.gpus_per_node, args.cpus_per_node)
     config = load_config(args.config, [*args.overrides, *cluster])
+    if missing := [name for name in args.env if name not in os.environ]:
+        raise UserError(f"--env {missing[0]}: no such variable is set here")
     jobs = Jobs(args.address)
-    name, found = jobs.submit(config, args.name, args.installed)
+    name, found = jobs.submit(config, args.name, args.installed, {name: os.environ[name] for name in args.env})
     print(found, flush=True)
     return 0 if args.detach or found.endswith("finished already") else jobs.follow(name)
 

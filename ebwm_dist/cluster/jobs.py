@@ -17,9 +17,10 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ebwm_dist
@@ -55,10 +56,20 @@ class Jobs:
         for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
             logger.setLevel(logging.WARNING)  # they tell of packages and sockets between the lines of the job
 
-    def submit(self, config: Config, name: str | None = None, installed: bool = False) -> tuple[str, str]:
+    def submit(
+        self,
+        config: Config,
+        name: str | None = None,
+        installed: bool = False,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[str, str]:
         """Start a run, unless it runs or has finished; return its name, and what was found or done.
 
-        `installed`: upload the configuration only, and run the package that is installed on the nodes.
+        Args:
+            config: of the run.
+            name: of the run's job; that of `run_dir` where there is none.
+            installed: upload the configuration only, and run the package that is installed on the nodes.
+            variables: environment variables of the run; the cluster shows them to whoever may ask it for its jobs.
         """
         config = with_absolute_paths(config)
         allowed_nodes(config)
@@ -77,6 +88,7 @@ class Jobs:
         with tempfile.TemporaryDirectory() as folder:
             make_package(Path(folder), config, installed)
             environment = {
+                **variables,
                 # The job is killed when a save takes longer than this.
                 "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.training.step_timeout)),
                 "PYTHONUNBUFFERED": "1",

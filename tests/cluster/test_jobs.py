@@ -14,8 +14,9 @@ import pytest
 from ebwm_dist.cluster.jobs import JobError, Jobs, arguments_of_cluster, fingerprint, make_package, with_absolute_paths
 from ebwm_dist.cluster.worker import interface_of
 from ebwm_dist.config import Config
-from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.errors import ConfigError
+from launchers import submit
 from tests.launchers.jobs import REPOSITORY
 
 
@@ -79,6 +80,30 @@ def test_what_has_not_finished_or_is_to_go_on_is_submitted_again(cluster: Jobs, 
         assert cluster.submit(config)[1] == "submitted mine"
         client.jobs["mine"].status = "STOPPED"
     assert client.deleted == ["mine"] * 5
+
+
+def test_variables_are_handed_on(
+    cluster: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(config.run_dir).parent / "mine.yaml"
+    save_config(config, file)
+    monkeypatch.setattr(submit, "Jobs", lambda address: cluster)
+    monkeypatch.setenv("GIVEN", "a b'c")
+    command = [
+        "submit.py",
+        "--config",
+        str(Path(config.run_dir).parent / "mine.yaml"),
+        "--cpus-per-node",
+        "2",
+        "--detach",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--env", "GIVEN"])
+    assert submit.main() == 0
+    client: Any = cluster._client
+    assert client.jobs["mine"].env["GIVEN"] == "a b'c"
+    assert "a b'c" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--env", "NOWHERE"])
+    assert submit.main() == 1 and "--env NOWHERE: no such variable is set here" in capsys.readouterr().err
 
 
 def test_names(cluster: Jobs, config: Config, tmp_path: Path) -> None:
