@@ -4,7 +4,8 @@ Writes evaluation.json and evaluation.html. Several processes share the work:
 `torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
 
 With `--follow runs/quickstart --workers 2`, Ray actors evaluate every checkpoint of a run that may still be going on,
-and write evaluations.jsonl. RAY_ADDRESS names the cluster; without it they run on this machine.
+and write evaluations.jsonl; a terminal shows the run meanwhile. RAY_ADDRESS names the cluster; without it they run on
+this machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,11 +70,19 @@ def main() -> int:
 
 def follow(args: argparse.Namespace) -> int:
     """Evaluate the checkpoints of a run as they come."""
+    from rich.console import Console
+
     from ebwm_dist.cluster.evaluation import follow as follow_run
+    from ebwm_dist.cluster.watch import live
 
     changes = {"workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    console = Console()
     try:
-        follow_run(args.follow, {name: value for name, value in changes.items() if value is not None})
+        with live(args.follow, console) if console.is_terminal else nullcontext():
+            follow_run(
+                args.follow, changes, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

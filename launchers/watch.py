@@ -21,19 +21,17 @@ def main() -> int:
     args = parser.parse_args()
 
     from rich.console import Console
-    from rich.live import Live
 
     from ebwm_dist.cluster.view import read_view
-    from ebwm_dist.cluster.watch import frame
+    from ebwm_dist.cluster.watch import frame, live
 
     try:
         if args.once:
             Console().print(frame(read_view(args.run)))
             return 0
-        with Live(frame(read_view(args.run)), screen=True, auto_refresh=False) as live:
+        with live(args.run, Console(), screen=True):
             while True:
-                time.sleep(2)
-                live.update(frame(read_view(args.run)), refresh=True)
+                time.sleep(60)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from ebwm_dist.cluster.results import trained_loss
-from ebwm_dist.cluster.view import Record, View, energy_gap
+from ebwm_dist.cluster.view import Record, View, energy_gap, read_view
+from ebwm_dist.errors import UserError
 from ebwm_dist.training.metrics import duration, si
 
+REFRESH = 0.5
+"""Looks at the run folder a second."""
 SILENT = 120.0
 """Seconds without a record after which a run is said to be silent."""
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -32,6 +38,23 @@ def frame(view: View) -> RenderableType:
     if view.events:
         parts.append(_events(view))
     return Panel(Group(*parts), title=f"{view.run_dir}", subtitle=state(view), title_align="left")
+
+
+def live(run_dir: Path, console: Console, screen: bool = False) -> Live:
+    """Return a frame that follows the run inside its `with` block; what is printed on `console` goes above it.
+
+    Raises:
+        UserError: `run_dir` is no run folder.
+    """
+    view = read_view(run_dir)
+
+    def look() -> RenderableType:
+        nonlocal view
+        with suppress(UserError):  # its files may be written in this moment
+            view = read_view(run_dir)
+        return frame(view)
+
+    return Live(look(), get_renderable=look, console=console, screen=screen, refresh_per_second=REFRESH)
 
 
 def state(view: View) -> str:

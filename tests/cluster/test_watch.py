@@ -17,7 +17,7 @@ from rich.console import Console
 from ebwm_dist.cluster import dashboard
 from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.view import read_view
-from ebwm_dist.cluster.watch import frame, sparks
+from ebwm_dist.cluster.watch import frame, live, sparks
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.errors import UserError
 from tests.launchers.jobs import REPOSITORY
@@ -76,6 +76,23 @@ def test_a_frame_has_all_there_is(run_dir: Path) -> None:
         assert expected in text, f"{expected}\n{text}"
     (evaluation,) = [line for line in text.splitlines() if "5.4000" in line and "244.70" in line]
     assert evaluation.split()[2::2][:6] == ["4", "5.5000", "5.4000", "3", "244.70", "1.5"]
+
+
+def test_a_live_frame_follows_the_run(run_dir: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, height=50)
+    assert isinstance(console.file, io.StringIO)
+    with live(run_dir, console) as shown_live:
+        assert "step 6/10" in console.file.getvalue()
+        write_lines(run_dir / "metrics.jsonl", [*map(train_record, range(1, 8))])
+        console.print("an evaluation")
+        shown_live.refresh()
+        text = console.file.getvalue()
+        assert text.index("step 6/10") < text.index("an evaluation") < text.rindex("step 7/10")
+        (run_dir / "config.yaml").write_text("seed: [")
+        shown_live.refresh()
+    assert "step 7/10" in console.file.getvalue().split("an evaluation")[-1]
+    with pytest.raises(UserError, match="config.yaml"):
+        live(run_dir, console)
 
 
 def test_a_run_that_has_barely_begun_or_is_over(run_dir: Path, tmp_path: Path) -> None:
