@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         storage=options.storage,
         encoding=Encoding.of(options) if options.encoder else None,
         clips_per_shard=options.clips_per_shard,
-        work=Work(options.executor, options.workers, progress=True),
+        work=Work.of(options),
     )
     print(report.describe())
 

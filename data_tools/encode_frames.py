@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_encoding_arguments(parser, required=True)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    work = Work(options.executor, options.workers, progress=True)
+    work = Work.of(options)
     print(encode_clips(options.clips, options.out, Encoding.of(options), work=work).describe())
 
 

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         layout,
         fields=Fields(options.text_field, options.id_field, options.group_field),
         on_error=options.on_error,
-        work=Work(options.executor, options.workers, progress=True),
+        work=Work.of(options),
     )
     warn_of_leak(options.tokenizer, layout)
     print(describe(report))

@@ -1,4 +1,4 @@
-"""Actors that share the calls of a piece of work: the dead and the stuck are replaced, and their calls made again.
+"""Ray actors that share the calls of a function: the dead and the stuck are replaced, and their calls made again.
 
 An actor is given a call once it is known to live, so one that waits for a place in the cluster holds nothing up as
 long as another has one.
@@ -6,34 +6,72 @@ long as another has one.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 TRIES = 3
-"""How often a call is made whose actors die."""
+"""How often a call is made whose actors die, and how many actors in a row may die before they have done anything."""
+_AHEAD = 4
+"""Calls per actor that may be done before an earlier one is: results are given in order, and memory is bounded."""
 _TICK = 0.2
+
+
+@contextmanager
+def connected(cpus: int) -> Iterator[None]:
+    """Use the Ray cluster that this process is in or RAY_ADDRESS names, or start one on this machine for the time."""
+    started = not ray.is_initialized()
+    if started and os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR)
+    elif started:
+        # Ray would otherwise leave a token in the home directory, which later clusters ask for.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _Worker:
+    """What the actors are."""
+
+    def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        return function(*arguments)
+
+
+@dataclass
+class _Call:
+    number: int
+    arguments: Sequence[Any]
+    tries: int = 0
 
 
 class _Busy(NamedTuple):
     actor: Any
-    number: int
+    call: _Call
     deadline: float
 
 
 class Pool:
-    """`size` actors of a class that has a method `call`."""
+    """`size` actors with `cpus` and `gpus` of their own each."""
 
-    def __init__(self, actor: type, arguments: Sequence[Any], size: int, cpus: float, gpus: float) -> None:
+    def __init__(self, size: int, cpus: float = 1, gpus: float = 0) -> None:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        self._new: Callable[[], Any] = lambda: ray.remote(actor).options(**options).remote(*arguments)
+        self._new: Callable[[], Any] = ray.remote(_Worker).options(**options).remote
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, _Busy] = {}
+        self._stillborn = 0
         for _ in range(size):
             self._start()
 
@@ -47,45 +85,55 @@ class Pool:
         """Return whether there is no actor that could do anything."""
         return not self._idle and not self._busy
 
-    def run(self, calls: Sequence[Sequence[Any]], timeout: float, tick: Callable[[], None]) -> list[Any]:
-        """Return what `call(*arguments)` gives for each of `calls`.
+    def map(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[Sequence[Any]],
+        timeout: float = float("inf"),
+        tick: Callable[[], None] = lambda: None,
+    ) -> Iterator[Any]:
+        """Yield what `function(*arguments)` gives for each of `calls`, in their order.
 
         Args:
-            calls: the arguments of each call.
+            function: importable by the actors.
+            calls: the arguments of each call, taken as they are needed.
             timeout: seconds after which an actor is taken to hang in a call.
             tick: called all the time; what it raises ends the work.
 
         Raises:
             Exception: what a call has raised, or why actors died in it `TRIES` times.
         """
-        waiting, results = deque(range(len(calls))), dict[int, Any]()
-        tries = [0] * len(calls)
+        source = (_Call(number, arguments) for number, arguments in enumerate(calls))
+        again, results = deque[_Call](), dict[int, Any]()
+        taken = delivered = 0
+        more = True
         try:
-            while len(results) < len(calls):
+            while more or delivered < taken:
                 tick()
-                while waiting and self._idle:
-                    number, actor = waiting.popleft(), self._idle.pop()
-                    tries[number] += 1
-                    reference = actor.call.remote(*calls[number])
-                    self._busy[reference] = _Busy(actor, number, time.monotonic() + timeout)
-                self._welcome()
-                for reference, failure in self._finished(timeout):
-                    actor, number, _ = self._busy.pop(reference)
-                    if failure is None or isinstance(failure, RayTaskError):
-                        self._idle.append(actor)
-                        if failure is not None:
-                            raise failure.cause
-                        results[number] = ray.get(reference)
+                while self._idle and (again or (more and taken < delivered + _AHEAD * self.size)):
+                    call = again.popleft() if again else next(source, None)
+                    if call is None:
+                        more = False
                         continue
-                    self._replace(actor)
-                    if tries[number] == TRIES:
+                    taken = max(taken, call.number + 1)
+                    self._make(call, function, timeout)
+                self._welcome()
+                for busy, result, failure in self._finished(timeout):
+                    if isinstance(failure, RayTaskError):
+                        raise failure.cause
+                    if failure is None:
+                        results[busy.call.number] = result
+                    elif busy.call.tries == TRIES:
                         raise failure
-                    waiting.append(number)
+                    else:
+                        again.append(busy.call)
+                while delivered in results:
+                    yield results.pop(delivered)
+                    delivered += 1
         finally:
             for busy in self._busy.values():
                 self._replace(busy.actor)
             self._busy.clear()
-        return [results[number] for number in range(len(calls))]
 
     def close(self) -> None:
         """End all actors."""
@@ -93,15 +141,32 @@ class Pool:
             ray.kill(actor)
         self._idle, self._starting, self._busy = [], {}, {}
 
-    def _finished(self, timeout: float) -> list[tuple[Any, Exception | None]]:
-        """Wait a moment; return the calls that are over, each with its failure."""
+    def _make(self, call: _Call, function: Callable[..., Any], timeout: float) -> None:
+        actor = self._idle.pop()
+        call.tries += 1
+        reference = actor.call.remote(function, call.arguments)
+        self._busy[reference] = _Busy(actor, call, time.monotonic() + timeout)
+
+    def _finished(self, timeout: float) -> list[tuple[_Busy, Any, Exception | None]]:
+        """Wait a moment; return the calls that are over, each with its result or its failure."""
         if not self._busy:
             time.sleep(_TICK)
             return []
-        done, running = ray.wait(list(self._busy), num_returns=1, timeout=_TICK)
-        found: list[tuple[Any, Exception | None]] = [(reference, _failure(reference)) for reference in done]
-        late = [reference for reference in running if time.monotonic() > self._busy[reference].deadline]
-        return found + [(reference, TimeoutError(f"no result in {timeout:g} s")) for reference in late]
+        ray.wait(list(self._busy), num_returns=1, timeout=_TICK)
+        done, running = ray.wait(list(self._busy), num_returns=len(self._busy), timeout=0)
+        found = [(reference, *_outcome(reference)) for reference in done]
+        found += [
+            (reference, None, TimeoutError(f"no result in {timeout:g} s"))
+            for reference in running
+            if time.monotonic() > self._busy[reference].deadline
+        ]
+        over = [(self._busy.pop(reference), result, failure) for reference, result, failure in found]
+        for busy, _, failure in over:
+            if failure is None or isinstance(failure, RayTaskError):
+                self._idle.append(busy.actor)
+            else:
+                self._replace(busy.actor)
+        return over
 
     def _welcome(self) -> None:
         """Take in the actors that have come to life."""
@@ -109,11 +174,15 @@ class Pool:
             return
         ready, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
         for reference in ready:
-            actor, failure = self._starting.pop(reference), _failure(reference)
-            if failure is not None:
-                self._replace(actor)
+            actor, (_, failure) = self._starting.pop(reference), _outcome(reference)
+            if failure is None:
+                self._idle.append(actor)
+                self._stillborn = 0
+                continue
+            self._replace(actor)
+            self._stillborn += 1
+            if self._stillborn >= TRIES:
                 raise failure
-            self._idle.append(actor)
 
     def _start(self) -> None:
         actor = self._new()
@@ -124,9 +193,8 @@ class Pool:
         self._start()
 
 
-def _failure(reference: Any) -> Exception | None:
+def _outcome(reference: Any) -> tuple[Any, Exception | None]:
     try:
-        ray.get(reference)
+        return ray.get(reference), None
     except RayError as error:
-        return error
-    return None
+        return None, error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ebwm_dist.data.build import Layout, build
 from ebwm_dist.data.documents import DocumentReader, find_inputs
-from ebwm_dist.data.executors import Work
+from ebwm_dist.data.executors import LOCAL, Work
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.tokenizer import train_tokenizer
 
@@ -32,7 +32,7 @@ def tiny_documents(count: int, words: int = 60) -> list[dict[str, str]]:
 
 
 def make_tiny_data(
-    folder: Path, *, sequence_length: int = 16, vocab_size: int = 320, documents: int = 60, workers: int = 0
+    folder: Path, *, sequence_length: int = 16, vocab_size: int = 320, documents: int = 60, work: Work = LOCAL
 ) -> Manifest:
     """Make a whole data folder in `folder` with the code of the tools: many small shards, `book 0` held out.
 
@@ -45,5 +45,4 @@ def make_tiny_data(
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=vocab_size)
     assert tokenizer.vocab_size == vocab_size, f"ask for at most {tokenizer.vocab_size} tokens, or more documents"
     layout = Layout(sequence_length, samples_per_member=8, members_per_shard=4, holdout=(HELD_OUT,))
-    work = Work("process", workers) if workers else Work()
     return build([source], tokenizer, folder, layout, work=work).manifest

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 from ebwm_dist.checkpoints import MARKER, fingerprint, list_checkpoints, step_of
-from ebwm_dist.cluster.pool import Pool
 from ebwm_dist.cluster.results import Record, Results, follow_command, line, read_evaluations
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, EvaluationConfig
-from ebwm_dist.data.executors import connected
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.shards import Shard, evaluate_shard, merge
 from ebwm_dist.leases import Lease
+from ebwm_dist.pool import Pool, connected
 
 TRIES = 3
 PAUSE = 5.0
@@ -43,24 +42,17 @@ POLL = 1.0
 Say = Callable[[str], None]
 
 
-class Evaluator:
-    """An actor: evaluates shards of the held-out data."""
-
-    def __init__(self, settings: EvaluationConfig, folder: str) -> None:
-        self.settings = settings
-        torch.set_num_threads(settings.cpus_per_worker)
-        # Where paths of the configuration that are not absolute start; on another machine it need not exist.
-        with suppress(OSError):
-            os.chdir(folder)
-
-    def call(self, checkpoint: Path, index: int, count: int) -> Shard:
-        """Evaluate one of `count` shards."""
-        device = torch.device("cuda" if self.settings.gpus_per_worker else "cpu")
-        return evaluate_shard(checkpoint, index, count, self.settings, device)
-
-
 class Stopped(Exception):
     """The follower was told to leave at once."""
+
+
+def _evaluate_in(folder: str, settings: EvaluationConfig, checkpoint: Path, index: int, count: int) -> Shard:
+    """Evaluate a shard in an actor; paths of the configuration that are not absolute start in `folder`."""
+    with suppress(OSError):  # on another machine it need not exist
+        os.chdir(folder)
+    torch.set_num_threads(settings.cpus_per_worker)
+    device = torch.device("cuda" if settings.gpus_per_worker else "cpu")
+    return evaluate_shard(checkpoint, index, count, settings, device)
 
 
 class Follower:
@@ -106,8 +98,7 @@ class Follower:
 
     def _start(self) -> Pool:
         settings = self.settings
-        arguments = (settings, self.folder)
-        return Pool(Evaluator, arguments, settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
+        return Pool(settings.workers, settings.cpus_per_worker, settings.gpus_per_worker)
 
     def pending(self) -> list[tuple[Path, tuple[int, str]]]:
         """Return the checkpoints that have no evaluation, the newest first, each with its step and fingerprint."""
@@ -162,8 +153,9 @@ class Follower:
                     f"{self.settings.gpus_per_worker:g} yet; checkpoints wait"
                 )
 
-        calls = [(path.absolute(), index, pool.size) for index in range(pool.size)]
-        figures = merge(pool.run(calls, self.settings.timeout, tick))
+        shared = (self.folder, self.settings, path.absolute())
+        calls = [(*shared, index, pool.size) for index in range(pool.size)]
+        figures = merge(list(pool.map(_evaluate_in, calls, self.settings.timeout, tick)))
         now = time.time()
         return {"workers": pool.size, "seconds": now - start, "lag": max(0.0, now - saved), **figures}
 

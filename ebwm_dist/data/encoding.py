@@ -38,7 +38,7 @@ def encode_documents(
             pending.append(batch)
             yield path, tokenizer.sha256, [document.text for document in batch]
 
-    for tokens in run_in_order(_encode_batch, tasks(), work.executor, work.workers):
+    for tokens in run_in_order(_encode_batch, tasks(), work):
         yield from zip(pending.popleft(), tokens, strict=True)
 
 

@@ -7,7 +7,6 @@ time. Few tasks are in flight, which bounds memory when tasks are made as they a
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,14 +33,21 @@ class Work:
 
     executor: str = "local"
     workers: int = 1
+    gpus_per_worker: float = 0.0
+    """Of `ray`."""
     progress: bool = False
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> Work:
+        """Read what `add_arguments` has added, for a tool that shows its progress."""
+        return Work(options.executor, options.workers, options.gpus_per_worker, progress=True)
 
 
 LOCAL = Work()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--executor` and `--workers` to a tool."""
+    """Add `--executor`, `--workers` and `--gpus-per-worker` to a tool."""
     parser.add_argument(
         "--executor",
         choices=EXECUTORS,
@@ -53,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, default=os.cpu_count() or 1, help="processes of process and ray (default: cores)"
     )
+    parser.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, help="of ray: GPUs, or a part of one, for each (default: none)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -61,16 +69,14 @@ def _positive(text: str) -> int:
     return value
 
 
-def run_in_order(
-    function: Callable[[Task], Result], tasks: Iterable[Task], executor: str, workers: int
-) -> Iterator[Result]:
-    """Yield `function(task)` for every task; `process` and `ray` use `workers` processes."""
-    if executor == "local":
+def run_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work: Work) -> Iterator[Result]:
+    """Yield `function(task)` for every task."""
+    if work.executor == "local":
         yield from map(function, tasks)
-    elif executor == "process":
-        yield from _in_processes(function, tasks, workers)
+    elif work.executor == "process":
+        yield from _in_processes(function, tasks, work.workers)
     else:
-        yield from _on_ray(function, tasks, workers)
+        yield from _on_ray(function, tasks, work)
 
 
 def _in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -91,37 +97,15 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@contextmanager
-def connected(cpus: int) -> Iterator[None]:
-    """Use the Ray cluster that this process is in or RAY_ADDRESS names, or start one on this machine for the time."""
-    import ray
+def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], work: Work) -> Iterator[Result]:
+    from ebwm_dist.pool import Pool, connected
 
-    started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
-    elif started:
-        # Ray would otherwise leave a token in the home directory, which later clusters ask for.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    import ray
-
-    def result(reference: Any) -> Result:
+    with connected(work.workers):
+        pool = Pool(work.workers, gpus=work.gpus_per_worker)
         try:
-            answer: Result = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # as the function raised it, without Ray's traceback in its message
-        return answer
-
-    with connected(workers):
-        yield from _collect(ray.remote(function).remote, result, tasks, workers)
+            yield from pool.map(function, ((task,) for task in tasks))
+        finally:
+            pool.close()
 
 
 def _collect(

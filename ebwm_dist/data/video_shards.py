@@ -220,7 +220,7 @@ def _make(
     if (existing := up_to_date(planned.folder, source)) is not None:
         return existing, True
     begin(planned.folder, source)
-    results = run_in_order(make_shard, tasks, work.executor, work.workers)
+    results = run_in_order(make_shard, tasks, work)
     bar = tqdm(results, total=len(tasks), unit=" shards", disable=None if work.progress else True)
     made = list(zip(tasks, bar, strict=True))
     splits = {

@@ -15,17 +15,16 @@ import torch
 from ebwm_dist.checkpoints import list_checkpoints, prune
 from ebwm_dist.cluster import evaluation
 from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
-from ebwm_dist.cluster.pool import Pool
 from ebwm_dist.cluster.results import Results, line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
-from ebwm_dist.data.executors import connected
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.mixture import Mixture
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
 from ebwm_dist.leases import Lease
 from ebwm_dist.observation import build_observer, embedding_statistics
+from ebwm_dist.pool import Pool, connected
 from tests.cluster.clusters import wait_for
-from tests.cluster.flaky import Flaky
+from tests.cluster.flaky import flaky
 from tests.cluster.made_runs import add_checkpoint, make_run
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -144,12 +143,20 @@ def test_checkpoints_are_evaluated_newest_first_whatever_fails(
 
 
 def test_calls_of_dead_and_stuck_actors_are_made_again(ray: None, tmp_path: Path) -> None:
-    pool = Pool(Flaky, (), 2, 1, 0)
-    pids = pool.run([("dies", tmp_path / "a"), ("hangs", tmp_path / "b"), ("", tmp_path / "c")], 2.0, lambda: None)
-    assert len(pids) == 3 and (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    pool = Pool(2)
+    asked: list[int] = []
+
+    def calls() -> Iterator[tuple[int, str, Path]]:
+        for number, how in enumerate(["dies", "hangs", *[""] * 20]):
+            asked.append(number)
+            yield number, how, tmp_path / str(number)
+
+    results = pool.map(flaky, calls(), timeout=2.0)
+    assert next(results) == 0 and len(asked) <= 8
+    assert list(results) == list(range(1, 22)) and (tmp_path / "0").exists() and (tmp_path / "1").exists()
     with pytest.raises(KeyError, match="told to"):
-        pool.run([("fails", tmp_path / "d"), ("", tmp_path / "e")], 10.0, lambda: None)
-    assert pool.size == 2
+        list(pool.map(flaky, [(0, "fails", tmp_path / "d"), (1, "", tmp_path / "e")]))
+    assert pool.size == 2 and list(pool.map(flaky, [(5, "", tmp_path / "f")])) == [5]
     pool.close()
 
 

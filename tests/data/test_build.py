@@ -16,6 +16,7 @@ from ebwm_dist.data import encoding
 from ebwm_dist.data.build import Layout, Report, build
 from ebwm_dist.data.documents import Fields, find_inputs, is_held_out
 from ebwm_dist.data.encoding import encode_text
+from ebwm_dist.data.executors import Work
 from ebwm_dist.data.manifest import Manifest
 from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -58,8 +59,9 @@ def test_shards_hold_exactly_the_documents_and_the_held_out_groups_stay_out(tiny
     assert tiny.held_out_groups == (HELD_OUT,)
 
 
-def test_bytes_do_not_depend_on_time_or_workers(tiny: Manifest, tmp_path: Path) -> None:
-    again = make_tiny_data(tmp_path / "text", workers=2)
+@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=pytest.mark.slow)])
+def test_bytes_do_not_depend_on_time_or_workers(tiny: Manifest, tmp_path: Path, executor: str) -> None:
+    again = make_tiny_data(tmp_path / "text", work=Work(executor, 2))
     names = {path.name for path in tiny.folder.iterdir()}
     assert names == {path.name for path in again.folder.iterdir()} and len(names) > 20
     for name in names - {"manifest.json"}:
