@@ -20,13 +20,16 @@ ACTIONS = ("status", "logs", "stop", "list")
 
 def main() -> int:
     """Parse the command line, and submit or ask."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
-    parser.add_argument("--address", default=address, help="of the cluster's dashboard (default: %(default)s)")
-    asks = len(sys.argv) > 1 and sys.argv[1] in ACTIONS
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--address", default=address, help="of the cluster's dashboard (default: %(default)s)")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, parents=[common])
+    words = common.parse_known_args()[1]
+    asks = bool(words) and words[0] in ACTIONS
     if asks:
         parser.add_argument("action", choices=ACTIONS)
-        parser.add_argument("name", nargs="*" if sys.argv[1] == "list" else 1, help="of the run")
+        parser.add_argument("name", nargs="*" if words[0] == "list" else 1, help="of the run")
     else:
         _add_arguments(parser)
     args = parser.parse_intermixed_args()
