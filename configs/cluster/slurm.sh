@@ -23,24 +23,25 @@ dashboard=http://127.0.0.1:8265  # of the first node, where this script runs
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi
 
 # Whoever can reach a Ray cluster can run code on it, as its user. Here only those who can read this file of the user's.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
-ray get-auth-token --generate > /dev/null
+export RAY_AUTH_MODE=token
+(umask 077 && ray get-auth-token --generate > /dev/null)  # ~/.ray/auth_token
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # seconds; 30 are few where many nodes read one file system
 
-srun --kill-on-bad-exit=1 ray symmetric-run --address "${nodes[0]}:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --include-dashboard=true -- \
+# What has become of the run: symmetric-run itself may end with 1 after a success, when it loses the cluster it stops.
+fate=$(mktemp)
+srun --kill-on-bad-exit=1 ray symmetric-run --address "${nodes[0]}:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
+    bash -c '"$@"; echo $? > "$0"' "$fate" \
     python launchers/submit.py --address "$dashboard" --name "$name" --config "$config" \
     --num-nodes $((SLURM_JOB_NUM_NODES - 1)) --gpus-per-node 8 run_dir="$run_dir" \
     evaluation.workers=8 evaluation.gpus_per_worker=1 "$@" &
 run=$!
 
 asked=
-trap 'asked=yes; python launchers/submit.py --address "$dashboard" stop "$name"' TERM
-code=0
-wait "$run" || code=$?
+trap 'asked=yes; python launchers/submit.py --address "$dashboard" stop "$name" || true' TERM
+wait "$run" || true
 if [[ -n $asked ]]; then
-    code=0  # the signal has only interrupted the first wait
-    wait "$run" || code=$?
+    wait "$run" || true  # the signal has only interrupted the first wait
     scontrol requeue "$SLURM_JOB_ID"
 fi
-exit "$code"
+code=$(cat "$fate")
+exit "${code:-1}"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -152,7 +153,7 @@ def submitted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
         def __init__(self, address: str) -> None:
             assert address.startswith("http://")
 
-        def submit(self, config: Config, name: str | None, installed: bool) -> tuple[str, str]:
+        def submit(self, config: Config, name: str | None, installed: bool, variables: object) -> tuple[str, str]:
             found.append(config)
             return "", "finished already"
 
@@ -160,6 +161,26 @@ def submitted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(sys, "argv", ["submit.py", *arguments])
     assert submit.main() == 0
     return found[0]
+
+
+def ask(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail unless `launchers/submit.py` asks the named cluster for what `arguments` say."""
+    from launchers import submit
+
+    asked: list[Any] = []
+    action, name = arguments[2], arguments[3:]
+    client = SimpleNamespace(
+        status=lambda name: asked.append(["status", name]) or "",
+        stop=lambda name: asked.append(["stop", name]) or "",
+        follow=lambda name: asked.append(["logs", name]) or 0,
+        list=lambda: asked.append(["list"]) or [],
+    )
+    monkeypatch.setattr(submit, "Jobs", lambda address: asked.append(address) or client)
+    for words in (arguments, [action, *name, *arguments[:2]]):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["submit.py", *words])
+        assert submit.main() == 0
+        assert asked == [arguments[1], [action, *name]]
 
 
 def check_fits(config: Config, nodes: int, gpus: int) -> None:
@@ -179,8 +200,11 @@ def test_hostfile_of_deepspeed() -> None:
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo node-a; echo node-b; else echo "$@" >> scontrol.txt; fi',
     "ray": 'echo "$RAY_AUTH_MODE $@" >> ray.txt',
-    "srun": 'printf "%s\\n" "$@" > srun.txt; while [ ! -e stop ]; do sleep 0.05; done; sleep 0.5; exit $(cat stop)',
-    "python": 'printf "%s\\n" "$@" > stopped.txt; echo 1 > stop',
+    "srun": 'printf "%s\\n" "$@" > srun.txt; while [ "$1" != -- ]; do shift; done; shift; "$@"; exit 1',
+    "python": """case "$*" in
+        *" stop "*) printf "%s\\n" "$@" > stopped.txt; echo 1 > stop ;;
+        *) while [ ! -e stop ]; do sleep 0.05; done; sleep 0.5; exit $(cat stop) ;;
+    esac""",
 }
 
 
@@ -221,9 +245,9 @@ def test_script_of_slurm(told: str, code: int, tmp_path: Path, monkeypatch: pyte
 
     arguments = (tmp_path / "srun.txt").read_text().splitlines()
     start, entry = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    assert start[1:] == ["ray", "symmetric-run", "--address", "node-a:6379", "--min-nodes", "5", start[-1]]
-    assert entry[:2] == ["python", "launchers/submit.py"]
-    found = submitted(entry[2:], monkeypatch)
+    assert start[1:] == ["ray", "symmetric-run", "--address", "node-a:6379", "--min-nodes", "5"]
+    assert entry[:2] == ["bash", "-c"] and entry[4:6] == ["python", "launchers/submit.py"]
+    found = submitted(entry[6:], monkeypatch)
     assert found.seed == 3 and found.run_dir == "runs/ebt_1b"
     check_fits(found, int(options["nodes"]), int(options["gpus-per-node"]))
     assert options["signal"].startswith("B:TERM@") and options["ntasks-per-node"] == "1"
@@ -238,6 +262,10 @@ def test_commands_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in re.findall(r"\b(?:configs|launchers)/\S+", command):
             assert (REPOSITORY / name).exists(), command
     monkeypatch.chdir(REPOSITORY)
+    asked = [command for command in commands if re.search(r"submit.py .*\b(status|logs|stop|list)\b", command)]
+    assert len(asked) == 4
+    for command in asked:
+        ask(shlex.split(command)[2:], monkeypatch)
     runs = [shlex.split(command) for command in commands if " --config " in command]
     assert len(runs) >= 5
     for words in runs:
