@@ -262,7 +262,8 @@ def main() -> int:
         workers = [worker for group in groups for worker in measure(group, args.repeats)]
         measured, wrong = [worker.record() for worker in workers], [*problems_of(workers)]
         print(*rows(measured), sep="\n", file=readable, flush=True)
-        print(*wrong, sep="\n", end="", file=sys.stderr, flush=True)
+        for problem in wrong:
+            print(problem, file=sys.stderr, flush=True)
         records += measured
         failed = failed or bool(wrong)
         if args.save:
