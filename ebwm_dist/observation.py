@@ -17,7 +17,7 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
 from ebwm_dist.data.files import write_json
 from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import BLOCK, Mixture
+from ebwm_dist.data.mixture import Mixture, pooled
 from ebwm_dist.data.shards import open_reader
 from ebwm_dist.data.skipping import intact_parts
 from ebwm_dist.encoders import Encoder, build_encoder
@@ -159,10 +159,7 @@ def embedding_statistics(
     assert encoder is not None
     if file.is_file():
         return read_statistics(file, encoder)
-    moments = [_moments(observer, source.manifest, skip) for source in mixture.sources]
-    shares = [source.quota / BLOCK for source in mixture.sources]
-    mean, square = (sum(share * m[i] for share, m in zip(shares, moments, strict=True)) for i in (0, 1))
-    std = max(square - mean**2, 1e-12) ** 0.5
+    mean, std = pooled(mixture.sources, [_moments(observer, source.manifest, skip) for source in mixture.sources])
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "mean": mean, "std": std})
     return mean, std

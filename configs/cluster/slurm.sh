@@ -44,4 +44,5 @@ if [[ -n $asked ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 code=$(cat "$fate")
+rm "$fate"
 exit "${code:-1}"

@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ebwm_dist
@@ -61,7 +60,7 @@ class Jobs:
         config: Config,
         name: str | None = None,
         installed: bool = False,
-        variables: Mapping[str, str] = MappingProxyType({}),
+        variables: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
         """Start a run, unless it runs or has finished; return its name, and what was found or done.
 
@@ -88,7 +87,7 @@ class Jobs:
         with tempfile.TemporaryDirectory() as folder:
             make_package(Path(folder), config, installed)
             environment = {
-                **variables,
+                **(variables or {}),
                 # The job is killed when a save takes longer than this.
                 "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.training.step_timeout)),
                 "PYTHONUNBUFFERED": "1",

@@ -348,16 +348,23 @@ def _check_agreement(one: Source, other: Source) -> None:
             )
 
 
+def pooled(sources: Sequence[Source], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return mean and standard deviation of a mixture, from mean and mean square of each data set."""
+    shares = [source.quota / BLOCK for source in sources]
+    mean = sum(share * mean for share, (mean, _) in zip(shares, moments, strict=True))
+    square = sum(share * square for share, (_, square) in zip(shares, moments, strict=True))
+    return mean, math.sqrt(max(square - mean**2, 1e-12))
+
+
 def _normalise_alike(sources: Sequence[Source]) -> list[Source]:
     """Give latents of all data sets the mean and standard deviation of the mixture, so that they share one space."""
     contents = [source.manifest.content for source in sources]
     latents = [content for content in contents if isinstance(content, LatentContent)]
     if not latents:
         return list(sources)
-    shares = [source.quota / BLOCK for source in sources]
-    mean = sum(share * content.mean for share, content in zip(shares, latents, strict=True))
-    square = sum(share * (c.std**2 + c.mean**2) for share, c in zip(shares, latents, strict=True))
-    std = math.sqrt(square - mean**2) if len(sources) > 1 else latents[0].std
+    mean, std = pooled(sources, [(c.mean, c.std**2 + c.mean**2) for c in latents])
+    if len(sources) == 1:
+        std = latents[0].std  # to the bit
     return [
         replace(source, manifest=replace(source.manifest, content=replace(content, mean=mean, std=std)))
         for source, content in zip(sources, latents, strict=True)

@@ -13,6 +13,7 @@ longest ago are removed until it fits; whoever reads one of them goes on reading
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ TRIES = 3
 PAUSE = 0.5
 """Seconds before a file is fetched again, doubled every time."""
 _BLOCK = 1 << 23
+_OPTIONS = re.compile(r"(?<=\w)\?[^\s'\"]+")  # of an address, however an exception quotes it
 _SILENCE = 60.0
 """Seconds without a byte after which an HTTP transfer is given up."""
 
@@ -193,6 +195,7 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
             raise
         except Exception as error:  # each transport has exceptions of its own, and all mean the same here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = _OPTIONS.sub("", reason)
             continue
         arrived = path.stat().st_size
         if size is not None and arrived != size:

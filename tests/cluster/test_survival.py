@@ -81,6 +81,12 @@ def finish(process: subprocess.Popen[str], seconds: float = 400) -> str:
     return text
 
 
+def node_of(nodes: TestCluster, worker: int) -> Any:
+    """Return the node on which a worker's process runs."""
+    (node,) = [node for node in nodes.nodes if worker in descendants(raylet(node))]
+    return node
+
+
 def redone(run_dir: Path, text: str) -> list[int]:
     """Return how many steps each restart has done again."""
     starts = [line for line in text.splitlines() if "continuing from" in line]
@@ -121,8 +127,7 @@ def test_a_lost_node(
     run_dir = tmp_path / "run"
     process = begin(submit, nodes, run_arguments, run_dir)
     reach(process, run_dir, 12)
-    victim = workers(run_dir)[1]
-    (node,) = [node for node in nodes.nodes if victim in descendants(raylet(node))]
+    node = node_of(nodes, workers(run_dir)[1])
     nodes.lose(node)
     text = finish(process)
     nodes.add()
@@ -171,8 +176,7 @@ def test_a_node_that_is_taken_away(
     run_dir = tmp_path / "run"
     process = begin(submit, nodes, run_arguments, run_dir)
     reach(process, run_dir, 8)
-    victim = workers(run_dir)[1]
-    (node,) = [node for node in nodes.nodes if victim in descendants(raylet(node))]
+    node = node_of(nodes, workers(run_dir)[1])
     drain(nodes, node)
     text = finish(process)
     nodes.lose(node)
@@ -221,8 +225,7 @@ def test_nodes_leave_and_come(
     longer = "training.max_steps=1500"
     process = begin(submit, nodes, run_arguments, run_dir, "--num-nodes", "3", "--min-nodes", "2", longer)
     reach(process, run_dir, 12)
-    victim = workers(run_dir)[2]
-    (node,) = [node for node in nodes.nodes if victim in descendants(raylet(node))]
+    node = node_of(nodes, workers(run_dir)[2])
     nodes.lose(node)
     wait_for(lambda: len(events(run_dir, "start")) == 2, "the second start never came", 120)
     origin = events(run_dir, "start")[1]["step"]

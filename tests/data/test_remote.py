@@ -263,7 +263,9 @@ def test_a_remote_folder_is_no_place_to_write_to_and_needs_room(tiny: Manifest, 
         )
 
 
-def test_options_of_an_address_go_with_every_file_and_into_no_message(tmp_path: Path) -> None:
+def test_options_of_an_address_go_with_every_file_and_into_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = Cache(tmp_path / "cache", SIZE)
     folder = RemoteFolder("https://127.0.0.1:9/a?signature=hidden", cache)
     assert folder.url("b c.tar") == "https://127.0.0.1:9/a/b%20c.tar?signature=hidden"
@@ -272,5 +274,13 @@ def test_options_of_an_address_go_with_every_file_and_into_no_message(tmp_path: 
     ) as raised:
         folder.open("b c.tar", SIZE, "")
     assert "hidden" not in str(raised.value)
+
+    def refused(url: str, path: Path) -> None:
+        raise OSError(f"403, message='Forbidden', url='{url.replace('hidden', 'hid/den')}'")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="message='Forbidden', url='https") as raised:
+        patch.setattr(remote, "_transfer", refused)
+        folder.open("b c.tar", SIZE, "")
+    assert "den" not in str(raised.value).replace("Forbidden", "")
     with pytest.raises(ConfigError, match="s3://bucket/a/b.tar: not an address of storage"):
         RemoteFolder("s3://bucket/a?colour=red", cache).read("b.tar", None)
