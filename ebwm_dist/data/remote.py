@@ -84,10 +84,8 @@ class Cache:
 
     def open(self, url: str, version: str, size: int | None, sha256: str | None) -> int:
         """Return a file descriptor of the copy of `url`, which is fetched if there is none."""
-        if size is not None and size > self.limit:
-            raise ConfigError(
-                f"data.cache_gib = {self.limit / 2**30:g}: {_shown(url)} alone has {size / 2**30:.3g} GiB; raise it"
-            )
+        if size is not None:
+            self._check_size(url, size)
         digest = sha256_of_bytes(f"{url}\n{version}".encode())
         path = self.folder / f"{digest[:40]}-{_name(url)[-80:]}"
         if (descriptor := self._open(path)) is not None:
@@ -95,6 +93,12 @@ class Cache:
         with self._lock_of(path):
             descriptor = self._open(path)  # it may have been fetched while this process waited
             return self._fetch(url, path, size, sha256) if descriptor is None else descriptor
+
+    def _check_size(self, url: str, size: int) -> None:
+        if size > self.limit:
+            raise ConfigError(
+                f"data.cache_gib = {self.limit / 2**30:g}: {_shown(url)} alone has {size / 2**30:.3g} GiB; raise it"
+            )
 
     def _open(self, path: Path) -> int | None:
         try:
@@ -113,7 +117,10 @@ class Cache:
                 time.sleep(0.1)  # for other files that are being fetched: then they can be removed
             _download(url, partial, size, sha256)
             if size is None:
-                self._make_room(partial, partial.stat().st_size)
+                found = partial.stat().st_size
+                self._check_size(url, found)
+                while not self._make_room(partial, found):
+                    time.sleep(0.1)
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             _stamp(descriptor)
             os.replace(partial, path)
