@@ -214,3 +214,27 @@ def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:
     for values in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 1.5}):
         with pytest.raises(UserError, match=next(iter(values))):
             Sampling(**values)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gpu_generates_what_the_cpu_does(variant: str) -> None:
+    """From states without noise, as the GPU draws other noise; with different lengths, early stops and drawn tokens."""
+    model = build(settings("mirror", step_size=1.0, initial_state="zeros"), variant)
+    texts = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        for thinking in (Thinking(steps=4, stop_energy=0.05), Thinking(steps=4, accept=True, budget=3)):
+            for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
+                texts.append(
+                    generate(
+                        model, Letters(), PROMPTS, num_tokens=NEW, max_context=CONTEXT, thinking=thinking,
+                        sampling=sampling, seeds=SEEDS,
+                    )
+                )  # fmt: skip
+    for here, there in zip(texts[:4], texts[4:], strict=True):
+        assert [text.tokens for text in here] == [text.tokens for text in there]
+        assert [text.steps for text in here] == [text.steps for text in there]
+        for a, b in zip(here, there, strict=True):
+            for found, expected in zip(b.energies, a.energies, strict=True):
+                assert found == pytest.approx(expected, rel=1e-9)
