@@ -27,10 +27,11 @@ from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
-from ebwm_dist.cluster.view import EVENTS_FILE, METRICS_FILE, tail
+from ebwm_dist.cluster.view import EVENTS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
+from ebwm_dist.records import METRICS_FILE
 
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""

@@ -6,7 +6,6 @@ one counts.
 
 from __future__ import annotations
 
-import json
 import math
 import uuid
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
+from ebwm_dist.records import read_records, to_line
 
 FILE = "evaluations.jsonl"
 Record = dict[str, Any]
@@ -22,17 +22,7 @@ Record = dict[str, Any]
 
 def read_evaluations(run_dir: Path) -> dict[int, Record]:
     """Return the record of every step that was evaluated, in the order of the steps."""
-    records: dict[int, Record] = {}
-    try:
-        lines = (run_dir / FILE).read_text("utf-8").splitlines()
-    except FileNotFoundError:
-        return records
-    for line in lines:
-        try:
-            record = json.loads(line)
-            records[record["step"]] = record
-        except (ValueError, KeyError, TypeError):  # torn by a kill
-            continue
+    records = {record["step"]: record for record in read_records(run_dir / FILE) if "step" in record}
     return dict(sorted(records.items()))
 
 
@@ -47,7 +37,7 @@ class Results:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the record of an evaluation; numbers that JSON cannot hold become null."""
-        self._append(json.dumps(_finite(record)) + "\n")
+        self._append(to_line(record))
         if self._wandb is not None:
             self._wandb.write(record)
 
@@ -127,11 +117,3 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value

@@ -22,8 +22,9 @@ from ebwm_dist.cluster.results import read_evaluations, trained_loss
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
+from ebwm_dist.records import METRICS_FILE, parse
 
-METRICS_FILE, EVENTS_FILE, NODES_FILE = "metrics.jsonl", "cluster.jsonl", "nodes.json"
+EVENTS_FILE, NODES_FILE = "cluster.jsonl", "nodes.json"
 _TAIL = 1 << 18
 """Bytes that are read of a file, from its end: some hundred steps of metrics.jsonl."""
 
@@ -137,10 +138,4 @@ def tail(path: Path) -> tuple[list[Record], float | None]:
         age = max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return [], None
-    records: list[Record] = []
-    for line in lines:
-        with suppress(ValueError):  # the first and the last may be torn
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records, age
+    return [*parse(lines)], age

@@ -26,6 +26,7 @@ from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.inference.generate import generate
 from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.sampling import Sampling
+from ebwm_dist.records import METRICS_FILE, read_records
 from ebwm_dist.registry import Model
 
 THINKING_STEPS = (1, 2, 3, 4, 8)
@@ -52,7 +53,7 @@ class Run:
         loaded.check_data(manifest)
         if loaded.tokenizer is None:
             raise UserError(f"{folder} was trained on video: use launchers/video_report.py")
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(folder / METRICS_FILE)
         return cls(folder, loaded.model, loaded.config, loaded.tokenizer, manifest, records)
 
     @property

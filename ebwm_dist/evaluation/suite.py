@@ -6,7 +6,6 @@ the number of ranks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
+from ebwm_dist.records import METRICS_FILE, read_records
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Suite:
     def describe(self) -> dict[str, Any]:
         """Return what the model is, and what it has seen, as far as its run tells."""
         flops = training_flops_per_token(self.config.model, self.config.mcmc, self.config.data.sequence_length)
-        records = read_metrics(self.loaded.folder)
+        records = read_records(self.loaded.folder / METRICS_FILE)  # an export has none
         tokens = max((record["tokens"] for record in records if record["step"] <= self.loaded.step), default=None)
         curve = [
             [record["tokens"] * flops, record["loss_last_step"]]
@@ -276,12 +276,6 @@ def observer_for(loaded: Loaded, manifest: Manifest, device: torch.device) -> Ob
         assert observer.encoder is not None
         observer.mean, observer.std = read_statistics(loaded.folder / STATISTICS_FILE, observer.encoder)
     return observer
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run; an export has none."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def side_by_side(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ebwm_dist.inference.load import load_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, read_statistics
+from ebwm_dist.records import METRICS_FILE, read_records
 from ebwm_dist.registry import Model
 
 MOST_STEPS = 4
@@ -66,7 +67,7 @@ class Run:
         if isinstance(manifest.content, ClipContent):
             assert observer.encoder is not None
             observer.mean, observer.std = read_statistics(folder / STATISTICS_FILE, observer.encoder)
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(folder / METRICS_FILE)
         if loaded.step < config.training.max_steps:
             raise UserError(
                 f"{folder} has done {loaded.step} of {config.training.max_steps} steps: run the command that trains "

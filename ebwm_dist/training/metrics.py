@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
+from ebwm_dist.records import METRICS_FILE, to_line
 
 Record = Mapping[str, Any]
 
@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 class MetricsLog:
     """metrics.jsonl of a run: one record a line, each step once, whatever was killed and resumed in between."""
 
-    name = "metrics.jsonl"
+    name = METRICS_FILE
 
     def __init__(self, run_dir: Path, resumed_step: int):
         """Open the log and drop what a previous process recorded after `resumed_step`, torn lines included."""
@@ -40,8 +40,7 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Append `record`, numbers that JSON cannot hold as null; nothing stays in this process's buffers."""
         self._seen.add((record.get("kind"), record["step"]))
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(to_line(record))
 
     def has(self, kind: str, step: int) -> bool:
         """Return whether there is a record of `kind` for `step`."""
