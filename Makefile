@@ -49,9 +49,9 @@ train-video: setup data-video
 	$(VENV)/bin/python launchers/video_report.py
 
 train-shapes: setup data-shapes
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_shapes.yaml
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_shapes.yaml
-	$(VENV)/bin/python launchers/video_report.py --ebwm runs/shapes --ar runs/shapes_ar
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_video_shapes.yaml
+	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_video_shapes.yaml
+	$(VENV)/bin/python launchers/video_report.py --ebwm runs/video_shapes --ar runs/video_shapes_ar
 
 test: setup
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -63,7 +63,7 @@ check: setup
 
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
-		runs/video_quickstart runs/video_quickstart_ar runs/shapes runs/shapes_ar
+		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar
 
 $(SAMPLE): | setup
 	$(VENV)/bin/python data_tools/fetch_text.py --out $@
