@@ -7,6 +7,7 @@ Shapes: B batch, S observed positions, C positions refined together, D width, K 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,9 @@ class EnergyBasedTransformer(PassModule):
         )
         final = []
         for start, stop in self._slices(context.shape[1]):
-            # No name here holds an initial state or the last slice's final one while a slice is refined.
-            state = refinement.refine(self._start(context[:fresh], sample_ids[:fresh], replayed, start, stop), start)
+            # Nothing here holds an initial state or the last slice's final one while a slice is refined.
+            initial = partial(self._start, context[:fresh], sample_ids[:fresh], replayed, start, stop)
+            state = refinement.refine(initial, start)
             if self.replay is not None:
                 final.append(self.space.compress(state))
             del state

@@ -25,6 +25,8 @@ Shapes: B batch, S positions, C positions refined together, D width, K steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -111,8 +113,13 @@ class Refinement:
             if landscape in trained:
                 self.gathered[landscape] = tuple((_zeros_like(k), _zeros_like(v)) for k, v in pairs)
 
-    def refine(self, state: Tensor, start: int) -> Tensor:
-        """Take the positions from `start` on through all steps, add up their gradients and return their final state."""
+    def refine(self, initial: Callable[[], Tensor], start: int) -> Tensor:
+        """Take the positions from `start` on through all steps, add up their gradients and return their final state.
+
+        `initial` makes the initial state [B, C, ...], which nobody else holds then: before Python 3.11 a caller keeps
+        the arguments of its call.
+        """
+        state = initial()
         stop = start + state.shape[1]
         targets = self.targets[:, start:stop]
         factor = self.space.step_factor(self.seed, self.sample_ids, start, stop, state.device)
