@@ -22,9 +22,9 @@ RESULTS = FOLDER / "results" / "cpu_torch-2.13.0.json"
 PICTURE = FOLDER / "results" / "second_order.svg"
 BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
 NAMES = dict(zip(METHODS, ("concatenated", "published", "checkpointed", "first order", "compiled"), strict=True))
-SHOWN = {"dtype": "float32", "batch": 1, "seq_len": 1024, "vocab": 1000}
-"""The settings of the picture, which shows all numbers of steps."""
 SETTING = ("dtype", "batch", "seq_len", "vocab", "steps")
+SHOWN = ("float32", 1, 1024, 1000)
+"""The setting of the picture, which shows all numbers of steps."""
 FIGURES = {"seconds": ("Seconds", 1.0, ".2f"), "peak_bytes": ("MiB", 2.0**20, ".0f")}
 """Title, unit and format of each table."""
 
@@ -70,7 +70,7 @@ def cell(records: dict[str, Record], method: str, figure: str, unit: float, form
 
 def draw(cells: Cells, path: Path) -> None:
     """Draw time and memory of each method against the number of steps."""
-    shown = {setting: records for setting, records in cells.items() if setting[:-1] == tuple(SHOWN.values())}
+    shown = {setting: records for setting, records in cells.items() if setting[:-1] == SHOWN}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "second_order"}):
         picture = Figure(figsize=(9, 3.4), layout="constrained")
         for axes, (figure, (title, unit, _)) in zip(picture.subplots(1, 2), FIGURES.items(), strict=True):

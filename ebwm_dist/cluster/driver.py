@@ -8,7 +8,6 @@ have become free. What happened is in `cluster.jsonl` of the run folder.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import signal
 import sys
@@ -31,7 +30,7 @@ from ebwm_dist.cluster.view import EVENTS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
-from ebwm_dist.records import METRICS_FILE
+from ebwm_dist.records import METRICS_FILE, to_line
 
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""
@@ -164,7 +163,7 @@ class Driver:
         return int(records[-1]["step"]) if records else 0
 
     def _record(self, event: str, **more: Any) -> None:
-        self.events.write(json.dumps({"time": time.time(), "event": event, "step": self._step(), **more}) + "\n")
+        self.events.write(to_line({"time": time.time(), "event": event, "step": self._step(), **more}))
 
     def _say(self, text: str, stream: Any = None) -> None:
         print(f"driver: {text}", file=stream or sys.stdout, flush=True)

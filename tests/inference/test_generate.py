@@ -17,6 +17,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.autoregressive import AutoregressiveTokens
 from ebwm_dist.registry import Model
+from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
 
 CONTEXT, NEW = 14, 6
@@ -216,7 +217,7 @@ def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:
             Sampling(**values)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_gpu_generates_what_the_cpu_does(variant: str) -> None:
     """From states without noise, as the GPU draws other noise; with different lengths, early stops and drawn tokens."""

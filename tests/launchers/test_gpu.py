@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from ebwm_dist.checkpoints import list_checkpoints
 from tests.launchers.jobs import Start, steps_done
+from tests.mcmc.test_devices import needs_gpu
 from tests.runs import metrics
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_gpu
 DEVICE = "cuda"
 LOSSES = ("loss", "loss_first_step", "loss_last_step", "energy_first", "energy_last")
 WAYS = {
