@@ -60,6 +60,7 @@ check: setup
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \

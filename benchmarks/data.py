@@ -31,11 +31,11 @@ import torch
 
 from benchmarks.second_order import processor
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.content import ClipContent, Content, LatentContent, TokenContent
-from ebwm_dist.data.decode import encode_clip, encode_jpeg
-from ebwm_dist.data.manifest import Manifest, Split
-from ebwm_dist.data.stream import SampleStream
-from ebwm_dist.data.writer import ClipWriter, ShardWriter, npy_bytes
+from ebwm_dist.data.format.manifest import Manifest, Split
+from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, SampleFormat, TokenFormat
+from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
+from ebwm_dist.data.format.writer import ClipWriter, ShardWriter, npy_bytes
+from ebwm_dist.data.loading.stream import SampleStream
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 8000
@@ -51,7 +51,7 @@ def blocks_of(mebibytes: float, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(VOCABULARY, size=(count, length + 1), dtype=np.uint16)
 
 
-def data_folder(folder: Path, content: Content, write: Callable[[str], Any]) -> Manifest:
+def data_folder(folder: Path, content: SampleFormat, write: Callable[[str], Any]) -> Manifest:
     """Make a data folder whose splits `write` writes; it returns the closed writer."""
     folder.mkdir(parents=True)
     splits = {name: Split(tuple(write(name).shards), 1, dict.fromkeys(content.totals, 0)) for name in ("train", "val")}
@@ -61,7 +61,7 @@ def data_folder(folder: Path, content: Content, write: Callable[[str], Any]) -> 
 
 def token_folder(folder: Path, blocks: np.ndarray) -> Manifest:
     """Write `blocks` as our shards, and the first few as their held-out split."""
-    content = TokenContent(blocks.shape[1] - 1, "uint16", VOCABULARY, 0, 2, 3, "tokenizer.model", "0" * 64)
+    content = TokenFormat(blocks.shape[1] - 1, "uint16", VOCABULARY, 0, 2, 3, "tokenizer.model", "0" * 64)
 
     def write(split: str) -> ShardWriter:
         writer = ShardWriter(folder, split, content, SHARD_MIB * 2**20 // blocks[:ROWS].nbytes)
@@ -75,7 +75,7 @@ def token_folder(folder: Path, blocks: np.ndarray) -> Manifest:
 
 def stream(manifest: Manifest, batch: int, workers: int = 0) -> SampleStream:
     """Return our stream of one rank."""
-    config = DataConfig(sequence_length=manifest.content.sequence_length, num_workers=workers)
+    config = DataConfig(sequence_length=manifest.sample_format.sequence_length, num_workers=workers)
     options = {"global_batch_size": batch, "micro_batch_size": batch, "dp_rank": 0, "dp_world_size": 1}
     return SampleStream(config, manifest, seed=0, **options)
 
@@ -170,18 +170,18 @@ def clips(count: int, frames: int = 9, size: int = 64) -> np.ndarray:
 def video(folder: Path, stored: str, batch: int) -> Loader:
     """Prepare our stream over clips stored as jpeg or mp4, or over latents of them."""
     data = clips(4 * ROWS)
-    content: Content = ClipContent(data.shape[1], 0.1, *data.shape[2:4], stored if stored != "latents" else "mp4")
+    content: SampleFormat = ClipFormat(data.shape[1], 0.1, *data.shape[2:4], stored if stored != "latents" else "mp4")
     if stored == "latents":
-        content = LatentContent(data.shape[1], 768, "float16", 0.1, "pixels:16", "0" * 64, 64, 64, 0.5, 0.25)
+        content = LatentFormat(data.shape[1], 768, "float16", 0.1, "pixels:16", "0" * 64, 64, 64, 0.5, 0.25)
 
     def write(split: str) -> ShardWriter | ClipWriter:
-        if isinstance(content, LatentContent):
+        if isinstance(content, LatentFormat):
             writer = ShardWriter(folder, split, content, 4)
             small = data[:, :, ::4, ::4].reshape(len(data), data.shape[1], -1) / 255
             for start in range(0, len(data), ROWS):
                 writer.write(small[start : start + ROWS].astype(np.float16))
         else:
-            assert isinstance(content, ClipContent)
+            assert isinstance(content, ClipFormat)
             writer = ClipWriter(folder, split, content, ROWS)
             for clip in data:
                 media = encode_clip(clip, 0.1) if stored == "mp4" else [encode_jpeg(frame) for frame in clip]

@@ -3,8 +3,8 @@
 python benchmarks/early_stopping.py --checkpoint runs/quickstart --data data/text
 
 On one part of the held-out sequences every position is refined for the fixed number of steps, which tells what each
-threshold of `stop_energy` would have done: the one is taken that saves most without a higher loss. On the rest, from
-the same noise, thinking with the fixed number of steps and thinking that stops are then measured as they are.
+threshold of `energy_tolerance` would have done: the one is taken that saves most without a higher loss. On the rest,
+from the same noise, thinking with the fixed number of steps and thinking that stops are then measured as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 import ebwm_dist
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -111,10 +111,10 @@ def main() -> int:
         fixed = joined(thought(model, measured, Thinking(steps=steps)))
         record = {"steps": steps, "positions": len(fixed[0]), "fixed_loss": fixed[0].mean().item()}
         if threshold is not None:
-            early = joined(thought(model, measured, Thinking(steps=steps, stop_energy=threshold)))
+            early = joined(thought(model, measured, Thinking(steps=steps, energy_tolerance=threshold)))
             difference = early[0] - fixed[0]
             record |= {
-                "stop_energy": threshold,
+                "energy_tolerance": threshold,
                 "early_loss": early[0].mean().item(),
                 "loss_change": difference.mean().item(),
                 "standard_error": (difference.std() / len(difference) ** 0.5).item(),

@@ -24,7 +24,7 @@ from torch import Tensor
 from ebwm_dist.config import Config, MCMCConfig, ModelConfig
 from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 
 TOLERANCE = 1e-3
 """Largest difference of an energy in float32; they are of the order of 1."""

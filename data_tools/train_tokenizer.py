@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebwm_dist.data.documents import DocumentReader, Fields, describe_inputs, find_inputs, is_held_out
-from ebwm_dist.data.files import sha256_of_file, write_json
 from ebwm_dist.data.tokenizer import train_tokenizer
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import sha256_of_file, write_json
+from ebwm_dist.prepare.documents import DocumentReader, Fields, describe_inputs, find_inputs, is_held_out
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

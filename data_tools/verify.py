@@ -18,13 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ebwm_dist.data.content import TokenContent
-from ebwm_dist.data.files import sha256_of_file
-from ebwm_dist.data.index import Index, read_index
-from ebwm_dist.data.manifest import Manifest, Shard
-from ebwm_dist.data.shards import open_reader
+from ebwm_dist.data.format.index import Index, read_index
+from ebwm_dist.data.format.manifest import Manifest, Shard
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.files import sha256_of_file
 
 BYTES_PER_WORKER = 256 << 20
 """Deep checks of less than this are not worth a process of their own."""
@@ -56,7 +56,7 @@ def deep_problems(manifest: Manifest, split: str, number: int, totals: Counter[s
     yield from member_problems(path, opened.index)
     for record in range(len(opened.index.records)):
         try:
-            totals.update(manifest.content.count(opened.record(record)))
+            totals.update(manifest.sample_format.count(opened.record(record)))
         except DataError as error:
             yield str(error)
 
@@ -91,7 +91,7 @@ def check_shard(manifest: Manifest, deep: bool, place: tuple[str, int]) -> tuple
 def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]:
     """Check everything, in `workers` processes or in this one if 0, and return all problems."""
     problems = []
-    if isinstance(manifest.content, TokenContent):
+    if isinstance(manifest.sample_format, TokenFormat):
         try:
             load_tokenizer(manifest)
         except DataError as error:

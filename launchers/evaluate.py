@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
     parser.add_argument("--steps", type=numbers(int), default=[1, 2, 4, 8], help="numbers of MCMC steps (1,2,4,8)")
     parser.add_argument("--candidates", type=numbers(int), default=[1, 4], help="candidates per prediction (1,4)")
-    parser.add_argument("--stop-energy", type=numbers(float), default=[0.01, 0.1], help="early stopping (0.01,0.1)")
+    parser.add_argument(
+        "--energy-tolerance", type=numbers(float), default=[0.01, 0.1], help="early stopping (0.01,0.1)"
+    )
     parser.add_argument("--max-sequences", type=int, default=512, help="held-out sequences (512)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time on each process (16)")
     parser.add_argument("--other-text", type=Path, help="strange text; default: docstrings of Python's library")
@@ -54,7 +56,9 @@ def main() -> int:
     from ebwm_dist.evaluation.suite import Options
 
     ranks = Ranks.join()
-    options = Options(args.steps, args.candidates, args.stop_energy, args.max_sequences, args.batch_size, args.choices)
+    options = Options(
+        args.steps, args.candidates, args.energy_tolerance, args.max_sequences, args.batch_size, args.choices
+    )
     try:
         if args.other_text is not None:
             options = replace(options, other_text=args.other_text.read_text("utf-8"))

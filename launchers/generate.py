@@ -42,7 +42,9 @@ def main() -> int:
     thinking.add_argument("--think-steps", type=int, help="most MCMC steps for a token")
     thinking.add_argument("--candidates", type=int, default=1, help="refinements of every token, the best is taken")
     thinking.add_argument("--select", choices=("energy", "drop"), default="energy", help="best: lowest energy, or drop")
-    thinking.add_argument("--stop-energy", type=float, help="stop when a step changes the energy by no more than this")
+    thinking.add_argument(
+        "--energy-tolerance", type=float, help="stop when a step changes the energy by no more than this"
+    )
     thinking.add_argument("--accept", action="store_true", help="take only steps that lower the energy")
     thinking.add_argument("--budget", type=int, help="most candidate passes for a token")
     thinking.add_argument("--langevin-noise", type=float)
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         langevin_noise=args.langevin_noise,
         step_size=args.step_size,
         accept=args.accept,
-        stop_energy=args.stop_energy,
+        energy_tolerance=args.energy_tolerance,
         budget=args.budget,
     )
     predictor = ebwm_dist.load(args.checkpoint)

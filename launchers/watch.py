@@ -22,7 +22,7 @@ def main() -> int:
 
     from rich.console import Console
 
-    from ebwm_dist.cluster.view import read_view
+    from ebwm_dist.cluster.run_status import read_view
     from ebwm_dist.cluster.watch import frame, live
 
     try:

@@ -98,7 +98,7 @@ class DenseOracle:
         num_steps: int,
         *,
         update: str = "probabilities",
-        gradient: str = "step",
+        gradient: str = "truncated",
         loss: str = "mean",
         factor: Tensor | float = 1.0,
         noise: Tensor | None = None,
@@ -117,7 +117,7 @@ class DenseOracle:
         alpha = self.w["space.step_size.alpha"].clamp(min=1e-4) * factor
         losses, energies, norms = [], [], []
         for step in range(num_steps):
-            if gradient == "step" or step == 0:
+            if gradient == "truncated" or step == 0:
                 state = state.detach().requires_grad_()
             if noise is not None:
                 state = state + noise[step]

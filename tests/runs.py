@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ebwm_dist.checkpoints import list_checkpoints
+from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.config.loading import load_config
 
 CONFIG = """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.data.decode import encode_clip
-from ebwm_dist.data.moving_shapes import moving_shapes
+from ebwm_dist.data.format.video_codec import encode_clip
+from ebwm_dist.prepare.moving_shapes import moving_shapes
 from tests.tiny_data import tiny_documents
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
             command = command.replace("deepspeed", "deepspeed --num_accelerators 1") + f" {small}"
             command = command.replace("ebt_xxs", "ebt_4xs")
         if "launchers/evaluate.py" in command:
-            command += " --max-sequences 2 --batch-size 2 --steps 2 --candidates 1 --stop-energy 0.1"
+            command += " --max-sequences 2 --batch-size 2 --steps 2 --candidates 1 --energy-tolerance 0.1"
         run(shlex.split(command), checkout)
     assert (checkout / "runs" / "mine" / "checkpoints" / "step-000002").is_dir()
     assert (checkout / "runs" / "mine" / "evaluation" / "evaluation.html").is_file()

@@ -6,11 +6,11 @@ import json
 import random
 from pathlib import Path
 
-from ebwm_dist.data.build import Layout, build
-from ebwm_dist.data.documents import DocumentReader, find_inputs
-from ebwm_dist.data.executors import LOCAL, Work
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import train_tokenizer
+from ebwm_dist.prepare.documents import DocumentReader, find_inputs
+from ebwm_dist.prepare.text_shards import Layout, build
+from ebwm_dist.workers.executors import LOCAL, Work
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "ten", "vas", "sho", "bel", "dor", "fin")
 HELD_OUT = "book 0"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ebwm_dist.data.content import ClipContent, LatentContent
-from ebwm_dist.data.decode import encode_clip, encode_jpeg
-from ebwm_dist.data.manifest import Manifest, Split
-from ebwm_dist.data.writer import ClipWriter, ShardWriter
+from ebwm_dist.data.format.manifest import Manifest, Split
+from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
+from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
+from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
 
 FRAMES, SIZE, DIM = 3, 16, 5
 SAMPLES = {"train": 22, "val": 6}
@@ -31,7 +31,7 @@ def tiny_frames(split: str, seed: int = 0) -> np.ndarray:
 
 def make_tiny_latents(folder: Path, seed: int = 0) -> Manifest:
     """Make a folder of latents in four shards."""
-    content = LatentContent(
+    content = LatentFormat(
         frames=FRAMES,
         embedding_dim=DIM,
         dtype="float16",
@@ -58,7 +58,7 @@ def make_tiny_latents(folder: Path, seed: int = 0) -> Manifest:
 
 def make_tiny_clips(folder: Path, storage: str, seed: int = 0) -> Manifest:
     """Make a folder of clips in eight shards."""
-    content = ClipContent(frames=FRAMES, frame_interval=0.25, height=SIZE, width=SIZE, storage=storage)
+    content = ClipFormat(frames=FRAMES, frame_interval=0.25, height=SIZE, width=SIZE, storage=storage)
     folder.mkdir()
     splits = {}
     for split, count in SAMPLES.items():

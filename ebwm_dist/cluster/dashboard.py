@@ -14,9 +14,9 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from ebwm_dist.cluster.view import NODES_FILE, read_view
-from ebwm_dist.data.files import write_json
+from ebwm_dist.cluster.run_status import NODES_FILE, read_view
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import write_json
 
 INTERVAL = 5.0
 PREFIX = "ebwm_"

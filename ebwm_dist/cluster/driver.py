@@ -20,17 +20,17 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from ebwm_dist.checkpoints import list_checkpoints, step_of
+from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
 from ebwm_dist.cluster import capacity
 from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
-from ebwm_dist.cluster.view import EVENTS_FILE, tail
+from ebwm_dist.cluster.run_status import EVENTS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
-from ebwm_dist.records import METRICS_FILE, to_line
+from ebwm_dist.files import METRICS_FILE, to_line
 
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""

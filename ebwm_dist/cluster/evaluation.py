@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from ebwm_dist.checkpoints import MARKER, fingerprint, list_checkpoints, step_of
+from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, step_of
+from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster.results import Record, Results, follow_command, line, read_evaluations
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.shards import Shard, evaluate_shard, merge
-from ebwm_dist.leases import Lease
-from ebwm_dist.pool import Pool, connected
+from ebwm_dist.workers.pool import Pool, connected
 
 TRIES = 3
 PAUSE = 5.0

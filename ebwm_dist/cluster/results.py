@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.records import read_records, to_line
+from ebwm_dist.files import read_records, to_line
 
 FILE = "evaluations.jsonl"
 Record = dict[str, Any]

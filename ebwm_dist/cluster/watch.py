@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ebwm_dist.cluster.results import trained_loss
-from ebwm_dist.cluster.view import Record, View, energy_gap, read_view
+from ebwm_dist.cluster.run_status import Record, View, energy_gap, read_view
 from ebwm_dist.errors import UserError
 from ebwm_dist.training.metrics import duration, si
 

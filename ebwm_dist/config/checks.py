@@ -55,7 +55,7 @@ RANGES: dict[str, Range] = {
     "mcmc.step_size": _POSITIVE,
     "mcmc.step_size_lr_multiplier": _FROM_0,
     "mcmc.step_size_warmup": _FROM_0,
-    "mcmc.step_size_spread": _FROM_1,
+    "mcmc.step_size_jitter": _FROM_1,
     "mcmc.langevin_noise": _FROM_0,
     "mcmc.replay_size": _FROM_0,
     "mcmc.replay_fraction": Range(0, 1, open_low=True),
@@ -71,7 +71,7 @@ RANGES: dict[str, Range] = {
     "training.stop_after": _FROM_1,
     "training.global_batch_size": _FROM_1,
     "training.micro_batch_size": _FROM_1,
-    "training.positions_per_pass": _FROM_1,
+    "training.position_chunk": _FROM_1,
     "training.max_nonfinite_steps": _FROM_1,
     "training.log_interval": _FROM_1,
     "training.startup_timeout": _POSITIVE,
@@ -79,7 +79,7 @@ RANGES: dict[str, Range] = {
     "data.mixture": _POSITIVE,
     "data.cache_gib": _POSITIVE,
     "data.sequence_length": _FROM_1,
-    "data.smallest_crop": Range(0, 1, open_low=True),
+    "data.min_crop_scale": Range(0, 1, open_low=True),
     "data.shuffle_window": _FROM_1,
     "data.num_workers": _FROM_0,
     "validation.interval": _FROM_1,
@@ -87,7 +87,7 @@ RANGES: dict[str, Range] = {
     "evaluation.workers": _FROM_0,
     "evaluation.cpus_per_worker": _FROM_1,
     "evaluation.gpus_per_worker": Range(0, 1),
-    "evaluation.most_steps": _FROM_1,
+    "evaluation.max_mcmc_steps": _FROM_1,
     "evaluation.max_sequences": _FROM_1,
     "evaluation.batch_size": _FROM_1,
     "evaluation.timeout": _POSITIVE,
@@ -203,7 +203,7 @@ def _check_mcmc(config: Config) -> None:
             f"model.num_landscapes = {landscapes}: at most mcmc.num_steps = {mcmc.num_steps}; "
             "a landscape that no step uses is never trained"
         )
-    if landscapes > 1 and (mcmc.loss, mcmc.gradient) == ("last", "step"):
+    if landscapes > 1 and (mcmc.loss, mcmc.gradient) == ("last", "truncated"):
         raise ConfigError(
             f"model.num_landscapes = {landscapes}: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'step', "
             "which train the landscape of the last step alone"
@@ -274,9 +274,9 @@ def _check_encoder(config: Config) -> None:
         )
     if data.encoder_weights is not None and data.encoder is None:
         raise ConfigError(f"data.encoder_weights = {data.encoder_weights!r}: needs data.encoder, which reads them")
-    if data.smallest_crop < 1 and data.encoder is None:
+    if data.min_crop_scale < 1 and data.encoder is None:
         raise ConfigError(
-            f"data.smallest_crop = {data.smallest_crop}: needs clips that are encoded as they are read (data.encoder); "
+            f"data.min_crop_scale = {data.min_crop_scale}: needs clips encoded as they are read (data.encoder); "
             "1 crops nothing"
         )
 

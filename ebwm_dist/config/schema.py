@@ -69,14 +69,14 @@ class MCMCConfig:
     """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
     step_size_warmup: int = 0
     """Optimizer steps over which the steps taken grow to their full size."""
-    step_size_spread: float = 1.0
+    step_size_jitter: float = 1.0
     """Multiply alpha by a factor drawn from [1 / this, this] for every sample and position in training."""
     langevin_noise: float = 0.0
     """Standard deviation of the noise added to the state before every step, in training and evaluation."""
     loss: str = choice("mean", "last")
     """Train on the mean of the losses after all steps, or on that after the last one (truncated)."""
-    gradient: str = choice("step", "chain")
-    """`step`: the state that enters a step is a constant; `chain`: gradients flow through all steps."""
+    gradient: str = choice("truncated", "full")
+    """`truncated`: the state that enters a step is a constant; `full`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`.
 
@@ -89,7 +89,7 @@ class MCMCConfig:
     """Replayed sequences added to a micro-batch, as a fraction of its size."""
 
     @property
-    def most_steps(self) -> int:
+    def max_mcmc_steps(self) -> int:
         """The largest number of MCMC steps that training takes, which is also that of evaluation."""
         return self.num_steps if self.max_num_steps is None else self.max_num_steps
 
@@ -138,7 +138,7 @@ class TrainingConfig:
     """Sequences per forward pass of one rank; the rest is gradient accumulation."""
     precision: str = choice("fp32", "bf16")
     """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
-    positions_per_pass: int = 128
+    position_chunk: int = 128
     """Positions of a sequence that are refined together: less takes less memory, more makes larger matrices."""
     activation_checkpointing: str = choice("none", "block")
     """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
@@ -179,7 +179,7 @@ class DataConfig:
     torchvision:MODEL. Latents have been encoded before: null."""
     encoder_weights: str | None = None
     """Local file or folder of the encoder's weights; `pixels` has none."""
-    smallest_crop: float = 1.0
+    min_crop_scale: float = 1.0
     """Train on a random square of every clip, its side drawn from this share of the frame to all of it, and mirrored
     half of the time: few videos then go further. 1: on whole frames as they are."""
     shuffle_window: int = 8
@@ -212,7 +212,7 @@ class EvaluationConfig:
     """CPUs of each of them, which are also its threads."""
     gpus_per_worker: float = 0.0
     """GPU of each of them, or its share of one; 0: evaluate on the CPU."""
-    most_steps: int = 8
+    max_mcmc_steps: int = 8
     """Losses are measured after every number of MCMC steps up to this."""
     max_sequences: int = 512
     """At most this many held-out sequences, always the same ones."""

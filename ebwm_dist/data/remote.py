@@ -29,8 +29,8 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file
 from ebwm_dist.errors import ConfigError, DataError
+from ebwm_dist.files import sha256_of_bytes, sha256_of_file
 
 SCHEMES = ("http", "https", "s3", "gs")
 TRIES = 3

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from ebwm_dist.data.files import sha256_of_bytes, write_atomically
 from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.files import sha256_of_bytes, write_atomically
 
 if TYPE_CHECKING:
-    from ebwm_dist.data.manifest import Manifest  # it needs numpy, which a tokenizer does without
+    from ebwm_dist.data.format.manifest import Manifest  # it needs numpy, which a tokenizer does without
 
 PROBES = (
     "Two  spaces,   three, a trailing one ",
@@ -67,7 +67,7 @@ class Tokenizer:
 def load_tokenizer(manifest: Manifest) -> Tokenizer:
     """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
     content = manifest.read_tokenizer() if manifest.remote else None
-    tokenizer = Tokenizer(manifest.folder / manifest.token_content.tokenizer, content)
+    tokenizer = Tokenizer(manifest.folder / manifest.token_format.tokenizer, content)
     manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
     return tokenizer
 

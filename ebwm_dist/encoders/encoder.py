@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ebwm_dist.data.files import sha256_of_bytes, sha256_of_file
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import sha256_of_bytes, sha256_of_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BATCH = 64  # frames that go through the network together

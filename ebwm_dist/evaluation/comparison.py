@@ -15,19 +15,19 @@ import torch
 from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import load_only
-from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.mixture import load_only
+from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.data.tokenizer import Tokenizer
-from ebwm_dist.data.unigram import unigram_perplexity
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
+from ebwm_dist.evaluation.unigram import unigram_perplexity
+from ebwm_dist.files import METRICS_FILE, read_records
 from ebwm_dist.inference.generate import generate
 from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.sampling import Sampling
-from ebwm_dist.records import METRICS_FILE, read_records
-from ebwm_dist.registry import Model
+from ebwm_dist.mcmc.build import Model
 
 THINKING_STEPS = (1, 2, 3, 4, 8)
 BATCH_SIZE = 32

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebwm_dist.data.stream import Batch
+from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.video import clip_errors
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.observation import Observer
-from ebwm_dist.registry import Model
 
 WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
@@ -52,7 +52,7 @@ class ClipErrors:
 
 
 def frame_errors(
-    model: Model, batches: Iterable[Batch], num_steps: int, observer: Observer, ranks: Ranks
+    model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
     """Return the mean errors over the clips of all ranks."""
     own = errors_of_clips(model, batches, num_steps, observer)
@@ -61,7 +61,7 @@ def frame_errors(
 
 
 @torch.no_grad()
-def errors_of_clips(model: Model, batches: Iterable[Batch], num_steps: int, observer: Observer) -> ClipErrors:
+def errors_of_clips(model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor) -> ClipErrors:
     """Return the errors of `copy`, and of the prediction after each MCMC step.
 
     An autoregressive model has one prediction, `1`. Where embeddings can be decoded there are `psnr` and `ssim` too.

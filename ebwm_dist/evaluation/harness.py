@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.choices import Score, score
+from ebwm_dist.evaluation.multiple_choice import Score, score
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
 from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.sampling import Sampling

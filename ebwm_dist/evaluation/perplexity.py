@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebwm_dist.data.stream import Batch
+from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.models.output import Evaluation, Forward, smooth_l1_losses
 
 _LARGEST_EXPONENT = 709.0

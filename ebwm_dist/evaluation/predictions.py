@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebwm_dist.data.order import permutation
-from ebwm_dist.data.stream import Batch
+from ebwm_dist.data.loading.order import permutation
+from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.inference.thinking import Thinking, think_sequences
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.registry import Model
 
 Batches = Callable[[], Iterator[Batch]]
 """Starts the same batches of this rank again."""

@@ -89,7 +89,7 @@ def _steps(result: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     left.legend()
     right.plot(steps["flops_per_prediction"], steps["loss"], "o-", color=BLUE, label="MCMC steps")
     for row in result.get("thinking", []):
-        if row["candidates"] > 1 or row["stop_energy"] is not None or row["accept"]:
+        if row["candidates"] > 1 or row["energy_tolerance"] is not None or row["accept"]:
             right.plot(row["flops_per_prediction"], row["loss"], "^", label=_way(row))
     if baseline is not None:
         other = baseline["by_steps"]
@@ -134,8 +134,8 @@ def _way(row: dict[str, Any]) -> str:
     parts = [f"{row['steps']} steps"]
     if row["candidates"] > 1:
         parts.append(f"best of {row['candidates']}")
-    if row["stop_energy"] is not None:
-        parts.append(f"stop at {row['stop_energy']:g}")
+    if row["energy_tolerance"] is not None:
+        parts.append(f"stop at {row['energy_tolerance']:g}")
     if row["accept"]:
         parts.append("only downhill")
     return ", ".join(parts)

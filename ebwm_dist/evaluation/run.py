@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ebwm_dist.data.files import write_atomically, write_json
-from ebwm_dist.data.mixture import load_only
+from ebwm_dist.data.loading.mixture import load_only
 from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.out_of_distribution import docstrings
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.report import render
-from ebwm_dist.evaluation.strange_text import docstrings
 from ebwm_dist.evaluation.suite import Options, Suite, side_by_side
+from ebwm_dist.files import write_atomically, write_json
 from ebwm_dist.inference.load import load_model
 
 
@@ -27,7 +27,7 @@ def evaluate_runs(
     manifest = load_only(loaded.config.data)
     if options.other_text is None and loaded.tokenizer is not None:
         # A token has some characters: enough of them for as many sequences as are held out.
-        wanted = options.max_sequences * manifest.content.sequence_length * 8
+        wanted = options.max_sequences * manifest.sample_format.sequence_length * 8
         options = replace(options, other_text=docstrings(wanted))
 
     def say(text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ebwm_dist.config.schema import EvaluationConfig
-from ebwm_dist.data.mixture import load_only
+from ebwm_dist.data.loading.mixture import load_only
 from ebwm_dist.evaluation.frames import ClipErrors, errors_of_clips
 from ebwm_dist.evaluation.perplexity import Sums, add_up
 from ebwm_dist.evaluation.ranks import Ranks
@@ -39,10 +39,10 @@ def evaluate_shard(checkpoint: Path, index: int, count: int, settings: Evaluatio
     """Evaluate a checkpoint on the `index`-th of `count` shards of the held-out data."""
     loaded = load_model(checkpoint, device)
     options = Options(
-        steps=(settings.most_steps,), max_sequences=settings.max_sequences, batch_size=settings.batch_size
+        steps=(settings.max_mcmc_steps,), max_sequences=settings.max_sequences, batch_size=settings.batch_size
     )
     suite = Suite(loaded, load_only(loaded.config.data), options, Ranks(index, count, device))
-    steps = max(settings.most_steps, suite.trained_steps) if suite.is_energy else 1
+    steps = max(settings.max_mcmc_steps, suite.trained_steps) if suite.is_energy else 1
     sums = add_up(suite.model, suite.batches(), steps, device, observe=suite.observe)
     assert sums is not None
     frames = None

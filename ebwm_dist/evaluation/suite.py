@@ -16,23 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from ebwm_dist.data.content import ClipContent
-from ebwm_dist.data.encoding import encode_text
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import Batch, validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import ClipFormat
+from ebwm_dist.data.loading.stream import Batch, validation_batches
+from ebwm_dist.encoders.preprocessing import (
+    STATISTICS_FILE,
+    FramePreprocessor,
+    build_preprocessor,
+    check_format,
+    read_statistics,
+)
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.choices import accuracies, read_questions, score
 from ebwm_dist.evaluation.frames import frame_errors
+from ebwm_dist.evaluation.multiple_choice import accuracies, read_questions, score
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
+from ebwm_dist.files import METRICS_FILE, read_records
 from ebwm_dist.inference.load import Loaded
 from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
-from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
-from ebwm_dist.records import METRICS_FILE, read_records
+from ebwm_dist.prepare.encoding import encode_text
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Options:
     """Numbers of MCMC steps; all are measured on the way to the largest."""
     candidates: Sequence[int] = (1, 4)
     """Numbers of candidates, each with the number of steps of training; a model without noise has but one."""
-    stop_energies: Sequence[float] = (1e-2, 1e-1)
+    energy_tolerances: Sequence[float] = (1e-2, 1e-1)
     """Thresholds of early stopping, each with the largest number of steps."""
     max_sequences: int = 512
     batch_size: int = 16
@@ -60,11 +66,11 @@ class Suite:
         self, loaded: Loaded, manifest: Manifest, options: Options, ranks: Ranks, say: Callable[[str], None] = print
     ):
         loaded.check_data(manifest)
-        self.observe = observer_for(loaded, manifest, ranks.device)
+        self.observe = preprocessor_for(loaded, manifest, ranks.device)
         self.loaded, self.manifest, self.options, self.ranks, self.say = loaded, manifest, options, ranks, say
         self.model, self.config = loaded.model, loaded.config
         self.is_energy = self.config.model.kind == "ebt"
-        self.trained_steps = self.config.mcmc.most_steps if self.is_energy else 1
+        self.trained_steps = self.config.mcmc.max_mcmc_steps if self.is_energy else 1
         self.pad_id: int | None = loaded.inputs.get("pad_id")
         self.batches: Batches = partial(
             validation_batches,
@@ -141,7 +147,7 @@ class Suite:
         if has_noise(self.model, Thinking()):  # else all candidates are the same
             ways += [Thinking(candidates=number) for number in self.options.candidates if number > 1]
         ways += [Thinking(steps=most)]
-        ways += [Thinking(steps=most, stop_energy=threshold) for threshold in self.options.stop_energies]
+        ways += [Thinking(steps=most, energy_tolerance=threshold) for threshold in self.options.energy_tolerances]
         ways += [Thinking(steps=most, accept=True)]
         rows = [self._thought(Thinking(), usual, usual)]
         return rows + [self._thought(way, self.tabulate(self.batches(), way), usual) for way in ways]
@@ -153,7 +159,7 @@ class Suite:
         return {
             "steps": way.steps or self.trained_steps,
             "candidates": way.candidates,
-            "stop_energy": way.stop_energy,
+            "energy_tolerance": way.energy_tolerance,
             "accept": way.accept,
             "loss": table.mean(table.losses),
             "change": [change, error],
@@ -164,12 +170,12 @@ class Suite:
             "flops_per_prediction": self.flops(passes - way.candidates, way.candidates, way.steps),
         }
 
-    def flops(self, steps: float, measured: int, most_steps: int | None = None) -> float:
+    def flops(self, steps: float, measured: int, max_mcmc_steps: int | None = None) -> float:
         """Return the FLOPs of a prediction of `steps` MCMC steps, on the landscapes that at most so many visit."""
         model = self.config.model
         if not self.is_energy:
             return prediction_flops(model, self.config.data.sequence_length)
-        landscapes = min(model.num_landscapes, most_steps or math.ceil(steps))
+        landscapes = min(model.num_landscapes, max_mcmc_steps or math.ceil(steps))
         return prediction_flops(model, self.config.data.sequence_length, landscapes, steps, measured)
 
     def out_of_distribution(self, usual: Table) -> dict[str, Any]:
@@ -268,11 +274,11 @@ def figures_by_steps(found: Result, totals: Mapping[str, int]) -> dict[str, Any]
     return result
 
 
-def observer_for(loaded: Loaded, manifest: Manifest, device: torch.device) -> Observer:
+def preprocessor_for(loaded: Loaded, manifest: Manifest, device: torch.device) -> FramePreprocessor:
     """Return what shows the data to the model, as it was shown in training."""
-    check_content(loaded.config, manifest.content)
-    observer = build_observer(loaded.config, manifest.content, device)
-    if isinstance(manifest.content, ClipContent):
+    check_format(loaded.config, manifest.sample_format)
+    observer = build_preprocessor(loaded.config, manifest.sample_format, device)
+    if isinstance(manifest.sample_format, ClipFormat):
         assert observer.encoder is not None
         observer.mean, observer.std = read_statistics(loaded.folder / STATISTICS_FILE, observer.encoder)
     return observer

@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.content import ClipContent
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import load_only
-from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import ClipFormat
+from ebwm_dist.data.loading.mixture import load_only
+from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.devices import use_cuda
+from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, FramePreprocessor, build_preprocessor, read_statistics
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.video_plot import Strip, plot
+from ebwm_dist.files import METRICS_FILE, read_records
 from ebwm_dist.inference.load import load_model
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
-from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, read_statistics
-from ebwm_dist.records import METRICS_FILE, read_records
-from ebwm_dist.registry import Model
 
 MOST_STEPS = 4
 """MCMC steps at which predictions are looked at, where a model was not trained with more."""
@@ -52,7 +52,7 @@ class Run:
     model: Model
     config: Config
     manifest: Manifest
-    observer: Observer
+    observer: FramePreprocessor
     records: list[dict[str, Any]]
 
     @classmethod
@@ -63,8 +63,8 @@ class Run:
         if config.model.embedding_dim is None:
             raise UserError(f"{folder} was trained on text: use launchers/quickstart_report.py")
         manifest = load_only(config.data)
-        observer = build_observer(config, manifest.content, device)
-        if isinstance(manifest.content, ClipContent):
+        observer = build_preprocessor(config, manifest.sample_format, device)
+        if isinstance(manifest.sample_format, ClipFormat):
             assert observer.encoder is not None
             observer.mean, observer.std = read_statistics(folder / STATISTICS_FILE, observer.encoder)
         records = read_records(folder / METRICS_FILE)
@@ -105,7 +105,7 @@ def predictions(run: Run, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor,
     if isinstance(model, AutoregressiveTransformer):
         return model.predict(context)[None].float(), None
     start = model.space.start(sample_ids, model.seed, 0, context.shape[1], context)
-    steps = max(MOST_STEPS, run.config.mcmc.most_steps)
+    steps = max(MOST_STEPS, run.config.mcmc.max_mcmc_steps)
     energies, states = zip(*model.refine(context, start, steps, sample_ids), strict=True)
     return torch.stack(states), torch.stack(energies)
 
@@ -175,7 +175,7 @@ def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
                 states[:, shown],
                 twin[0][shown],
                 energy[:, shown],
-                ebwm.config.mcmc.most_steps,
+                ebwm.config.mcmc.max_mcmc_steps,
             )
     if not torch.cat(counts).any():
         raise UserError(f"every frame of the held-out clips in {ebwm.manifest.folder} starts another scene")
@@ -192,14 +192,14 @@ def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
     return summary
 
 
-def scene_changes(observer: Observer, observed: Tensor) -> Tensor:
+def scene_changes(observer: FramePreprocessor, observed: Tensor) -> Tensor:
     """Return where a frame cannot be foreseen [B, S], as another scene starts; without pictures, nowhere."""
     if not observer.decodable:
         return torch.zeros(len(observed), observed.shape[1] - 1, dtype=torch.bool, device=observed.device)
     return observer.decode(observed).float().diff(dim=1).abs().mean((2, 3, 4)) > CUT
 
 
-def clip_errors(observer: Observer, predicted: Tensor, truth: Tensor, kept: Tensor) -> dict[str, Tensor]:
+def clip_errors(observer: FramePreprocessor, predicted: Tensor, truth: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """Return the errors [B] of each clip, summed over the positions that are `kept` [B, S].
 
     Those of embeddings, and (`pixel_mse`) of the frames they are decoded to.
@@ -240,7 +240,7 @@ def _summary(
     return {
         "ebwm": {
             "by_steps": {name: {**described(name), "energy": energies[int(name)].mean().item()} for name in steps},
-            "trained_steps": ebwm.config.mcmc.most_steps,
+            "trained_steps": ebwm.config.mcmc.max_mcmc_steps,
             "initial_state": ebwm.config.mcmc.initial_state,
             "parameters": sum(p.numel() for p in ebwm.model.parameters()),
         },
@@ -290,7 +290,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _strips(
-    observer: Observer, observed: Tensor, states: Tensor, twin: Tensor, energies: Tensor, trained: int
+    observer: FramePreprocessor, observed: Tensor, states: Tensor, twin: Tensor, energies: Tensor, trained: int
 ) -> list[Strip]:
     """Return the last prediction of each clip as pictures, with the context in front of it."""
     truth = observed[:, -1]

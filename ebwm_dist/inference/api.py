@@ -20,8 +20,8 @@ from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.generate import Continuation, RollOut, check_length, generate, roll_out
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.registry import Model
 
 if TYPE_CHECKING:
     from ebwm_dist.data.tokenizer import Tokenizer

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.thinking import Thinking, landscapes, think
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.layers import KeysValues
-from ebwm_dist.registry import Model
 
 
 class ContextCache:

@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ebwm_dist import __version__
-from ebwm_dist.checkpoints import read_marker
+from ebwm_dist.checkpoint.folder import read_marker
+from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.files import sha256_of_file, write_json
+from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
 from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.files import sha256_of_file, write_json
 from ebwm_dist.inference.inputs import INPUTS_FILE, TOKENIZER_FILE, Inputs, load_inputs
 from ebwm_dist.inference.load import CONFIG_FILE, EXPORT_FILE, EXPORT_FORMAT, EXPORT_VERSION, check_state, locate
-from ebwm_dist.observation import STATISTICS_FILE
-from ebwm_dist.registry import build_model
-from ebwm_dist.saved_state import load_module_state
+from ebwm_dist.mcmc.build import build_model
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""

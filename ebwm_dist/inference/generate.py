@@ -16,7 +16,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.registry import Model
+from ebwm_dist.mcmc.build import Model
 
 _UNFINISHED = "\ufffd"
 """What the first bytes of a character decode to."""

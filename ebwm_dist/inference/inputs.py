@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebwm_dist.data.files import sha256_of_file, write_atomically, write_json
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.files import sha256_of_file, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from ebwm_dist.data.manifest import Manifest
+    from ebwm_dist.data.format.manifest import Manifest
     from ebwm_dist.data.tokenizer import Tokenizer
 
 INPUTS_FILE, TOKENIZER_FILE = "inputs.json", "tokenizer.model"
@@ -25,7 +25,7 @@ Inputs = dict[str, Any]
 
 def describe_inputs(manifest: Manifest) -> Inputs:
     """Return what a manifest says of its samples."""
-    return {"kind": manifest.content.kind, **asdict(manifest.content)}
+    return {"kind": manifest.sample_format.kind, **asdict(manifest.sample_format)}
 
 
 def keep_inputs(manifest: Manifest, folder: Path) -> None:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ebwm_dist.checkpoints import MARKER, newest_intact, read_marker, verify
+from ebwm_dist.checkpoint.folder import MARKER, newest_intact, read_marker, verify
+from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.files import sha256_of_file
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.files import sha256_of_file
 from ebwm_dist.inference.inputs import Inputs, load_inputs
-from ebwm_dist.registry import Model, build_model
-from ebwm_dist.saved_state import load_module_state
+from ebwm_dist.mcmc.build import Model, build_model
 
 if TYPE_CHECKING:
-    from ebwm_dist.data.manifest import Manifest
+    from ebwm_dist.data.format.manifest import Manifest
     from ebwm_dist.data.tokenizer import Tokenizer
 
 CONFIG_FILE, EXPORT_FILE = "config.yaml", "export.json"

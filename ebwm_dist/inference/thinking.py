@@ -45,7 +45,7 @@ class Thinking:
     """Alpha."""
     accept: bool = False
     """Take only steps that lower the energy; without noise the first other one ends a refinement."""
-    stop_energy: float | None = None
+    energy_tolerance: float | None = None
     """Stop a candidate when a step changes its energy by no more than this; None: never."""
     budget: int | None = None
     """Most candidate passes spent on one position, by all its candidates together; K steps are K + 1 passes."""
@@ -56,7 +56,7 @@ class Thinking:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} = {value}: must be at least {low}")
-        for name in ("langevin_noise", "step_size", "stop_energy"):
+        for name in ("langevin_noise", "step_size", "energy_tolerance"):
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf and (value > 0 or name != "step_size")):
                 raise UserError(f"{name} = {value}: must be {'more than' if name == 'step_size' else 'at least'} 0")
@@ -121,7 +121,7 @@ def think_sequences(
     """Predict what follows each of the observed states [B, S, ...]; yield (start, stop, thought) of slices of S."""
     with torch.no_grad():
         contexts = {number: model.context_stream(observed, number) for number in landscapes(model, thinking)}
-    size = max(1, model.positions_per_pass // thinking.candidates)
+    size = max(1, model.position_chunk // thinking.candidates)
     for start in range(0, observed.shape[1], size):
         stop = min(start + size, observed.shape[1])
         positions = torch.arange(start, stop, device=observed.device).expand(len(observed), -1)
@@ -156,7 +156,7 @@ def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
 
 
 def _num_steps(model: EnergyBasedTransformer, thinking: Thinking) -> int:
-    return model.mcmc.most_steps if thinking.steps is None else thinking.steps
+    return model.mcmc.max_mcmc_steps if thinking.steps is None else thinking.steps
 
 
 class _Refinement:
@@ -205,8 +205,8 @@ class _Refinement:
         # The state before was measured on the landscape of its own step.
         if self.before is not None and step > 0 and landscape == model.transformer.landscape(step - 1):
             change = energy - self.before[1]
-            if thinking.stop_energy is not None:
-                finished |= change.abs() <= thinking.stop_energy
+            if thinking.energy_tolerance is not None:
+                finished |= change.abs() <= thinking.energy_tolerance
             if thinking.accept:
                 worse = ~(change <= 0)  # an energy that is no number is not accepted
                 state, energy, gradient = (
@@ -223,7 +223,7 @@ class _Refinement:
             self.done.append((self.index[finished], state[finished] if not last else state))
             state, energy, gradient = self._leave(~finished, state, energy, gradient)
         if len(self.index):
-            if thinking.accept or thinking.stop_energy is not None:
+            if thinking.accept or thinking.energy_tolerance is not None:
                 self.before = (state if thinking.accept else energy, energy, gradient if thinking.accept else energy)
             self.state = model.space.update(state, gradient * self._factor())
 
@@ -251,7 +251,7 @@ class _Refinement:
         if not last:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
             state = model.space.perturb(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
-        embedded = layout.pack(model.space.read_in(state)[:, 0])
+        embedded = layout.pack(model.space.embed_state(state)[:, 0])
         # Each landscape is first visited by the step of its number, when all rows are still there.
         newest = self.newest if step <= self.final else None
         where = (self.contexts[landscape], landscape, layout.positions)
@@ -295,7 +295,7 @@ class _Refinement:
 
     def _may_stop(self) -> bool:
         thinking = self.thinking
-        return thinking.accept or thinking.stop_energy is not None or thinking.budget is not None
+        return thinking.accept or thinking.energy_tolerance is not None or thinking.budget is not None
 
     def _factor(self) -> Tensor | float:
         """Return what to scale gradients by so that a step has the size asked for."""

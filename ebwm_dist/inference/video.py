@@ -14,14 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebwm_dist.data.content import TokenContent
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import TokenFormat
+from ebwm_dist.data.loading.stream import validation_batches
+from ebwm_dist.encoders.preprocessing import (
+    STATISTICS_FILE,
+    FramePreprocessor,
+    build_preprocessor,
+    check_format,
+    read_statistics,
+)
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
 from ebwm_dist.inference.generate import RollOut
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, read_statistics
 
 SHORTEST_SIDE = 64
 """Pixels that small frames are enlarged to, so that they can be seen."""
@@ -64,7 +70,7 @@ def roll_out_held_out(
     observed: int,
     thinking: Thinking = AS_TRAINED,
     seed: int = 0,
-) -> tuple[Film, Observer]:
+) -> tuple[Film, FramePreprocessor]:
     """Roll out held-out samples of the data that a run was trained on to their full length.
 
     Args:
@@ -76,15 +82,15 @@ def roll_out_held_out(
         seed: of the noise of the first sample; each further one has the next.
     """
     config, manifest = predictor.config, Manifest.load(predictor.config.data.path)
-    check_content(config, manifest.content)
-    assert not isinstance(manifest.content, TokenContent)
-    frames = manifest.content.sequence_length + 1
+    check_format(config, manifest.sample_format)
+    assert not isinstance(manifest.sample_format, TokenFormat)
+    frames = manifest.sample_format.sequence_length + 1
     if not 1 <= observed < frames:
         raise UserError(
             f"{observed} observed frames: the samples have {frames}, so at least 1 and at most {frames - 1}"
         )
-    observer = build_observer(config, manifest.content, predictor.device)
-    if observer.encoder is not None and manifest.content.kind == "clips":
+    observer = build_preprocessor(config, manifest.sample_format, predictor.device)
+    if observer.encoder is not None and manifest.sample_format.kind == "clips":
         observer.mean, observer.std = read_statistics(run_dir / STATISTICS_FILE, observer.encoder)
     (batch,) = validation_batches(
         config.data,
@@ -101,10 +107,10 @@ def roll_out_held_out(
         thinking=thinking,
         seeds=[seed + row for row in range(len(truth))],
     )
-    return Film(batch.keys, observed, truth, manifest.content.frame_interval, rolled), observer
+    return Film(batch.keys, observed, truth, manifest.sample_format.frame_interval, rolled), observer
 
 
-def write_pictures(film: Film, observer: Observer, folder: Path) -> list[Path]:
+def write_pictures(film: Film, observer: FramePreprocessor, folder: Path) -> list[Path]:
     """Write what was to come above what the model rolled out: strips of all frames as PNG, and moving as GIF."""
     if not observer.decodable:
         raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")

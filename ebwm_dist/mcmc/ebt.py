@@ -33,11 +33,11 @@ class EnergyBasedTransformer(PassModule):
         mcmc: MCMCConfig,
         space: Space,
         seed: int,
-        positions_per_pass: int = 128,
+        position_chunk: int = 128,
         activation_checkpointing: str = "none",
     ):
         super().__init__()
-        self.mcmc, self.seed, self.positions_per_pass = mcmc, seed, positions_per_pass
+        self.mcmc, self.seed, self.position_chunk = mcmc, seed, position_chunk
         self.space = space
         self.transformer = EnergyTransformer(model)
         self.transformer.blocks.checkpointing = activation_checkpointing == "block"
@@ -124,7 +124,7 @@ class EnergyBasedTransformer(PassModule):
 
     def descend(self, state: Tensor, context: KeysValues, landscape: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
-        embedded = self.space.read_in(state)
+        embedded = self.space.embed_state(state)
         return embedded, *energy_and_gradient(self.transformer, embedded, context, landscape, start)
 
     def advance(self, *args: Any) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class EnergyBasedTransformer(PassModule):
         self, state: Tensor, embedded: Tensor, direction: Tensor, context: KeysValues, landscape: int, start: int
     ) -> Tensor:
         """Return the summed derivative of the energies along `direction` [B, C, D], a scalar to differentiate."""
-        embedded = self.space.read_in_again(state, embedded)
+        embedded = self.space.embed_state_with_grad(state, embedded)
         _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start)
         return derivative.sum()
 
@@ -205,7 +205,7 @@ class EnergyBasedTransformer(PassModule):
             yield energy, state
             state = self.space.update(noisy, gradient)
         landscape = self.transformer.landscape(num_steps - 1)
-        yield self.transformer.energy(self.space.read_in(state), contexts[landscape], landscape, start), state
+        yield self.transformer.energy(self.space.embed_state(state), contexts[landscape], landscape, start), state
 
     def _contexts(self, observed: Tensor, num_steps: int) -> dict[int, KeysValues]:
         landscapes = {self.transformer.landscape(step) for step in range(num_steps)}
@@ -235,5 +235,5 @@ class EnergyBasedTransformer(PassModule):
         return torch.cat((state, self.space.expand(kept)))
 
     def _slices(self, positions: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, positions, self.positions_per_pass):
-            yield start, min(start + self.positions_per_pass, positions)
+        for start in range(0, positions, self.position_chunk):
+            yield start, min(start + self.position_chunk, positions)

@@ -41,11 +41,11 @@ class EmbeddingSpace(Space):
         return self.embed_context(states)
 
     @torch.no_grad()
-    def read_in(self, state: Tensor) -> Tensor:
+    def embed_state(self, state: Tensor) -> Tensor:
         """Return the projection [B, C, D] of a state, without a graph."""
         return self.embed_context(state)
 
-    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
         """Return the projection of `state`, with its graph: it costs next to nothing."""
         return self.embed_context(state)
 

@@ -26,7 +26,7 @@ def plan_at(mcmc: MCMCConfig, seed: int, step: int, micro_step: int) -> StepPlan
         step: optimizer step, counted from 1.
         micro_step: index of the micro-batch within it.
     """
-    choices = mcmc.most_steps - mcmc.num_steps + 1
+    choices = mcmc.max_mcmc_steps - mcmc.num_steps + 1
     num_steps = mcmc.num_steps + mix_seed(seed, step, micro_step) % choices
     if step < mcmc.num_steps_warmup:
         num_steps = 1 + (num_steps - 1) * step // mcmc.num_steps_warmup

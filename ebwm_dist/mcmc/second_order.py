@@ -92,7 +92,7 @@ class Refinement:
         self.transformer, self.space, self.plan = transformer, space, plan
         self.targets, self.sample_ids, self.seed = targets, sample_ids, seed
         self.forward, self.backward = forward, backward
-        steps, self.chained = plan.num_steps, mcmc.gradient == "chain"
+        steps, self.chained = plan.num_steps, mcmc.gradient == "full"
         objective = [0.0] * (steps - 1) + [1.0] if mcmc.loss == "last" else [1 / steps] * steps
         # Padding counts as a loss of 0, so that ranks and micro-batches average to the whole batch.
         self.mean = 1 / (targets.shape[0] * targets.shape[1])

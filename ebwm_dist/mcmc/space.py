@@ -40,7 +40,7 @@ class Space(nn.Module, ABC):
     def __init__(self, config: MCMCConfig):
         super().__init__()
         self.initial_state = config.initial_state
-        self.langevin_noise, self.step_size_spread = config.langevin_noise, config.step_size_spread
+        self.langevin_noise, self.step_size_jitter = config.langevin_noise, config.step_size_jitter
         self.step_size = StepSize(config)
         self.register_buffer("_like", torch.empty(0), persistent=False)  # has the precision of the weights
 
@@ -61,7 +61,7 @@ class Space(nn.Module, ABC):
 
     def step_factor(self, seed: int, sample_ids: Tensor, start: int, stop: int, device: torch.device) -> Tensor | float:
         """Return the factor [B, C, 1] of alpha that training draws for each position."""
-        spread = self.step_size_spread
+        spread = self.step_size_jitter
         if spread == 1:
             return 1.0
         drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, start, stop, 1, device).to(self.state_dtype)
@@ -80,12 +80,12 @@ class Space(nn.Module, ABC):
         """Return the candidate embedding [B, C, D] of next states [B, C, ...] that are known."""
 
     @abstractmethod
-    def read_in(self, state: Tensor) -> Tensor:
+    def embed_state(self, state: Tensor) -> Tensor:
         """Return the candidate embedding [B, C, D] of a state, without a graph."""
 
     @abstractmethod
-    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return the `embedded` that `read_in` has made of `state`, with gradients to the weights and the state."""
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return the `embedded` that `embed_state` has made of `state`, with gradients to the weights and the state."""
 
     def advance(
         self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor

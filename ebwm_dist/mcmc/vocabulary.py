@@ -51,13 +51,13 @@ class VocabularySpace(Space):
         """Return e = W[token] [B, C, D] for tokens [B, C]: distributions without doubt."""
         return self._matrix("look_up", states)
 
-    def read_in(self, state: Tensor) -> Tensor:
+    def embed_state(self, state: Tensor) -> Tensor:
         """Return the embedding e = softmax(z) W [B, C, D] of logits [B, C, V], without a graph."""
-        return self._matrix("read_in", state)
+        return self._matrix("embed_state", state)
 
-    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
         """Return `embedded` with the gradients of e = softmax(z) W."""
-        return self._matrix("read_in_again", state, embedded)
+        return self._matrix("embed_state_with_grad", state, embedded)
 
     def objective(
         self,
@@ -129,15 +129,15 @@ class TokenMatrix(nn.Module):
         return F.embedding(tokens, self.weight)
 
     @torch.no_grad()
-    def read_in(self, state: Tensor) -> Tensor:
+    def embed_state(self, state: Tensor) -> Tensor:
         """Return softmax(z) W [B, C, D] for logits [B, C, V]."""
         embedded = self.weight.new_empty(*state.shape[:-1], self.weight.shape[1])
         for z, e in _row_slices(state, embedded):
             torch.mm(z.softmax(-1).to(e.dtype), self.weight, out=e)
         return embedded
 
-    def read_in_again(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return `embedded` with the gradients of `read_in`."""
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return `embedded` with the gradients of `embed_state`."""
         return _ReadIn.apply(state, self.weight, embedded)
 
     @torch.no_grad()

@@ -37,8 +37,8 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
         return 3 * (forward + head) + read_context
     last_block = forward / config.num_layers - 4.0 * config.dim**2
     contexts = min(mcmc.num_steps, config.num_landscapes)
-    steps = (mcmc.num_steps + mcmc.most_steps) / 2
-    trained = 1 if mcmc.loss == "last" and mcmc.gradient == "step" else steps
+    steps = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
+    trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * forward + 2 * product) + trained * (6 * forward + 3 * product)
     return rows * (refinement + contexts * (3 * (forward - last_block) + read_context))

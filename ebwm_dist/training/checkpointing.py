@@ -1,6 +1,6 @@
 """Save and load the whole state of a run: DeepSpeed's shards, every rank's random state, data position, counters.
 
-How a folder becomes a checkpoint is `ebwm_dist/checkpoints.py`; here is what goes into it. A checkpoint of another ZeRO
+How a folder becomes a checkpoint is `checkpoint/folder.py`; here is what goes into it. A checkpoint of another ZeRO
 stage or number of ranks is first converted into a universal one, in a folder beside those of the checkpoints, which is
 committed in the same way and goes when the next checkpoint is there.
 """
@@ -19,12 +19,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ebwm_dist import checkpoints, universal
+from ebwm_dist.checkpoint import folder as checkpoints
+from ebwm_dist.checkpoint import universal
+from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
+from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState, open_zero_state
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.remote_run import Mirror, RemoteRun
-from ebwm_dist.saved_state import COUNTERS, SavedState, open_state
 from ebwm_dist.training.distributed import World, any_rank, gather_objects, restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
 
@@ -60,7 +61,7 @@ class Checkpointer:
         self.config, self.world = config, world
         self.root = Path(config.run_dir) / "checkpoints"
         self.universal_root = Path(config.run_dir) / "checkpoints_universal"
-        self.mirror: Mirror | None = None
+        self.mirror: Uploader | None = None
         """What copies checkpoints to remote storage, on rank 0, if there is such."""
 
     def save(
@@ -103,8 +104,8 @@ class Checkpointer:
             self.root.mkdir(parents=True, exist_ok=True)
             location, remote = self.config.checkpoint.remote, None
             if location is not None:
-                remote = RemoteRun(location, Path(self.config.run_dir))
-                self.mirror = Mirror(remote, self.config.checkpoint.keep, warn)
+                remote = CheckpointMirror(location, Path(self.config.run_dir))
+                self.mirror = Uploader(remote, self.config.checkpoint.keep, warn)
             if self.config.checkpoint.resume == "never":
                 if checkpoints.list_checkpoints(self.root) or (remote is not None and remote.steps()):
                     raise CheckpointError(
@@ -120,7 +121,7 @@ class Checkpointer:
 
         return self._together(search)[0]
 
-    def _newest(self, remote: RemoteRun, warn: Callable[[str], None]) -> Path | None:
+    def _newest(self, remote: CheckpointMirror, warn: Callable[[str], None]) -> Path | None:
         """Return the newest intact checkpoint of here and there, brought here."""
         own, damage = None, None
         try:
@@ -176,7 +177,7 @@ class Checkpointer:
         if _layout(saved) == _layout(self._metadata()):
             client = engine.load_checkpoint(path)
         else:
-            state = open_state(path)
+            state = open_zero_state(path)
             client = state.client
             folder = self._convert(path, state, tell, progress)
             progress()
@@ -184,9 +185,7 @@ class Checkpointer:
         training_state = TrainingState(**client["training_state"])
         return training_state, self._load_ranks(path, saved["world_size"], training_state.step, deal, tell)
 
-    def _convert(
-        self, path: Path, state: SavedState, tell: Callable[[str], None], progress: Callable[[], None]
-    ) -> Path:
+    def _convert(self, path: Path, state: ZeroState, tell: Callable[[str], None], progress: Callable[[], None]) -> Path:
         """Return a universal checkpoint with the content of `path`: one that is there and intact, or a new one."""
         world, step = self.world, checkpoints.step_of(path)
         source = checkpoints.fingerprint(path)

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.schema import Config, ZeroConfig
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.models.flops import training_flops_per_token
-from ebwm_dist.registry import build_model
 
 GIB = 2**30
 # Larger counts differ little: what ZeRO shards is then nearly gone.
@@ -107,7 +107,7 @@ def _live_bytes(config: Config, layers: int) -> int:
     training, mcmc = config.training, config.mcmc
     rows = training.micro_batch_size + mcmc.replayed_rows(training.micro_batch_size)
     # Noise would need a generator, which the meta device does not have, and replayed states a full buffer.
-    quiet = dataclasses.replace(mcmc, initial_state="zeros", langevin_noise=0.0, step_size_spread=1.0, replay_size=0)
+    quiet = dataclasses.replace(mcmc, initial_state="zeros", langevin_noise=0.0, step_size_jitter=1.0, replay_size=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers), mcmc=quiet)
     with torch.device("meta"):
         model = build_model(config, pad_id=0).to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
@@ -115,7 +115,7 @@ def _live_bytes(config: Config, layers: int) -> int:
             p.grad = torch.zeros_like(p)
         length, width = config.data.sequence_length + 1, config.model.embedding_dim
         observed = torch.zeros(rows, length, dtype=torch.long) if width is None else torch.zeros(rows, length, width)
-        plan: Any = StepPlan(mcmc.most_steps)
+        plan: Any = StepPlan(mcmc.max_mcmc_steps)
         with _LiveBytes() as live:
             model.training_step(observed, torch.arange(rows, device="cpu"), plan)
     return live.most

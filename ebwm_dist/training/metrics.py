@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
-from ebwm_dist.records import METRICS_FILE, to_line
+from ebwm_dist.files import METRICS_FILE, to_line
 
 Record = Mapping[str, Any]
 

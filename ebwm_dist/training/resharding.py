@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebwm_dist import universal
-from ebwm_dist.saved_state import MOMENTS
+from ebwm_dist.checkpoint import universal
+from ebwm_dist.checkpoint.zero_files import MOMENTS
 
 
 class Part(NamedTuple):
@@ -55,7 +55,7 @@ def load_universal(engine: Any, folder: Path) -> None:
 
 
 def _vectors(engine: Any) -> Iterator[Vector]:
-    """Yield the vectors of this rank, and what they hold: see `ebwm_dist/saved_state.py`."""
+    """Yield the vectors of this rank, and what they hold: see `ebwm_dist/checkpoint/zero_files.py`."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         masters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -19,19 +19,19 @@ from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.content import ClipContent, TokenContent
-from ebwm_dist.data.manifest import SPLITS
-from ebwm_dist.data.mixture import BLOCK, Mixture
-from ebwm_dist.data.stream import Batch, SampleStream, validation_batches
+from ebwm_dist.data.format.manifest import SPLITS
+from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
+from ebwm_dist.data.loading.mixture import BLOCK, Mixture
+from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.inference.inputs import keep_inputs
+from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
-from ebwm_dist.observation import Observer, build_observer, check_content, embedding_statistics
-from ebwm_dist.registry import Model, build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import (
     World,
@@ -44,9 +44,9 @@ from ebwm_dist.training.distributed import (
 )
 from ebwm_dist.training.engine import create_engine
 from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, WandbLog, train_line, val_line
-from ebwm_dist.training.monitor import StepMonitor
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.shutdown import StopSignal
+from ebwm_dist.training.step_statistics import StepStatistics
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
 
 COLLECTIVE_MARGIN = 30.0
@@ -110,8 +110,8 @@ class Trainer:
         self.observer = self._build_observer()
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        content = self.manifest.content
-        pad_id = content.pad_id if isinstance(content, TokenContent) else None
+        content = self.manifest.sample_format
+        pad_id = content.pad_id if isinstance(content, TokenFormat) else None
         self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), world)
         self.model = cast("Model", self.engine.module)
         if config.training.compile:
@@ -198,7 +198,7 @@ class Trainer:
         lr = set_lr(self.optimizer, config, step)
         step_size = self._step_size()
         accumulation = micro_steps(config, self.world.world_size)
-        seen = StepMonitor(self.world, config.model.num_landscapes)
+        seen = StepStatistics(self.world, config.model.num_landscapes)
         keys: list[str] = []
         for micro_step in range(accumulation):
             self.watchdog.beat(step, "data")
@@ -209,7 +209,7 @@ class Trainer:
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                self.observer.augmented(batch.observed, batch.sample_ids, config.seed, config.data.smallest_crop),
+                self.observer.augmented(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
                 batch.sample_ids,
                 plan,
                 weight=1 / accumulation,
@@ -323,7 +323,7 @@ class Trainer:
             self.watchdog.beat(step, "validation")
             return not any_rank(self.stop.requested, self.world)
 
-        result = evaluate(self.engine, batches, config.mcmc.most_steps, self.world.device, proceed, self.observer)
+        result = evaluate(self.engine, batches, config.mcmc.max_mcmc_steps, self.world.device, proceed, self.observer)
         if result is None:
             return True
         record = {
@@ -345,11 +345,11 @@ class Trainer:
         self._say(val_line(record))
         return False
 
-    def _build_observer(self) -> Observer:
+    def _build_observer(self) -> FramePreprocessor:
         """Return what shows batches to the model; the statistics of clips are the same on all ranks."""
         with same_on_all_ranks():
-            observer = build_observer(self.config, self.manifest.content, self.world.device)
-        if isinstance(self.manifest.content, ClipContent):
+            observer = build_preprocessor(self.config, self.manifest.sample_format, self.world.device)
+        if isinstance(self.manifest.sample_format, ClipFormat):
             self.watchdog.beat(0, "statistics of the embeddings")
             skip = self.config.data.on_error == "skip"
             found = embedding_statistics(observer, self.data, self.run_dir, skip) if self.world.rank == 0 else None
@@ -387,8 +387,8 @@ def load_data(config: Config) -> Mixture:
     with same_on_all_ranks():
         data = Mixture.load(config.data)
         data.check_files(("val",) if config.data.on_error == "skip" else SPLITS)
-        check_content(config, data.content)
+        check_format(config, data.sample_format)
         for source in data.sources:
-            if isinstance(source.manifest.content, TokenContent):
+            if isinstance(source.manifest.sample_format, TokenFormat):
                 load_tokenizer(source.manifest)
     return data

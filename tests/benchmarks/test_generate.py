@@ -42,7 +42,7 @@ def test_the_threshold_saves_steps_at_no_higher_loss() -> None:
     threshold = early_stopping.calibrate(model, part, 6)
     assert threshold is not None
     fixed, early = (
-        early_stopping.joined(early_stopping.thought(model, part, Thinking(steps=6, stop_energy=stop)))
+        early_stopping.joined(early_stopping.thought(model, part, Thinking(steps=6, energy_tolerance=stop)))
         for stop in (None, threshold)
     )
     assert len(fixed[0]) == 32 and early[0].mean() <= fixed[0].mean()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ebwm_dist.checkpoints import commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.inference.inputs import keep_inputs, load_inputs
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 
 
 def make_run(config_file: Path, manifest: Manifest, run_dir: Path, overrides: Sequence[str] = ()) -> Config:

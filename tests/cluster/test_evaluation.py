@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from ebwm_dist.checkpoints import list_checkpoints, prune
+from ebwm_dist.checkpoint.folder import list_checkpoints, prune
+from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster import evaluation
 from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
 from ebwm_dist.cluster.results import Results, line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import Mixture
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.encoders.preprocessing import build_preprocessor, embedding_statistics
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
-from ebwm_dist.leases import Lease
-from ebwm_dist.observation import build_observer, embedding_statistics
-from ebwm_dist.pool import Pool, connected
+from ebwm_dist.workers.pool import Pool, connected
 from tests.cluster.clusters import wait_for
 from tests.cluster.flaky import flaky
 from tests.cluster.made_runs import add_checkpoint, make_run
@@ -31,7 +31,12 @@ from tests.tiny_data import make_tiny_data
 from tests.tiny_shards import make_tiny_clips
 
 CPU = torch.device("cpu")
-SETTINGS = ("evaluation.workers=2", "evaluation.most_steps=3", "evaluation.max_sequences=13", "evaluation.batch_size=4")
+SETTINGS = (
+    "evaluation.workers=2",
+    "evaluation.max_mcmc_steps=3",
+    "evaluation.max_sequences=13",
+    "evaluation.batch_size=4",
+)
 CLIPS = ("data.sequence_length=2", "data.encoder=pixels:2", "model.embedding_dim=12")
 
 
@@ -77,7 +82,7 @@ def test_any_number_of_shards_gives_the_same_figures(kind: str, folder: Path, co
         manifest = make_tiny_clips(tmp_path / "clips", "jpeg")
         config = make_run(folder / "tiny.yaml", manifest, tmp_path / "video", (*SETTINGS, *CLIPS))
         mixture = Mixture.of({"clips": manifest}, {"clips": 1.0})
-        embedding_statistics(build_observer(config, mixture.content, CPU), mixture, tmp_path / "video")
+        embedding_statistics(build_preprocessor(config, mixture.sample_format, CPU), mixture, tmp_path / "video")
     path = add_checkpoint(config, 1)
     whole = alone(path, config.evaluation)
     assert whole["steps"] == [1, 2, 3] and whole["tokens"] > 0 and whole["loss"][0] != whole["loss"][2]
@@ -104,7 +109,7 @@ def test_a_lease_taken_while_its_checkpoint_is_deleted_wins(config: Config, monk
     """Between the first look for leases and the second one: the folder gets its name back."""
     paths = [add_checkpoint(config, step) for step in (1, 2)]
     answers = iter([False, True])
-    monkeypatch.setattr("ebwm_dist.checkpoints.is_leased", lambda path: next(answers))
+    monkeypatch.setattr("ebwm_dist.checkpoint.folder.is_leased", lambda path: next(answers))
     prune(paths[0].parent, keep=1)
     assert list_checkpoints(paths[0].parent) == paths[::-1]
 

@@ -14,9 +14,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from ebwm_dist.checkpoints import list_checkpoints, step_of
+from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
 from ebwm_dist.cluster.results import read_evaluations
-from ebwm_dist.cluster.view import read_view
+from ebwm_dist.cluster.run_status import read_view
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
 from tests.cluster.clusters import cluster, submit_command
@@ -37,7 +37,7 @@ def test_five_checkpoints_are_evaluated_beside_the_training(tmp_path: Path, caps
     """Two workers that follow the run find what one process finds afterwards; the time of a step is printed."""
     make_tiny_data(tmp_path / "text")
     arguments = ["--config", str(write_config(tmp_path)), f"data.path={tmp_path / 'text'}", "training.max_steps=150"]
-    arguments += ["checkpoint.interval=30", "checkpoint.keep=5", "evaluation.workers=2", "evaluation.most_steps=4"]
+    arguments += ["checkpoint.interval=30", "checkpoint.keep=5", "evaluation.workers=2", "evaluation.max_mcmc_steps=4"]
     alone = Job("python", [*arguments, f"run_dir={tmp_path / 'alone'}"], tmp_path / "alone.txt", {})
     try:
         assert alone.end(300) == 0, alone.text
@@ -77,7 +77,7 @@ def test_a_submitted_run_is_evaluated_by_the_nodes_it_leaves_free(tmp_path: Path
     run_dir = tmp_path / "run"
     arguments = ["--config", write_config(tmp_path), "--num-nodes", "2", "--cpus-per-node", "1"]
     arguments += [f"data.path={tmp_path / 'text'}", f"run_dir={run_dir}", "training.max_steps=30"]
-    arguments += ["checkpoint.interval=10", "checkpoint.keep=1", "evaluation.workers=1", "evaluation.most_steps=3"]
+    arguments += ["checkpoint.interval=10", "checkpoint.keep=1", "evaluation.workers=1", "evaluation.max_mcmc_steps=3"]
     seen: set[str] = set()
     with cluster(3) as nodes, (tmp_path / "output").open("w") as output:
         command = submit_command(nodes.address, *arguments)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.checkpoints import list_checkpoints, step_of
-from ebwm_dist.cluster.view import read_view
+from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
+from ebwm_dist.cluster.run_status import read_view
 from tests.cluster.clusters import QUIET, wait_for
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY, steps_done
 from tests.runs import write_config
@@ -117,7 +117,7 @@ def test_the_script_of_slurm_on_three_machines(name: str, tmp_path: Path) -> Non
     }
     command = ["ip", "netns", "exec", f"{name}-1", "bash", str(tmp_path / "slurm.sh"), str(config), str(run_dir)]
     command += [f"data.path={tmp_path / 'text'}", "training.max_steps=150", "training.micro_batch_size=2"]
-    command += ["evaluation.most_steps=3", "checkpoint.interval=50"]
+    command += ["evaluation.max_mcmc_steps=3", "checkpoint.interval=50"]
 
     def told() -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(tmp_path.glob("node-*.txt")))

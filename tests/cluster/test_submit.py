@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ebwm_dist.checkpoints import list_checkpoints, verify
+from ebwm_dist.checkpoint.folder import list_checkpoints, verify
 from ebwm_dist.cluster.jobs import Jobs
 from tests.cluster.clusters import cluster
 from tests.cluster.conftest import Submit

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ebwm_dist.cluster import dashboard
 from ebwm_dist.cluster.dashboard import Dashboard
-from ebwm_dist.cluster.view import read_view
+from ebwm_dist.cluster.run_status import read_view
 from ebwm_dist.cluster.watch import frame, live, sparks
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.errors import UserError

@@ -59,7 +59,7 @@ def test_s2_is_another_recipe_for_the_same_size(size: str) -> None:
         max_num_steps=3,
         step_size=5.0,
         learn_step_size=False,
-        step_size_spread=2.0,
+        step_size_jitter=2.0,
         langevin_noise=3.0,
         loss="last",
         replay_size=192,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.format.manifest import Manifest
 from tests.tiny_data import make_tiny_data
 
 

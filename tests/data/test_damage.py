@@ -13,10 +13,10 @@ import pytest
 
 from data_tools import verify
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.index import read_index
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.stream import SampleStream
+from ebwm_dist.data.format.index import read_index
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.loading.stream import SampleStream
 from ebwm_dist.errors import DataError
 
 SHARD = 3  # damaged in all tests
@@ -140,9 +140,9 @@ def test_wrong_dtype_or_shape(copied: Manifest, old: bytes, new: bytes, message:
 
 
 def test_token_beyond_the_vocabulary(copied: Manifest) -> None:
-    key = patch(copied, 1, 128 + 2 * 17 * 5, np.array([copied.token_content.vocab_size], "<u2").tobytes())
+    key = patch(copied, 1, 128 + 2 * 17 * 5, np.array([copied.token_format.vocab_size], "<u2").tobytes())
     with pytest.raises(
-        DataError, match=f"{NAME}, key {key}: token id {copied.token_content.vocab_size} is beyond the vocabulary"
+        DataError, match=f"{NAME}, key {key}: token id {copied.token_format.vocab_size} is beyond the vocabulary"
     ):
         read_all(copied)
     reader = open_reader(copied)

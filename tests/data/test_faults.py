@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 
 from data_tools import verify
-from ebwm_dist.data.content import ClipContent
-from ebwm_dist.data.index import TAR_BLOCK, Record, read_index
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.order import EpochOrder
-from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.skipping import read_intact
+from ebwm_dist.data.format.index import TAR_BLOCK, Record, read_index
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.sample_format import ClipFormat
+from ebwm_dist.data.loading.damage import read_intact
+from ebwm_dist.data.loading.order import EpochOrder
 from ebwm_dist.errors import DataError
 from tests.tiny_shards import make_tiny
 
@@ -143,7 +143,7 @@ def wrong_dtype(victim: Victim) -> set[int]:
 
 
 def beyond_the_vocabulary(victim: Victim) -> set[int]:
-    content = victim.manifest.token_content
+    content = victim.manifest.token_format
     row_bytes = 2 * (content.sequence_length + 1)
     rows = victim.put("npy", 128 + 2 * row_bytes, np.array([content.vocab_size], "<u2").tobytes())
     return {min(rows) + 2}
@@ -154,8 +154,8 @@ def not_finite(victim: Victim) -> set[int]:
 
 
 def unreadable_video(victim: Victim) -> set[int]:
-    content = victim.manifest.content
-    assert isinstance(content, ClipContent)
+    content = victim.manifest.sample_format
+    assert isinstance(content, ClipFormat)
     return victim.put(content.media[0], 0, bytes(200), plausible=True)
 
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.content import Content, LatentContent
-from ebwm_dist.data.manifest import Manifest, Shard, Split
-from ebwm_dist.data.mixture import BLOCK, Mixture, MixtureOrder, quotas
-from ebwm_dist.data.order import EndlessOrder
-from ebwm_dist.data.stream import Plan, SampleStream, validation_batches
+from ebwm_dist.data.format.manifest import Manifest, Shard, Split
+from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
+from ebwm_dist.data.loading.mixture import BLOCK, Mixture, MixtureOrder, quotas
+from ebwm_dist.data.loading.order import EndlessOrder
+from ebwm_dist.data.loading.stream import Plan, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 from tests.tiny_data import make_tiny_data
 
@@ -211,7 +211,7 @@ def test_data_sets_that_do_not_fit_are_refused_by_name(tiny: Manifest, second: M
     longer = make_tiny_data(tmp_path / "longer", sequence_length=8, documents=20)
     with pytest.raises(DataError, match=f"data.mixture: {longer.folder} has sequence_length = 8, .*has 16"):
         Mixture.load(mixed((tiny, 1.0), (longer, 1.0)))
-    other = replace(tiny, content=replace(tiny.token_content, tokenizer_sha256="0" * 64))
+    other = replace(tiny, sample_format=replace(tiny.token_format, tokenizer_sha256="0" * 64))
     with pytest.raises(DataError, match="b has tokenizer_sha256 = '0000"):
         Mixture.of({"a": second, "b": other}, {"a": 1, "b": 1})
     with pytest.raises(ConfigError, match="a and b hold the same samples"):
@@ -243,17 +243,17 @@ def test_validation_takes_each_data_sets_share(tiny: Manifest, second: Manifest)
 
 def test_latents_of_a_mixture_share_one_normalisation(tmp_path: Path) -> None:
     def manifest(name: str, mean: float, std: float) -> Manifest:
-        content: Content = LatentContent(3, 4, "float16", 0.1, "pixels:2", "0" * 64, 8, 8, mean, std)
+        content: SampleFormat = LatentFormat(3, 4, "float16", 0.1, "pixels:2", "0" * 64, 8, 8, mean, std)
         split = Split((Shard("train-000000.tar", 10, 100, name),), 1, {"videos": 1, "frames": 30})
         return Manifest(tmp_path, content, {"train": split, "val": split}, ())
 
     mixture = Mixture.of({"a": manifest("a", 1.0, 2.0), "b": manifest("b", -1.0, 1.0)}, {"a": 1, "b": 3})
     values = np.concatenate([np.array([-1.0, 3.0]), np.tile([-2.0, 0.0], 3)])  # means 1 and -1, deviations 2 and 1
     for source in mixture.sources:
-        content = cast("LatentContent", source.manifest.content)
+        content = cast("LatentFormat", source.manifest.sample_format)
         assert content.mean == pytest.approx(values.mean()) and content.std == pytest.approx(values.std())
     alone = Mixture.of({"a": manifest("a", 0.1, 0.3)}, {"a": 2})
-    assert alone.content == manifest("a", 0.1, 0.3).content
+    assert alone.sample_format == manifest("a", 0.1, 0.3).sample_format
 
 
 def test_a_cache_that_cannot_hold_two_windows_is_refused() -> None:

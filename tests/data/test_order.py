@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ebwm_dist.data.order import EpochOrder, permutation
+from ebwm_dist.data.loading.order import EpochOrder, permutation
 
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=10)
 seeds = st.integers(0, 2**40)

@@ -18,13 +18,13 @@ from pyarrow.fs import FileSystem
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data import remote
-from ebwm_dist.data.files import sha256_of_bytes
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import Mixture
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.data.loading.stream import SampleStream, validation_batches
 from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
-from ebwm_dist.data.stream import SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, DataError, UserError
+from ebwm_dist.files import sha256_of_bytes
 from tests.object_storage import gs_bucket, s3_bucket
 
 SIZE = 100_000
@@ -66,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if self.server.ranges and wanted else 200)
         if self.server.ranges:
             self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("SampleFormat-Length", str(len(data)))
         self.end_headers()
         if self.server.dying:
             self.server.dying -= 1
@@ -253,7 +253,7 @@ def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(
 
     def read(config: DataConfig) -> list[tuple[list[str], list[list[int]]]]:
         mixture = Mixture.load(config)
-        assert load_tokenizer(mixture.manifest).sha256 == tiny.token_content.tokenizer_sha256
+        assert load_tokenizer(mixture.manifest).sha256 == tiny.token_format.tokenizer_sha256
         options = {"micro_batch_size": 8, "dp_rank": 0, "dp_world_size": 1}
         stream = SampleStream(config, mixture, seed=1, global_batch_size=8, **options)
         batches = [*islice(stream, stream.steps_per_epoch + 2)]

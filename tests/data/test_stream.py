@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.shards import open_reader
-from ebwm_dist.data.stream import Batch, SampleStream, validation_batches
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 
 G = 24  # global batch: divisible by 1, 2, 3 and 4 ranks
@@ -205,8 +205,8 @@ def test_damage_found_while_reading_is_one_clear_line(copied: Manifest, workers:
 PARENT = """
 import sys
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import SampleStream
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.stream import SampleStream
 
 if __name__ == "__main__":
     stream = SampleStream(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import PROBES, Tokenizer, check_lossless, load_tokenizer, train_tokenizer
 from ebwm_dist.errors import DataError, UserError
 from tests.tiny_data import tiny_documents
@@ -68,6 +68,6 @@ def test_impossible_vocabulary_missing_and_foreign_files_are_user_errors(tmp_pat
 
 
 def test_a_tokenizer_that_the_shards_were_not_made_with_is_refused(copied: Manifest) -> None:
-    other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.token_content.tokenizer, vocab_size=280)
-    with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.token_content.tokenizer_sha256[:12]}"):
+    other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.token_format.tokenizer, vocab_size=280)
+    with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.token_format.tokenizer_sha256[:12]}"):
         load_tokenizer(copied)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.stream import Batch
-from ebwm_dist.data.unigram import unigram_perplexity
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
 from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.evaluation.unigram import unigram_perplexity
 from ebwm_dist.inference.load import load_model
 from ebwm_dist.models.output import Evaluation
 from tests.distributed import run_distributed_test

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.data.manifest import Manifest
+from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
@@ -20,7 +20,7 @@ from ebwm_dist.evaluation.suite import Options, side_by_side
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.inputs import describe_inputs
 from ebwm_dist.inference.load import load_model
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 from tests.distributed import run_distributed_test
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -42,8 +42,8 @@ def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
         folder / kind,
         config,
         describe_inputs(manifest),
-        build_model(config, manifest.token_content.pad_id).state_dict(),
-        files=[manifest.folder / manifest.token_content.tokenizer],
+        build_model(config, manifest.token_format.pad_id).state_dict(),
+        files=[manifest.folder / manifest.token_format.tokenizer],
         step=0,
         source="random",
     )

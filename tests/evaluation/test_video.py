@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ebwm_dist.data.content import ClipContent
-from ebwm_dist.data.decode import encode_jpeg
-from ebwm_dist.data.manifest import Manifest, Split
-from ebwm_dist.data.writer import ClipWriter
+from ebwm_dist.data.format.manifest import Manifest, Split
+from ebwm_dist.data.format.sample_format import ClipFormat
+from ebwm_dist.data.format.video_codec import encode_jpeg
+from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
@@ -38,7 +38,7 @@ data: {sequence_length: 4, encoder: "pixels:2"}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the runs `ebwm` and `ar`, trained on clips whose colours drift; one has a scene change."""
     folder = tmp_path_factory.mktemp("runs")
-    content = ClipContent(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
+    content = ClipFormat(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
     generator, splits = np.random.default_rng(0), {}
     (folder / "clips").mkdir()
     for split, count in CLIPS.items():

@@ -18,12 +18,12 @@ from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.inputs import describe_inputs
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 from launchers.generate import main
 from tests.tiny_data import make_tiny_data
 
 VOCAB, CONTEXT = 300, 16
-THINKING = Thinking(steps=4, candidates=2, stop_energy=1e-3)
+THINKING = Thinking(steps=4, candidates=2, energy_tolerance=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_energies_are_those_of_single_pairs(predictor: Predictor) -> None:
             context = torch.tensor([[5, 9, 30, 7][: 3 + n]])
             certain = torch.full((1, 1, VOCAB), -1e4).index_fill(2, torch.tensor(token), 1e4)
             pairs = model.context_stream(context, landscape)
-            energy = model.transformer.energy(model.space.read_in(certain), pairs, landscape, 2 + n)
+            energy = model.transformer.energy(model.space.embed_state(certain), pairs, landscape, 2 + n)
             assert energy.item() == pytest.approx(expected[n].item(), abs=1e-5)
     assert not torch.equal(predictor.energy([[5]], [[7]], 0)[0], predictor.energy([[5]], [[7]], 1)[0])
 
@@ -93,7 +93,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 def test_the_command_says_what_the_object_does(
     exports: Path, predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--tokens=6", "--think-steps=4", "--candidates=2", "--stop-energy=1e-3"]
+    options = ["--tokens=6", "--think-steps=4", "--candidates=2", "--energy-tolerance=1e-3"]
     options += ["--temperature=0.8", "--top-k=50", "--seed=3"]
     code, out, err = run(
         capsys, monkeypatch, "--checkpoint", exports / "ebt", "--prompt", "kalo", "miru", *options, "--json"

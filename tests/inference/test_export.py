@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.checkpoints import list_checkpoints
+from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.inference.load import load_model

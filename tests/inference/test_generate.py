@@ -13,17 +13,17 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.inference.generate import Continuation, RollOut, generate, roll_out
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking, landscapes, think
+from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.autoregressive import AutoregressiveTokens
-from ebwm_dist.registry import Model
 from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
 
 CONTEXT, NEW = 14, 6
 PROMPTS = [[5, 9, 30], [7], [8, 8, 4, 21, 40, 12, 6, 19, 33]]
 SEEDS = [3, 4, 5]
-THINKING = Thinking(steps=4, candidates=2, langevin_noise=0.2, stop_energy=0.05)
+THINKING = Thinking(steps=4, candidates=2, langevin_noise=0.2, energy_tolerance=0.05)
 
 
 class Letters:
@@ -225,7 +225,7 @@ def test_a_gpu_generates_what_the_cpu_does(variant: str) -> None:
     texts = []
     for device in ("cpu", "cuda"):
         model.to(device)
-        for thinking in (Thinking(steps=4, stop_energy=0.05), Thinking(steps=4, accept=True, budget=3)):
+        for thinking in (Thinking(steps=4, energy_tolerance=0.05), Thinking(steps=4, accept=True, budget=3)):
             for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
                 texts.append(
                     generate(

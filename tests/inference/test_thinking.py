@@ -44,7 +44,7 @@ def alone(
     model: EnergyBasedTransformer, states: Tensor, thinking: Thinking, seed: int
 ) -> tuple[Tensor, list[float], int, int]:
     """Think about what follows `states` [1, S, ...], candidate by candidate, with a decision after every pass."""
-    steps = thinking.steps or model.mcmc.most_steps
+    steps = thinking.steps or model.mcmc.max_mcmc_steps
     noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
     alpha = model.space.step_size() if thinking.step_size is None else torch.tensor([thinking.step_size]).double()
     last, number = states.shape[1] - 1, model.transformer.landscape
@@ -68,7 +68,7 @@ def alone(
                     energies[g][-1] = before
                     x, gradient = kept[g]
                     finished += [g] if noise == 0 else []
-                elif thinking.stop_energy is not None and abs(now - before) <= thinking.stop_energy:
+                elif thinking.energy_tolerance is not None and abs(now - before) <= thinking.energy_tolerance:
                     finished.append(g)
             kept[g] = (x, gradient)
         if thinking.budget is not None:
@@ -90,11 +90,11 @@ WAYS = {
     "candidates": Thinking(steps=3, candidates=4),
     "largest drop": Thinking(steps=3, candidates=4, select="drop"),
     "noise and alpha": Thinking(steps=4, langevin_noise=0.3, step_size=1.5),
-    "stop": Thinking(steps=6, stop_energy=0.05),
+    "stop": Thinking(steps=6, energy_tolerance=0.05),
     "accept": Thinking(steps=6, accept=True, step_size=2.0),
     "accept noise": Thinking(steps=6, accept=True, langevin_noise=0.5),
     "budget": Thinking(steps=6, candidates=3, budget=11),
-    "all": Thinking(steps=6, candidates=3, accept=True, stop_energy=0.02, budget=14, langevin_noise=0.1),
+    "all": Thinking(steps=6, candidates=3, accept=True, energy_tolerance=0.02, budget=14, langevin_noise=0.1),
 }
 
 
@@ -103,7 +103,7 @@ WAYS = {
 )
 def test_together_is_as_alone(way: str, variant: str) -> None:
     """Candidates that leave the batch, rows that are empty, slices of positions: nothing changes what is thought."""
-    model, states = build(settings("mirror", step_size=1.0), variant, positions_per_pass=9), observed()
+    model, states = build(settings("mirror", step_size=1.0), variant, position_chunk=9), observed()
     found = whole(model, states, WAYS[way])
     for row, seed in enumerate(SEEDS):
         for position in range(SIZE):
@@ -121,7 +121,7 @@ def test_together_is_as_alone(way: str, variant: str) -> None:
 def test_embeddings(initial_state: str) -> None:
     mcmc = settings(step_size=2.0, initial_state=initial_state)
     model, states = build(mcmc, "time_embed", embedding_dim=6), observed(6)
-    thinking = Thinking(steps=5, candidates=2, langevin_noise=0.1, stop_energy=0.1)
+    thinking = Thinking(steps=5, candidates=2, langevin_noise=0.1, energy_tolerance=0.1)
     found = whole(model, states, thinking)
     for position in range(SIZE):
         state, energies, steps, _ = alone(model, states[:1, : position + 1], thinking, SEEDS[0])
@@ -131,7 +131,7 @@ def test_embeddings(initial_state: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_noise_it_is_what_validation_does(variant: str) -> None:
-    model = build(settings(initial_state="zeros"), variant, positions_per_pass=4)
+    model = build(settings(initial_state="zeros"), variant, position_chunk=4)
     tokens, ids = batch()
     losses = model.space.sequence_losses(whole(model, tokens[:, :-1], Thinking(steps=4)).state, tokens[:, 1:])
     assert torch.allclose(losses, model.evaluate(tokens, ids, 4).step_losses[-1], rtol=1e-10)
@@ -163,13 +163,13 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 
 def test_compute_falls_with_what_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that go through the transformer are those of candidates that go on, and of sequences that have any."""
-    model, states = build(settings("mirror"), positions_per_pass=SIZE), observed()
+    model, states = build(settings("mirror"), position_chunk=SIZE), observed()
     sizes: list[tuple[int, ...]] = []
     energy = model.transformer.energy
     monkeypatch.setattr(
         model.transformer, "energy", lambda x, *rest: sizes.append(tuple(x.shape[:2])) or energy(x, *rest)
     )
-    found = whole(model, states, Thinking(steps=8, stop_energy=0.02))
+    found = whole(model, states, Thinking(steps=8, energy_tolerance=0.02))
     going = [[int((row >= step).sum()) for row in found.steps] for step in range(int(found.steps.max()) + 1)]
     assert sizes == [(sum(n > 0 for n in rows), max(rows)) for rows in going]
     assert sizes[-1] < sizes[0] and found.passes.sum() == sum(map(sum, going))
@@ -177,7 +177,7 @@ def test_compute_falls_with_what_has_stopped(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("embedding_dim", [None, 24])
 @pytest.mark.parametrize(
-    "thinking", [Thinking(steps=3), Thinking(steps=3, stop_energy=0.2), Thinking(steps=3, accept=True)]
+    "thinking", [Thinking(steps=3), Thinking(steps=3, energy_tolerance=0.2), Thinking(steps=3, accept=True)]
 )
 def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim: int | None) -> None:
     """No graph of parameters or of second order: thinking and validation hold what one first-order pass holds."""
@@ -207,7 +207,7 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
         ({"candidates": 0}, "candidates = 0: must be at least 1"),
         ({"select": "best"}, "choose from energy, drop"),
         ({"step_size": 0.0}, "step_size = 0.0: must be more than 0"),
-        ({"stop_energy": -1.0}, "stop_energy = -1.0: must be at least 0"),
+        ({"energy_tolerance": -1.0}, "energy_tolerance = -1.0: must be at least 0"),
         ({"langevin_noise": math.nan}, "langevin_noise = nan: must be at least 0"),
         ({"budget": 1}, "budget = 1: must be at least 2"),
     ],

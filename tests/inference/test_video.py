@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
-from ebwm_dist.data.files import write_json
+from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
+from ebwm_dist.files import write_json
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.inputs import describe_inputs
-from ebwm_dist.observation import STATISTICS_FILE, build_observer
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 from launchers.generate import main
 from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
 
@@ -35,7 +35,7 @@ def export(folder: Path, kind: str, model: str = "ebt") -> Path:
     state = build_model(config, None).state_dict()
     out = write_export(folder / "model", config, describe_inputs(manifest), state, files=[], step=1, source="it")
     if kind == "clips":
-        encoder = build_observer(config, manifest.content, torch.device("cpu")).encoder
+        encoder = build_preprocessor(config, manifest.sample_format, torch.device("cpu")).encoder
         write_json(out / STATISTICS_FILE, {"encoder": "pixels:2", "sha256": encoder.sha256, "mean": 0.5, "std": 0.25})
     return out
 
@@ -50,7 +50,7 @@ def test_clips_are_continued_in_pictures(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = export(tmp_path, "clips", kind)
-    options = [] if kind == "ar" else ["--think-steps", 3, "--stop-energy", 1e-3]
+    options = [] if kind == "ar" else ["--think-steps", 3, "--energy-tolerance", 1e-3]
     common = ["--checkpoint", model, "--samples", 2, "--observe", 1]
     assert run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options) == 0
     records = json.loads(capsys.readouterr().out)

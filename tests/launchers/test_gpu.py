@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.checkpoints import list_checkpoints
+from ebwm_dist.checkpoint.folder import list_checkpoints
 from tests.launchers.jobs import Start, steps_done
 from tests.mcmc.test_devices import needs_gpu
 from tests.runs import metrics

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.checkpoints import MARKER, list_checkpoints, step_of, verify
+from ebwm_dist.checkpoint.folder import MARKER, list_checkpoints, step_of, verify
 from tests.launchers.jobs import Job, Start, assert_equal_runs, steps_done
 
 KILLS = 10

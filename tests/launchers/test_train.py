@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.checkpoints import list_checkpoints, read_marker, verify
+from ebwm_dist.checkpoint.folder import list_checkpoints, read_marker, verify
 from ebwm_dist.config.loading import load_config
 from launchers import train
 from tests.launchers.jobs import PROGRAM, REPOSITORY, Start, assert_equal_runs, steps_done

@@ -28,7 +28,7 @@ def build(variant: str) -> EnergyBasedTransformer:
     landscapes = 1 if variant == "default" else 2
     model = ModelConfig(variant=variant, num_landscapes=landscapes, vocab_size=50, dim=16, num_heads=2, num_layers=2)
     mcmc = MCMCConfig(num_steps=2, step_size=0.5)
-    return EnergyBasedTransformer(model, mcmc, VocabularySpace(model, mcmc, 3), seed=1, positions_per_pass=4).double()
+    return EnergyBasedTransformer(model, mcmc, VocabularySpace(model, mcmc, 3), seed=1, position_chunk=4).double()
 
 
 def train(model: EnergyBasedTransformer, num_steps: int) -> list[torch.Tensor]:

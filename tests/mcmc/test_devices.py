@@ -23,7 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
     "logits": {"update": "logits"},
     "mirror": {"update": "mirror"},
     "last": {"loss": "last"},
-    "chain": {"gradient": "chain"},
+    "chain": {"gradient": "full"},
     "embeddings": {"step_size": 0.7},
 }
 in_every_mode = pytest.mark.parametrize("mode", MODES)
@@ -34,7 +34,7 @@ def prepare(mode: str, variant: str, **changes: Any) -> tuple[EnergyBasedTransfo
     embedding_dim = 5 if mode == "embeddings" else None
     mcmc = settings(**{**MODES[mode], **changes})
     observed, ids = batch() if embedding_dim is None else frames(embedding_dim)
-    return build(mcmc, variant, embedding_dim=embedding_dim, positions_per_pass=8), observed, ids
+    return build(mcmc, variant, embedding_dim=embedding_dim, position_chunk=8), observed, ids
 
 
 @in_every_mode
@@ -47,7 +47,7 @@ def test_no_value_is_read_from_the_device(mode: str, monkeypatch: pytest.MonkeyP
         return torch.empty(len(ids), stop - start, width, device=device)
 
     monkeypatch.setattr(noise, "_draw", draw)
-    model, observed, ids = prepare(mode, "time_embed", langevin_noise=0.1, step_size_spread=1.5)
+    model, observed, ids = prepare(mode, "time_embed", langevin_noise=0.1, step_size_jitter=1.5)
     model.to(meta)
     output = model.training_step(observed.to(meta), ids, PLAN)
     result = model.evaluate(observed.to(meta), ids, 2)
@@ -79,7 +79,7 @@ def test_low_precision_follows_on_a_gpu() -> None:
 
 @needs_gpu
 def test_a_step_does_not_wait_for_a_gpu() -> None:
-    model, observed, ids = prepare("probabilities", "time_embed", langevin_noise=0.1, step_size_spread=1.5)
+    model, observed, ids = prepare("probabilities", "time_embed", langevin_noise=0.1, step_size_jitter=1.5)
     model.to(GPU)
     observed = observed.to(GPU)
     model.training_step(observed, ids, PLAN)  # the first one sets libraries up

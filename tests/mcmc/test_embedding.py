@@ -44,7 +44,7 @@ def test_every_start_has_the_gradients_of_a_double_backward(
     gradient: str, loss: str, initial_state: str, width: int
 ) -> None:
     mcmc = embedding_settings(gradient=gradient, loss=loss, initial_state=initial_state)
-    check_training_step(build(mcmc, "time_embed", embedding_dim=width, positions_per_pass=6), mcmc, *frames(width))
+    check_training_step(build(mcmc, "time_embed", embedding_dim=width, position_chunk=6), mcmc, *frames(width))
 
 
 @WIDTHS
@@ -52,27 +52,25 @@ def test_every_start_has_the_gradients_of_a_double_backward(
 @in_every_mode
 def test_gradients_equal_a_double_backward(gradient: str, loss: str, variant: str, width: int) -> None:
     mcmc = embedding_settings(num_steps=3, gradient=gradient, loss=loss)
-    model = build(mcmc, variant, embedding_dim=width, positions_per_pass=4)
+    model = build(mcmc, variant, embedding_dim=width, position_chunk=4)
     oracle = check_training_step(model, mcmc, *frames(width))
     assert ("space.projection.weight" in oracle.w) == (width != DIM)
     assert all(leaf.grad is not None and leaf.grad.norm() > 0 for leaf in oracle.w.values())
 
 
 @pytest.mark.parametrize(
-    ("initial_state", "width", "num_steps", "positions_per_pass"),
+    ("initial_state", "width", "num_steps", "position_chunk"),
     [("random_noise", DIM, 1, 5), ("zeros", 10, 2, 1), ("most_recent_embedding", 10, 4, 128)],
 )
 @in_every_mode
-def test_options(
-    gradient: str, loss: str, initial_state: str, width: int, num_steps: int, positions_per_pass: int
-) -> None:
+def test_options(gradient: str, loss: str, initial_state: str, width: int, num_steps: int, position_chunk: int) -> None:
     """Every start, with noise, spread, smaller steps, replayed rows and checkpointing."""
     mcmc = embedding_settings(
         gradient=gradient,
         loss=loss,
         initial_state=initial_state,
         langevin_noise=0.5,
-        step_size_spread=2.0,
+        step_size_jitter=2.0,
         replay_size=4,
     )
     observed, ids = frames(width)
@@ -80,7 +78,7 @@ def test_options(
         mcmc,
         "time_embed",
         embedding_dim=width,
-        positions_per_pass=positions_per_pass,
+        position_chunk=position_chunk,
         activation_checkpointing="block",
     )
     fill(model, observed + 1)
@@ -90,7 +88,7 @@ def test_options(
 
 @WIDTHS
 def test_alpha_can_be_fixed(width: int) -> None:
-    mcmc = embedding_settings(learn_step_size=False, gradient="chain")
+    mcmc = embedding_settings(learn_step_size=False, gradient="full")
     model = build(mcmc, embedding_dim=width)
     check_training_step(model, mcmc, *frames(width))
     assert "space.step_size.alpha" not in gradients(model)
@@ -99,8 +97,8 @@ def test_alpha_can_be_fixed(width: int) -> None:
 @WIDTHS
 def test_chain_gradients_equal_finite_differences(width: int) -> None:
     """Without any oracle: the derivative of the loss along a random direction of weights."""
-    mcmc = embedding_settings(num_steps=3, gradient="chain", initial_state="most_recent_embedding")
-    model, (observed, ids) = build(mcmc, "adaln", embedding_dim=width, positions_per_pass=4), frames(width)
+    mcmc = embedding_settings(num_steps=3, gradient="full", initial_state="most_recent_embedding")
+    model, (observed, ids) = build(mcmc, "adaln", embedding_dim=width, position_chunk=4), frames(width)
     model.training_step(observed, ids, StepPlan(3))
     of_loss = gradients(model)
     weights = dict(model.named_parameters())
@@ -119,12 +117,12 @@ def test_chain_gradients_equal_finite_differences(width: int) -> None:
 
 @WIDTHS
 def test_the_slices_do_not_matter(width: int) -> None:
-    mcmc = embedding_settings(gradient="chain", initial_state="most_recent_embedding", langevin_noise=0.2)
-    whole = build(mcmc, "time_embed", embedding_dim=width, positions_per_pass=LENGTH)
+    mcmc = embedding_settings(gradient="full", initial_state="most_recent_embedding", langevin_noise=0.2)
+    whole = build(mcmc, "time_embed", embedding_dim=width, position_chunk=LENGTH)
     whole.training_step(*frames(width), StepPlan(2))
     of_whole = gradients(whole)
     for positions in (1, 3, 7):
-        model = build(mcmc, "time_embed", embedding_dim=width, positions_per_pass=positions)
+        model = build(mcmc, "time_embed", embedding_dim=width, position_chunk=positions)
         model.training_step(*frames(width), StepPlan(2))
         compare_gradients(model, of_whole, tolerance=1e-10)
 
@@ -149,7 +147,7 @@ def test_starts() -> None:
 def test_refinement_follows_training(initial_state: str, width: int) -> None:
     """Evaluation walks the same states as training and repeats the last landscape."""
     mcmc = embedding_settings(initial_state=initial_state, langevin_noise=0.3)
-    model = build(mcmc, "time_embed", embedding_dim=width, positions_per_pass=4)
+    model = build(mcmc, "time_embed", embedding_dim=width, position_chunk=4)
     observed, ids = frames(width)
     result = model.evaluate(observed, ids, num_steps=4)
     expected = expect(oracle_of(model), model, mcmc, observed, ids, StepPlan(4))

@@ -35,7 +35,7 @@ from tests.mcmc.test_second_order import (
     settings,
 )
 
-MODES = list(itertools.product(["step", "chain"], ["mean", "last"]))
+MODES = list(itertools.product(["truncated", "full"], ["mean", "last"]))
 in_every_mode = pytest.mark.parametrize(("gradient", "loss"), MODES)
 
 
@@ -50,15 +50,15 @@ def fill(model: EnergyBasedTransformer, observed: Tensor) -> None:
 @in_every_mode
 def test_gradients_equal_a_double_backward(gradient: str, loss: str, variant: str, update: str) -> None:
     mcmc = settings(update, num_steps=3, gradient=gradient, loss=loss)
-    check_training_step(build(mcmc, variant, positions_per_pass=4), mcmc, *batch())
+    check_training_step(build(mcmc, variant, position_chunk=4), mcmc, *batch())
 
 
-@pytest.mark.parametrize(("num_steps", "positions_per_pass"), [(1, 5), (2, 1), (4, 5), (4, 128), (3, LENGTH)])
+@pytest.mark.parametrize(("num_steps", "position_chunk"), [(1, 5), (2, 1), (4, 5), (4, 128), (3, LENGTH)])
 @in_every_mode
-def test_any_number_of_steps_and_positions(gradient: str, loss: str, num_steps: int, positions_per_pass: int) -> None:
+def test_any_number_of_steps_and_positions(gradient: str, loss: str, num_steps: int, position_chunk: int) -> None:
     """Four steps on two landscapes of the `time_embed` variant visit the last one three times."""
     mcmc = settings("mirror", num_steps=num_steps, gradient=gradient, loss=loss)
-    model = build(mcmc, "time_embed", positions_per_pass=positions_per_pass)
+    model = build(mcmc, "time_embed", position_chunk=position_chunk)
     check_training_step(model, mcmc, *batch())
 
 
@@ -66,7 +66,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({}, {"tied": True}),
     "fixed alpha": ({"learn_step_size": False}, {}),
     "zeros": ({"initial_state": "zeros"}, {}),
-    "spread": ({"step_size_spread": 2.0}, {}),
+    "spread": ({"step_size_jitter": 2.0}, {}),
     "langevin": ({"langevin_noise": 0.7}, {}),
     "checkpointed": ({}, {"activation_checkpointing": "block"}),
 }
@@ -83,7 +83,7 @@ CASES = [
 def test_options(option: str, gradient: str, loss: str, update: str, variant: str) -> None:
     changes, arguments = OPTIONS[option]
     mcmc = settings(update, gradient=gradient, loss=loss, **changes)
-    check_training_step(build(mcmc, variant, positions_per_pass=4, **arguments), mcmc, *batch())
+    check_training_step(build(mcmc, variant, position_chunk=4, **arguments), mcmc, *batch())
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -94,12 +94,12 @@ def test_options_together(gradient: str, loss: str, update: str) -> None:
         update,
         gradient=gradient,
         loss=loss,
-        step_size_spread=2.0,
+        step_size_jitter=2.0,
         langevin_noise=0.7,
         learn_step_size=False,
         replay_size=8,
     )
-    model = build(mcmc, "time_embed", tied=True, positions_per_pass=5, activation_checkpointing="block")
+    model = build(mcmc, "time_embed", tied=True, position_chunk=5, activation_checkpointing="block")
     tokens, ids = batch()
     fill(model, tokens.roll(3, dims=1).repeat(2, 1))
     tokens[0, 7:] = PAD
@@ -114,23 +114,23 @@ def test_slices_of_the_vocabulary_products(
     """The rows that meet the vocabulary at once divide neither the batch nor the positions."""
     monkeypatch.setattr(vocabulary, "SLICE_ELEMENTS", 3 * VOCAB)
     mcmc = settings(update, gradient=gradient, loss=loss)
-    check_training_step(build(mcmc, positions_per_pass=4), mcmc, *batch())
+    check_training_step(build(mcmc, position_chunk=4), mcmc, *batch())
 
 
 @in_every_mode
 def test_padding_and_plan(gradient: str, loss: str) -> None:
     mcmc = settings(gradient=gradient, loss=loss)
     tokens, ids = batch()
-    check_training_step(build(mcmc, positions_per_pass=4), mcmc, tokens, ids, StepPlan(3, step_size_scale=0.25))
+    check_training_step(build(mcmc, position_chunk=4), mcmc, tokens, ids, StepPlan(3, step_size_scale=0.25))
     tokens[0, 7:] = PAD
-    check_training_step(build(mcmc, positions_per_pass=4), mcmc, tokens, ids)
+    check_training_step(build(mcmc, position_chunk=4), mcmc, tokens, ids)
 
 
 @in_every_mode
 def test_replayed_rows_count_like_any_other(gradient: str, loss: str) -> None:
     """Rows are replayed once there are enough, from the kept states, and the final states of all rows are kept."""
     mcmc = settings(gradient=gradient, loss=loss, replay_size=3, replay_fraction=1.0, langevin_noise=0.2)
-    model, (tokens, ids) = build(mcmc, positions_per_pass=4), batch()
+    model, (tokens, ids) = build(mcmc, position_chunk=4), batch()
     expected = expect(oracle_of(model), model, mcmc, tokens, ids)
     assert len(expected.state) == 2
     check_training_step(model, mcmc, tokens, ids)
@@ -148,12 +148,12 @@ def test_replayed_rows_count_like_any_other(gradient: str, loss: str) -> None:
 
 @in_every_mode
 def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
-    mcmc = settings(num_steps=3, gradient=gradient, loss=loss, step_size_spread=1.5, langevin_noise=0.3)
-    whole = build(mcmc, "time_embed", positions_per_pass=LENGTH)
+    mcmc = settings(num_steps=3, gradient=gradient, loss=loss, step_size_jitter=1.5, langevin_noise=0.3)
+    whole = build(mcmc, "time_embed", position_chunk=LENGTH)
     first = whole.training_step(*batch(), StepPlan(3))
     of_whole = gradients(whole)
     for positions in (1, 7):
-        model = build(mcmc, "time_embed", positions_per_pass=positions)
+        model = build(mcmc, "time_embed", position_chunk=positions)
         output = model.training_step(*batch(), StepPlan(3))
         assert torch.allclose(output.step_losses, first.step_losses, rtol=1e-12)
         compare_gradients(model, of_whole, tolerance=1e-10)
@@ -163,8 +163,8 @@ def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
 @pytest.mark.parametrize("loss", ["mean", "last"])
 def test_chain_gradients_equal_finite_differences(loss: str, update: str) -> None:
     """The chain's gradient is the derivative of the loss, without any oracle: along a random direction of weights."""
-    mcmc = settings(update, num_steps=3, gradient="chain", loss=loss, langevin_noise=0.3, step_size_spread=1.5)
-    model, (tokens, ids) = build(mcmc, "adaln", positions_per_pass=4), batch()
+    mcmc = settings(update, num_steps=3, gradient="full", loss=loss, langevin_noise=0.3, step_size_jitter=1.5)
+    model, (tokens, ids) = build(mcmc, "adaln", position_chunk=4), batch()
     model.training_step(tokens, ids, StepPlan(3))
     of_loss = gradients(model)
     weights = dict(model.named_parameters())
@@ -217,12 +217,12 @@ def test_the_truncated_objective_trains_on_the_last_step_alone(gradient: str, lo
     oracle.refine(tokens, state, 1).loss.backward()
     model.training_step(tokens, ids, StepPlan(3))
     errors = [(p.grad - oracle.w[name].grad).norm() / p.grad.norm() for name, p in model.named_parameters()]
-    assert (max(errors).item() < 1e-9) == ((gradient, loss) == ("step", "last"))
+    assert (max(errors).item() < 1e-9) == ((gradient, loss) == ("truncated", "last"))
 
 
 @in_every_mode
 def test_gradients_accumulate(gradient: str, loss: str) -> None:
-    model = build(settings(gradient=gradient, loss=loss), positions_per_pass=4)
+    model = build(settings(gradient=gradient, loss=loss), position_chunk=4)
     for _ in range(2):
         model.training_step(*batch(), StepPlan(2))
     twice = gradients(model)
@@ -233,7 +233,7 @@ def test_gradients_accumulate(gradient: str, loss: str) -> None:
 @in_every_mode
 def test_the_weight_scales_every_gradient_once(gradient: str, loss: str) -> None:
     """Neither the losses, which are told as they are, nor any part of the gradient twice."""
-    model = build(settings(num_steps=3, gradient=gradient, loss=loss), "time_embed", positions_per_pass=4)
+    model = build(settings(num_steps=3, gradient=gradient, loss=loss), "time_embed", position_chunk=4)
     plain_output = model.training_step(*batch(), StepPlan(3))
     plain = gradients(model)
     output = model.training_step(*batch(), StepPlan(3), weight=1 / 8)
@@ -245,7 +245,7 @@ def test_the_weight_scales_every_gradient_once(gradient: str, loss: str) -> None
 @in_every_mode
 def test_weights_are_used_only_inside_the_passes(gradient: str, loss: str) -> None:
     """Every use of a module that owns weights is within a call of `forward`, which is what engines wrap."""
-    model = build(settings(gradient=gradient, loss=loss), "adaln", positions_per_pass=4)
+    model = build(settings(gradient=gradient, loss=loss), "adaln", position_chunk=4)
     inside, outside = [], []
     names = {module: name for name, module in model.named_modules()}
 
@@ -318,16 +318,16 @@ def longer_batch() -> tuple[Tensor, Tensor]:
 def test_memory_does_not_grow_with_the_steps(gradient: str, loss: str) -> None:
     """At its peak, eight steps hold what one holds; the chain also keeps a slice's states, embeddings and gradients."""
     mcmc = settings(gradient=gradient, loss=loss)
-    model = build(mcmc, positions_per_pass=8)
+    model = build(mcmc, position_chunk=8)
     model.training_step(*longer_batch(), StepPlan(1))  # makes the gradients
     one, eight = (memory_of(lambda k=k: model.training_step(*longer_batch(), StepPlan(k))).peak for k in (1, 8))
     visited = 3 * 8 * (VOCAB + 2 * DIM) * 8
-    assert eight <= 1.05 * one + (7 * visited if gradient == "chain" else 0)
+    assert eight <= 1.05 * one + (7 * visited if gradient == "full" else 0)
 
 
 def test_a_double_backward_needs_memory_for_every_step() -> None:
     """Guard the test above: the count sees the graph that a chain of steps keeps otherwise."""
-    mcmc = settings(gradient="chain")
+    mcmc = settings(gradient="full")
     model = build(mcmc)
     oracle = oracle_of(model)
     one, eight = (
@@ -337,10 +337,10 @@ def test_a_double_backward_needs_memory_for_every_step() -> None:
     assert eight > 4 * one
 
 
-@pytest.mark.parametrize("gradient", ["step", "chain"])
+@pytest.mark.parametrize("gradient", ["truncated", "full"])
 def test_nothing_is_kept_alive(gradient: str) -> None:
     """After a step no memory is left but gradients and results, even before Python collects its cycles."""
-    model = build(settings(gradient=gradient), "time_embed", positions_per_pass=8)
+    model = build(settings(gradient=gradient), "time_embed", position_chunk=8)
     outputs = []
     with without_collector(), LiveBytes() as memory:
         outputs.append(model.training_step(*longer_batch(), StepPlan(2)))

@@ -13,13 +13,13 @@ from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 def test_constant_without_options():
     mcmc = MCMCConfig(num_steps=3)
     assert {plan_at(mcmc, 0, step, micro) for step in range(1, 50) for micro in range(3)} == {StepPlan(3, 1.0)}
-    assert mcmc.most_steps == 3
+    assert mcmc.max_mcmc_steps == 3
 
 
 def test_number_of_steps_is_drawn_evenly_from_the_range():
     mcmc = MCMCConfig(num_steps=2, max_num_steps=4)
     counts = Counter(plan_at(mcmc, 5, step, micro).num_steps for step in range(1, 1001) for micro in range(3))
-    assert set(counts) == {2, 3, 4} and mcmc.most_steps == 4
+    assert set(counts) == {2, 3, 4} and mcmc.max_mcmc_steps == 4
     assert all(abs(count - 1000) < 6 * (3000 * 2 / 9) ** 0.5 for count in counts.values())
 
 

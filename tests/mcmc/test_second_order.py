@@ -88,7 +88,7 @@ def expect(
             replayed = (draw[0], draw[1], model.space.expand(draw[2]))
             observed, ids, state = (torch.cat(pair) for pair in zip((observed, ids, state), replayed, strict=True))
     factor: Tensor | float = plan.step_size_scale
-    spread = mcmc.step_size_spread
+    spread = mcmc.step_size_jitter
     if spread > 1:
         share = noise.uniform(model.seed, ids, noise.STEP_SIZE, 0, length, 1).double()
         factor = factor * (1 / spread + share * (spread - 1 / spread))
@@ -155,7 +155,7 @@ def gradients(model: EnergyBasedTransformer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_gradients_equal_a_double_backward(variant: str, update: str, num_steps: int) -> None:
     mcmc = settings(update, num_steps=num_steps)
-    model = build(mcmc, variant, positions_per_pass=4)
+    model = build(mcmc, variant, position_chunk=4)
     oracle = check_training_step(model, mcmc, *batch())
     for name, leaf in oracle.w.items():
         assert leaf.grad is not None and leaf.grad.norm() > 0, name
@@ -212,7 +212,7 @@ def test_step_size_has_a_floor() -> None:
 def test_refinement_follows_training(variant: str, langevin: float) -> None:
     """Evaluation walks the same states as training, repeats the last landscape, and leaves no graph."""
     mcmc = settings(langevin_noise=langevin)
-    model, (tokens, ids) = build(mcmc, variant, positions_per_pass=4), batch()
+    model, (tokens, ids) = build(mcmc, variant, position_chunk=4), batch()
     trained = model.training_step(tokens, ids, StepPlan(2))
     model.zero_grad()
     result = model.evaluate(tokens, ids, num_steps=4)
@@ -228,7 +228,7 @@ def test_refinement_follows_training(variant: str, langevin: float) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_next_token_is_the_last_position(variant: str) -> None:
     """Refining only the last candidate gives the logits that refining all of them gives there."""
-    model, (tokens, ids) = build(variant=variant, positions_per_pass=4), batch()
+    model, (tokens, ids) = build(variant=variant, position_chunk=4), batch()
     state = model.space.start(ids, model.seed, 0, LENGTH + 1, tokens)
     for _, refined in model.refine(tokens, state, 3, ids):
         state = refined

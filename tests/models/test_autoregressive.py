@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.config import Config, ModelConfig
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
-from ebwm_dist.registry import build_model
 
 DIM, LENGTH = 16, 7
 WIDTHS = pytest.mark.parametrize("width", [DIM, 10], ids=["as wide", "projected"])

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ebwm_dist.checkpoints import commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.saved_state import load_module_state
 from ebwm_dist.training.distributed import (
     World,
     any_rank,

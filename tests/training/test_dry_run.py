@@ -11,8 +11,8 @@ import torch
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.loading import load_config
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.registry import build_model
 from ebwm_dist.training.dry_run import _live_bytes, _LiveBytes, activation_bytes, describe, parameter_count, state_bytes
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -47,7 +47,7 @@ def test_memory_is_that_of_a_real_step(checkpointing: str) -> None:
     config = Config(
         model=ModelConfig(vocab_size=50, dim=16, num_heads=2, num_layers=3),
         mcmc=MCMCConfig(num_steps=2, step_size=1.0, initial_state="zeros"),
-        training=TrainingConfig(micro_batch_size=3, positions_per_pass=20, activation_checkpointing=checkpointing),
+        training=TrainingConfig(micro_batch_size=3, position_chunk=20, activation_checkpointing=checkpointing),
         data=DataConfig(sequence_length=40),
     )
     model = build_model(config, pad_id=0)
@@ -64,7 +64,7 @@ def test_memory_is_that_of_a_real_step(checkpointing: str) -> None:
 def test_depth_is_extrapolated() -> None:
     config = Config(
         model=ModelConfig(vocab_size=50, dim=16, num_heads=2, num_layers=9),
-        training=TrainingConfig(micro_batch_size=2, positions_per_pass=20),
+        training=TrainingConfig(micro_batch_size=2, position_chunk=20),
         data=DataConfig(sequence_length=40),
     )
     assert activation_bytes(config) == pytest.approx(_live_bytes(config, 9), rel=0.01)

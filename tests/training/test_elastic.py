@@ -12,21 +12,21 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ebwm_dist import universal
-from ebwm_dist.checkpoints import checkpoint_path, list_checkpoints, verify
+from ebwm_dist.checkpoint import universal
+from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, verify
+from ebwm_dist.checkpoint.zero_files import MOMENTS, load_module_state, open_zero_state
 from ebwm_dist.config import Config
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.registry import build_model
-from ebwm_dist.saved_state import MOMENTS, load_module_state, open_state
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import World, setup_distributed
 from ebwm_dist.training.engine import TrainingEngine, create_engine
 from ebwm_dist.training.metrics import SampleLog
+from tests.checkpoint.test_folder import flip_byte, kills
+from tests.checkpoint.test_zero_files import two_shares
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
-from tests.test_checkpoints import flip_byte, kills
-from tests.test_saved_state import two_shares
 from tests.training.test_engine import CASES, batch, settings, whole
 from tests.training.test_trainer import TOLERANCES
 
@@ -108,14 +108,14 @@ def check_random_state(path: Path, world: World, step: int, told: list[str]) -> 
 
 def check_weights(path: Path, engine: TrainingEngine, chain: str) -> None:
     """Compare what the model computes with to what was saved, frozen parameters and all."""
-    saved = open_state(path)
+    saved = open_zero_state(path)
     for name, value in whole(engine).items():
         wanted = saved.read(name) if name in saved.shapes else saved.rest[name]
         assert torch.equal(value, wanted.to(value.dtype)), (chain, name)
 
 
 def numbers_in(path: Path) -> Numbers:
-    saved, numbers = open_state(path), {}
+    saved, numbers = open_zero_state(path), {}
     for name in saved.shapes:
         steps = saved.steps(name)
         keys = ("fp32",) if steps is None else ("fp32", *MOMENTS)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.config.deepspeed import micro_steps
-from ebwm_dist.registry import build_model
-from ebwm_dist.saved_state import load_module_state
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import World, setup_distributed, teardown
 from ebwm_dist.training.engine import TrainingEngine, create_engine
@@ -52,7 +52,7 @@ def settings(precision: str = "fp32", **changes: Any) -> Config:
             "mcmc": MCMCConfig(num_steps=1, max_num_steps=3, step_size=2.0),
             "optimizer": OptimizerConfig(lr=0.1, eps=1.0, warmup_steps=0, grad_clip=0.05),
             "training": TrainingConfig(
-                max_steps=100, global_batch_size=8, micro_batch_size=2, precision=precision, positions_per_pass=5
+                max_steps=100, global_batch_size=8, micro_batch_size=2, precision=precision, position_chunk=5
             ),
             "data": DataConfig(sequence_length=8),
             **changes,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebwm_dist.config import Config, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from ebwm_dist.registry import build_model
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.training.optimizer import build_optimizer, lr_scale, set_lr
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.data.index import read_index
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.data.mixture import Mixture
-from ebwm_dist.data.order import EpochOrder
+from ebwm_dist.data.format.index import read_index
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.data.loading.order import EpochOrder
 from ebwm_dist.encoders import build_encoder
+from ebwm_dist.encoders.preprocessing import FramePreprocessor, embedding_statistics
 from ebwm_dist.errors import DataError
-from ebwm_dist.observation import Observer, embedding_statistics
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
 from tests.tiny_shards import make_tiny_clips, tiny_frames
@@ -62,7 +62,7 @@ def test_statistics_of_embeddings_leave_damaged_clips_out(tmp_path: Path) -> Non
     (manifest.folder / "train-000001.tar").unlink()  # clips 3, 4 and 5
     mixture = Mixture.of({"clips": manifest}, {"clips": 1.0})
     encoder = build_encoder("pixels:2")
-    observer = Observer(torch.device("cpu"), encoder)
+    observer = FramePreprocessor(torch.device("cpu"), encoder)
     with pytest.raises(DataError, match=r"missing shard: .*train-000001\.tar"):
         embedding_statistics(observer, mixture, tmp_path / "run")
     mean, std = embedding_statistics(observer, mixture, tmp_path / "run", skip=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.checkpoints import list_checkpoints
-from ebwm_dist.data.manifest import Manifest
-from ebwm_dist.saved_state import load_module_state
+from ebwm_dist.checkpoint.folder import list_checkpoints
+from ebwm_dist.checkpoint.zero_files import load_module_state
+from ebwm_dist.data.format.manifest import Manifest
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 
@@ -33,7 +33,7 @@ SYSTEM_2 = [
     "mcmc.max_num_steps=3",
     "mcmc.num_steps_warmup=3",
     "mcmc.step_size_warmup=5",
-    "mcmc.step_size_spread=2",
+    "mcmc.step_size_jitter=2",
     "mcmc.langevin_noise=0.1",
     "mcmc.loss=last",
     "mcmc.replay_size=7",
@@ -77,7 +77,7 @@ def test_ranks_follow_one_process(
             f"run_dir={tmp_path / name}",
             f"zero.stage={stage}",
             f"training.micro_batch_size={micro}",
-            "training.positions_per_pass=8",
+            "training.position_chunk=8",
             "optimizer.lr=1e-3",  # at 3e-3, batches come by whose gradient amplifies rounding a hundredfold
             *more,
             *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.data.content import TokenContent
-from ebwm_dist.data.mixture import Mixture
+from ebwm_dist.data.format.sample_format import TokenFormat
+from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.encoders import build_encoder
+from ebwm_dist.encoders.preprocessing import (
+    STATISTICS_FILE,
+    FramePreprocessor,
+    build_preprocessor,
+    check_format,
+    embedding_statistics,
+)
 from ebwm_dist.errors import ConfigError, DataError, UserError
-from ebwm_dist.observation import STATISTICS_FILE, Observer, build_observer, check_content, embedding_statistics
 from ebwm_dist.training.trainer import load_data
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
@@ -40,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-CLIPS = ["data.encoder=pixels:2", "model.embedding_dim=12", "data.smallest_crop=0.5"]
+CLIPS = ["data.encoder=pixels:2", "model.embedding_dim=12", "data.min_crop_scale=0.5"]
 
 
 def overrides(folder: Path, kind: str, run_dir: Path, *more: str) -> list[str]:
@@ -87,7 +93,7 @@ def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
 def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "clips", tmp_path / "run"))
     mixture = load_data(config)
-    observer = build_observer(config, mixture.content, CPU)
+    observer = build_preprocessor(config, mixture.sample_format, CPU)
     observer.mean, observer.std = embedding_statistics(observer, mixture, tmp_path / "run")
     frames = torch.from_numpy(tiny_frames("train"))
     observed = observer(frames)
@@ -99,13 +105,13 @@ def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
     kept = (tmp_path / "run" / STATISTICS_FILE).read_text()
     assert embedding_statistics(observer, mixture, tmp_path / "run") == (observer.mean, observer.std)
     assert (tmp_path / "run" / STATISTICS_FILE).read_text() == kept
-    other = Observer(CPU, build_encoder("pixels:2/1"))
+    other = FramePreprocessor(CPU, build_encoder("pixels:2/1"))
     with pytest.raises(UserError, match=r"was trained with the encoder pixels:2 .*now it is pixels:2/1 .*new run_dir"):
         embedding_statistics(other, mixture, tmp_path / "run")
 
 
 def test_data_sets_count_by_their_shares_in_the_statistics(tmp_path: Path) -> None:
-    observer = Observer(CPU, build_encoder("pixels:2"))
+    observer = FramePreprocessor(CPU, build_encoder("pixels:2"))
     manifests = {str(seed): make_tiny_clips(tmp_path / str(seed), "jpeg", seed) for seed in (1, 2)}
     alone = [
         embedding_statistics(observer, Mixture.of({k: m}, {k: 1}), tmp_path / f"run{k}") for k, m in manifests.items()
@@ -123,7 +129,7 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     frames = torch.zeros(3, FRAMES, 32, 32, 3, dtype=torch.uint8)
     frames[..., 0], frames[..., 1] = 7 * ramp[:, None], 7 * ramp
     frames[..., 2] = 50 * torch.arange(FRAMES, dtype=torch.uint8)[:, None, None]
-    observer = Observer(CPU, build_encoder("pixels:32"))
+    observer = FramePreprocessor(CPU, build_encoder("pixels:32"))
 
     def cropped(*ids: int, seed: int = 0) -> torch.Tensor:
         return observer.decode(observer.augmented(frames[: len(ids)], torch.tensor(ids), seed, 0.5)).int()
@@ -148,7 +154,7 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
         ("latents", ["data.encoder=pixels:2"], "data.encoder is 'pixels:2', but .* were made with 'pixels:1'"),
         (
             "clips",
-            ["data.encoder=null", "data.smallest_crop=1"],
+            ["data.encoder=null", "data.min_crop_scale=1"],
             "data.encoder is null, but the clips in .* have to be encoded",
         ),
         (
@@ -163,11 +169,11 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, kind, tmp_path / "run", *changes))
     with pytest.raises((ConfigError, DataError), match=message):
-        build_observer(config, load_data(config).content, CPU)
+        build_preprocessor(config, load_data(config).sample_format, CPU)
 
 
 def test_text_is_refused_by_a_model_of_embeddings(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "latents", tmp_path / "run"))
-    tokens = TokenContent(2, "uint16", 320, 0, 1, 2, "tokenizer.model", "0" * 64)
+    tokens = TokenFormat(2, "uint16", 320, 0, 1, 2, "tokenizer.model", "0" * 64)
     with pytest.raises(ConfigError, match=r"model.embedding_dim is 5, but the tokens in .* are text: set it to null"):
-        check_content(config, tokens)
+        check_format(config, tokens)

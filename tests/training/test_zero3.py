@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ebwm_dist.config import Config, ZeroConfig
 from ebwm_dist.config.deepspeed import deepspeed_dict
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.registry import build_model
 from ebwm_dist.training.distributed import World, setup_distributed, teardown
 from ebwm_dist.training.engine import TrainingEngine, _build_sharded, create_engine
 from tests.distributed import run_distributed_test
@@ -164,7 +164,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 def memory_of_steps(rank: int, world_size: int) -> None:
     world = setup_distributed(60)
     config = sharded()
-    config.model.vocab_size, config.data.sequence_length, config.training.positions_per_pass = 500, 40, 40
+    config.model.vocab_size, config.data.sequence_length, config.training.position_chunk = 500, 40, 40
     engine = engine_for(config, world)
     model: Any = engine.module
     tokens, ids = batch(config, rank, 1, 0)

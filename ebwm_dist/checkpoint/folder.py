@@ -1,0 +1,299 @@
+"""Checkpoints on disk: how a folder of files becomes a checkpoint all at once, and how a damaged one is noticed.
+
+All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and one of them calls `commit`: flush, write
+the marker `COMMITTED.json` with the size and SHA-256 of every file last of all, and rename to `step-000100/`. A folder
+is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`; deleting one gives it such a
+name first. When a step is saved again, the checkpoint that was there waits as `step-000100.old/` until the new one is
+committed, so that one of the two counts at every moment. What somebody holds a lease on (`leases.py`) is not pruned.
+
+The run folder must be on a file system that all ranks share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ebwm_dist.checkpoint.leases import is_leased
+from ebwm_dist.errors import CheckpointError
+
+MARKER = "COMMITTED.json"
+FORMAT_VERSION = 2
+_NAME = re.compile(r"step-(\d{6,})(\.tmp|\.old)?")
+
+Files = dict[str, dict[str, Any]]
+"""Path inside the checkpoint -> `{"bytes": size, "sha256": hex digest}`."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Return the folder of the committed checkpoint of `step`."""
+    return Path(root) / f"step-{step:06d}"
+
+
+def staging_path(root: Path, step: int) -> Path:
+    """Return the folder that the ranks write into before the checkpoint of `step` is committed."""
+    return Path(root) / f"step-{step:06d}.tmp"
+
+
+def step_of(path: Path) -> int:
+    """Return the training step that a checkpoint folder is named after."""
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint: name a folder like step-000100")
+    return int(match.group(1))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the committed checkpoints, newest first, one for each step, without looking into their files."""
+    committed: dict[int, Path] = {}
+    for path in _folders(root):
+        # Sorted by name, so `step-N` comes before the `step-N.old` it has replaced.
+        if not path.name.endswith(".tmp") and (path / MARKER).exists():
+            committed.setdefault(step_of(path), path)
+    return [committed[step] for step in sorted(committed, reverse=True)]
+
+
+def newest_intact(root: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint whose files are all as they were written, or None if there are no checkpoints.
+
+    `warn` is told about every damaged checkpoint that is passed over.
+    """
+    checkpoints = list_checkpoints(root)
+    for path in checkpoints:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warn(f"checkpoint passed over: {error}")
+        else:
+            return path
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        raise CheckpointError(
+            f"no checkpoint in {root} is intact ({names}): restore one of them from a copy, "
+            "or start anew with another run_dir"
+        )
+    return None
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Return what `commit` wrote: `step`, `format_version`, `files` and `metadata`."""
+    try:
+        marker = json.loads((Path(path) / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {MARKER} cannot be read ({error})") from None
+    version = marker.get("format_version") if isinstance(marker, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: use the version that wrote it"
+        )
+    if marker.pop("checksum", None) != _checksum(marker):
+        raise CheckpointError(f"{path} is damaged: the content of {MARKER} has changed since it was written")
+    if marker["step"] != step_of(path):
+        raise CheckpointError(f"{path} is damaged: {MARKER} belongs to step {marker['step']}")
+    return marker
+
+
+def fingerprint(path: Path) -> str:
+    """Return a digest of everything in a committed checkpoint."""
+    return _checksum(read_marker(path))
+
+
+def verify(path: Path) -> None:
+    """Read every file of a checkpoint and raise a `CheckpointError` that names the first one that has changed."""
+    files: Files = read_marker(path)["files"]
+    for name, expected in files.items():
+        try:
+            size = (Path(path) / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path} is damaged: {name} is missing") from None
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path} is damaged: {name} has {size} bytes instead of {expected['bytes']}")
+    try:
+        found = _hash_files(Path(path), files)
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged: a file cannot be read ({error})") from None
+    for name, expected in files.items():
+        if found[name] != expected:
+            raise CheckpointError(f"{path} is damaged: the content of {name} has changed since it was written")
+
+
+def prepare_staging(root: Path, step: int) -> Path:
+    """Make the empty folder that the ranks then write the checkpoint of `step` into. One rank calls this."""
+    path = staging_path(root, step)
+    if path.exists():
+        _delete(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
+    """Flush and hash this rank's share of the files, once all ranks have written theirs.
+
+    The shares of all ranks together are what `commit` wants.
+    """
+    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
+    return _hash_files(staging, balanced_share(sizes, rank, world_size), flush=True)
+
+
+def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
+    """Return which names are this rank's share of some work of these sizes, so that all have about as much to do."""
+    load = [0] * world_size
+    mine = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = load.index(min(load))
+        load[least] += sizes[name] + 1
+        if least == rank:
+            mine.append(name)
+    return mine
+
+
+def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> Path:
+    """Turn the staging folder into a checkpoint, replacing one of the same step, and return its path.
+
+    One rank calls this with the shares of all ranks. `metadata` is free-form and must be JSON.
+    """
+    files: Files = {}
+    for share in shares:
+        files.update(share)
+    present = {path.relative_to(staging).as_posix() for path in _files(staging)}
+    if present != set(files):
+        odd = ", ".join(sorted(present ^ set(files)))
+        raise CheckpointError(
+            f"{staging} cannot be committed, the ranks do not see the same files there ({odd}): "
+            "put run_dir on a file system that all nodes share"
+        )
+    step = step_of(staging)
+    marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
+    text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
+    draft = staging / f"{MARKER}.tmp"
+    with open(draft, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    for folder in {path.parent for path in _files(staging)} | {staging}:
+        _flush(folder)
+    _rename(draft, staging / MARKER)
+    return _take_place(staging)
+
+
+def install(staging: Path) -> Path:
+    """Turn a staging folder that a whole checkpoint was copied into, marker included, into a checkpoint."""
+    verify(staging)
+    return _take_place(staging)
+
+
+def _take_place(staging: Path) -> Path:
+    step, root = step_of(staging), staging.parent
+    final, old = checkpoint_path(root, step), root / f"step-{step:06d}.old"
+    if (final / MARKER).exists():
+        if old.exists():
+            shutil.rmtree(old)
+        _rename(final, old)
+    elif final.exists():
+        shutil.rmtree(final)
+    _rename(staging, final)
+    if old.exists():
+        _delete(old)
+    return final
+
+
+def prune(root: Path, keep: int, latest: int | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints, and those that are leased.
+
+    `latest` is the step just saved. Checkpoints of later steps, which a resume has passed over as damaged, are then
+    neither counted nor deleted: counting them would cost intact ones.
+    """
+    checkpoints = [path for path in list_checkpoints(root) if latest is None or step_of(path) <= latest]
+    for path in checkpoints[max(keep, 1) :]:
+        if not is_leased(path):
+            _delete(path, unless=is_leased)
+
+
+def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
+    """Put away what a killed run left half-written or half-deleted. One rank calls this, while nobody is saving.
+
+    A folder that was being written or replaced is deleted. One that has a checkpoint's name and no marker may have
+    lost it in some other way, so it is only moved aside, and `warn` is told.
+    """
+    committed = set(list_checkpoints(root))
+    for path in _folders(root):
+        if path in committed:
+            continue
+        if path.name.endswith((".tmp", ".old")):
+            _delete(path)
+        else:
+            aside = path.with_name(f"{path.name}.incomplete")
+            if aside.exists():
+                shutil.rmtree(aside)
+            _rename(path, aside)
+            warn(f"checkpoint passed over: {path} has no {MARKER}, so it is not complete; moved to {aside.name}")
+    for path in committed:
+        if path.name.endswith(".old"):
+            _rename(path, path.with_suffix(""))
+
+
+def _folders(root: Path) -> list[Path]:
+    if not Path(root).is_dir():
+        return []
+    return sorted(path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _hash_files(folder: Path, names: Iterable[str], flush: bool = False) -> Files:
+    def one(name: str) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        with open(folder / name, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+                size += len(block)
+            if flush:
+                os.fsync(stream.fileno())
+        return {"bytes": size, "sha256": digest.hexdigest()}
+
+    names = list(names)
+    # Threads, because hashing and reading both release the interpreter lock.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _checksum(marker: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+    _flush(target.parent)
+
+
+def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:
+    """Delete a folder under another name. `unless` is asked once it has that name: then it gets its own back."""
+    doomed = folder
+    if not folder.name.endswith(".tmp"):
+        doomed = folder.parent / f"{folder.name.removesuffix('.old')}.tmp"
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        _rename(folder, doomed)
+        if unless(folder):
+            _rename(doomed, folder)
+            return
+    shutil.rmtree(doomed)
+
+
+def _flush(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""A copy of a run in object storage, with which another machine goes on where this one is lost.
+
+    REMOTE/metrics.jsonl, config.yaml, ...              the files of the run folder, as of the newest checkpoint
+    REMOTE/checkpoints/step-000100/FILE                 those of a checkpoint, which is there once it has its
+    REMOTE/checkpoints/step-000100/COMMITTED.json       marker: written last of all, and removed first
+
+The storage may be left in any state by a kill: what has no marker does not count and is written over, and what was
+fetched is only used if size and SHA-256 of every file are those of the marker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from ebwm_dist.checkpoint.folder import MARKER, checkpoint_path, install, prepare_staging, read_marker, step_of
+from ebwm_dist.checkpoint.leases import Lease
+from ebwm_dist.errors import CheckpointError, ConfigError
+
+_BLOCK = 1 << 23
+TRIES, PAUSE = 3, 2.0
+"""How often a checkpoint is uploaded where that fails, and the seconds before the second time, then doubled."""
+
+Tick = Callable[[], None]
+
+
+class CheckpointMirror:
+    """The copy of `run_dir` at `location`, an address of s3://, gs:// or file://."""
+
+    def __init__(self, location: str, run_dir: Path) -> None:
+        from pyarrow.fs import FileSystem
+
+        self.location, self.run_dir = location, run_dir
+        self._root = run_dir / "checkpoints"
+        try:
+            self._storage, path = FileSystem.from_uri(location)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"checkpoint.remote = {location!r}: not an address of storage ({error})") from None
+        self._path = PurePosixPath(path)
+        self._checkpoints = self._path / "checkpoints"
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that are whole there, newest first."""
+        return [step for step, whole in self._folders() if whole]
+
+    def _folders(self) -> list[tuple[int, bool]]:
+        """Return the steps of all folders of checkpoints there, newest first, and whether they have their markers."""
+        from pyarrow.fs import FileSelector
+
+        # Where storage has no folders, those that are listed one by one are only what someone has made there.
+        everything = FileSelector(str(self._checkpoints), allow_not_found=True, recursive=True)
+        paths = {PurePosixPath(info.path) for info in self._storage.get_file_info(everything)}
+        steps = set()
+        for name in {path.relative_to(self._checkpoints).parts[0] for path in paths}:
+            with suppress(CheckpointError):  # something else lies there
+                steps.add(step_of(Path(name)))
+        return [(step, self._checkpoint(step) / MARKER in paths) for step in sorted(steps, reverse=True)]
+
+    def upload(self, checkpoint: Path, keep: int, tick: Tick = lambda: None) -> None:
+        """Copy a checkpoint and what lies in the run folder; then remove all but the `keep` newest up to it."""
+        step, marker = step_of(checkpoint), (checkpoint / MARKER).read_bytes()
+        there = self._checkpoint(step)
+        if self._read(there / MARKER) != marker:
+            self._remove_marker(there)
+            self._put_all(checkpoint, there, list(read_marker(checkpoint)["files"]), tick)
+            own = [file.name for file in self.run_dir.iterdir() if file.is_file() and not file.name.startswith(".")]
+            self._put_all(self.run_dir, self._path, own, tick)
+            with self._storage.open_output_stream(str(there / MARKER)) as stream:
+                stream.write(marker)
+        kept = [other for other in self.steps() if other <= step][: max(keep, 1)]
+        for other, _ in self._folders():
+            if other < step and other not in kept:  # what an upload that was interrupted has left as well
+                self._remove_marker(self._checkpoint(other))
+                self._storage.delete_dir(str(self._checkpoint(other)))
+
+    def fetch(self, after: int, warn: Callable[[str], None]) -> Path | None:
+        """Bring the newest intact checkpoint of a step after `after`, and the run's files; None if there is none."""
+        for step in self.steps():
+            if step <= after:
+                break
+            try:
+                return self._fetch(step)
+            except (CheckpointError, OSError) as error:
+                warn(f"checkpoint of step {step} in {self.location} passed over: {error}")
+        return None
+
+    def _fetch(self, step: int) -> Path:
+        from pyarrow.fs import FileSelector
+
+        there, staging = self._checkpoint(step), prepare_staging(self._root, step)
+        text = self._read(there / MARKER)
+        try:
+            names = list(json.loads(text or b"")["files"])
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{there / MARKER} cannot be read") from None
+        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
+            raise CheckpointError(f"{there / MARKER} names files outside of its folder")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda name: self._get(there / name, staging / name), names))
+        (staging / MARKER).write_bytes(text or b"")
+        path = install(staging)
+        for info in self._storage.get_file_info(FileSelector(str(self._path))):
+            if info.is_file:
+                self._get(PurePosixPath(info.path), self.run_dir / info.base_name)
+        return path
+
+    def _checkpoint(self, step: int) -> PurePosixPath:
+        return self._checkpoints / checkpoint_path(self._root, step).name
+
+    def _remove_marker(self, folder: PurePosixPath) -> None:
+        with suppress(FileNotFoundError):
+            self._storage.delete_file(str(folder / MARKER))
+
+    def _read(self, path: PurePosixPath) -> bytes | None:
+        try:
+            with self._storage.open_input_stream(str(path)) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def _put_all(self, source: Path, target: PurePosixPath, names: list[str], tick: Tick) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda name: self._put(source / name, target / name, tick), names))
+
+    def _put(self, source: Path, target: PurePosixPath, tick: Tick) -> None:
+        self._storage.create_dir(str(target.parent), recursive=True)
+        size = 0
+        with open(source, "rb") as file, self._storage.open_output_stream(str(target)) as stream:
+            while block := file.read(_BLOCK):
+                stream.write(block)
+                size += len(block)
+                tick()
+        # A stream that is left by an exception is closed as well, with what it has got so far.
+        found = self._storage.get_file_info(str(target)).size
+        if found != size:
+            raise OSError(f"{target} has {found} bytes instead of {size}")
+
+    def _get(self, source: PurePosixPath, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.tmp")
+        with self._storage.open_input_stream(str(source)) as stream, open(partial, "wb") as file:
+            while block := stream.read(_BLOCK):
+                file.write(block)
+        os.replace(partial, target)
+
+
+class Uploader:
+    """Uploads the checkpoints of a run in a thread of its own, the newest first; the training does not wait for it."""
+
+    def __init__(self, remote: CheckpointMirror, keep: int, warn: Callable[[str], None]) -> None:
+        self.remote, self.keep, self.warn = remote, keep, warn
+        self.failure: str | None = None
+        """Why the newest checkpoint that was offered is not there."""
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self._waiting: Lease | None = None
+        self._current: Lease | None = None
+        threading.Thread(target=self._run, name="upload", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether anything is still to be uploaded."""
+        with self._changed:
+            return self._waiting is not None or self._current is not None
+
+    def offer(self, checkpoint: Path) -> None:
+        """Upload a checkpoint next, in place of one that still waits; it is not pruned until then."""
+        lease = Lease(checkpoint, "upload")
+        with self._changed:
+            if self._waiting is not None:
+                self._waiting.release()
+            self._waiting = lease if lease.take() else None
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Upload no more: what is under way is broken off, as a process that ends would wait for it."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while self._waiting is None:
+                    self._changed.wait()
+                self._current, self._waiting = self._waiting, None
+            self._upload(self._current)
+            self._current.release()
+            with self._changed:
+                self._current = None
+
+    def _upload(self, lease: Lease) -> None:
+        for attempt in range(TRIES):
+            try:
+                self.remote.upload(lease.checkpoint, self.keep, self._renew)
+                self.failure = None
+                return
+            except Exception as error:  # of the storage, the network or the disk: training goes on
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.failure = f"{lease.checkpoint} could not be copied to {self.remote.location}: {reason}"
+            if self._closed.wait(PAUSE * 2**attempt if attempt + 1 < TRIES else 0):
+                return
+        self.warn(self.failure or "")
+
+    def _renew(self) -> None:
+        if self._closed.is_set():
+            raise InterruptedError("the run has ended")
+        with self._changed:  # several files are uploaded at a time
+            for lease in (self._current, self._waiting):
+                if lease is not None:
+                    lease.renew()

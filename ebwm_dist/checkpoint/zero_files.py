@@ -1,0 +1,184 @@
+"""What the files of a checkpoint hold, parameter by parameter, whatever ZeRO stage and number of ranks wrote them.
+
+DeepSpeed keeps fp32 weights and AdamW's moments in flat vectors. At stages 1 and 2 a vector is a rank's part of all
+parameters of a group, laid end to end; at stage 3 it is a rank's equal shares of each parameter of a group; at stage 0
+every parameter is a vector of its own, and rank 0 writes them all.
+
+Files are mapped into memory, so no more of them is loaded than is read. Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ebwm_dist.checkpoint.folder import read_marker
+from ebwm_dist.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""What DeepSpeed's engine counts."""
+_MODEL_FILE = "mp_rank_00_model_states.pt"
+_SHARD_FILES = "zero_pp_rank_{}_mp_rank_00_"
+
+
+class _Plain:
+    """Stands in for a class of DeepSpeed whose objects hold numbers only."""
+
+
+# What DeepSpeed's files hold besides tensors and plain values. Its own code is neither needed nor run.
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Plain, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
+class Piece(NamedTuple):
+    """Where some consecutive numbers of a parameter are."""
+
+    vectors: dict[str, Tensor]
+    """`fp32` and, once the optimizer has stepped, the moments, each flat, and the number of steps `step`."""
+    start: int
+    numel: int
+
+
+@dataclass
+class ZeroState:
+    """Weights and optimizer state of a checkpoint, as they are used."""
+
+    shapes: dict[str, torch.Size]
+    """Shapes of the trained parameters."""
+    pieces: dict[str, list[Piece]]
+    """The pieces of each of them, in order."""
+    rest: dict[str, Tensor]
+    """Frozen parameters and buffers."""
+    shared: dict[str, str]
+    """Further names of parameters: name -> name that it is stored under."""
+    client: dict[str, Any]
+    """`training_state`, and DeepSpeed's `COUNTERS`."""
+
+    def read(self, name: str, key: str = "fp32") -> Tensor:
+        """Return `fp32` or one of the `MOMENTS` of a trained parameter, whole."""
+        whole = torch.cat([vectors[key][start : start + numel] for vectors, start, numel in self.pieces[name]])
+        return whole.view(self.shapes[name])
+
+    def steps(self, name: str) -> Tensor | None:
+        """Return how often the optimizer has updated a trained parameter, a scalar; None before the first time."""
+        return self.pieces[name][0].vectors.get("step")
+
+
+def open_zero_state(path: Path) -> ZeroState:
+    """Open the weights and the optimizer state of a committed checkpoint."""
+    metadata = read_marker(path)["metadata"]
+    try:
+        if metadata["zero_stage"] == 0:
+            return _open_whole(path)
+        names = [_SHARD_FILES.format(rank) for rank in range(metadata["world_size"])]
+        prefix = "bf16_" if metadata["precision"] == "bf16" else ""
+        optimizers = [load_file(path, f"{prefix}{name}optim_states.pt")["optimizer_state_dict"] for name in names]
+        if metadata["zero_stage"] < 3:
+            return _open_partitions(path, optimizers)
+        return _open_shares([load_file(path, f"{name}model_states.pt") for name in names], optimizers)
+    except _MALFORMED as error:
+        raise _malformed(path, error) from None
+
+
+def load_module_state(path: Path) -> dict[str, Tensor]:
+    """Return the weights of the model in a checkpoint, on the CPU, read as they are used.
+
+    They are in the precision that the model computes in.
+    """
+    metadata = read_marker(path)["metadata"]
+    try:
+        if metadata.get("zero_stage") != 3:
+            return dict(load_file(path, _MODEL_FILE)["module"])
+        saved = open_zero_state(path)
+        dtype = torch.bfloat16 if metadata["precision"] == "bf16" else torch.float32
+        state = {name: saved.read(name).to(dtype) for name in saved.shapes} | saved.rest
+        return state | {name: state[same] for name, same in saved.shared.items()}
+    except _MALFORMED as error:
+        raise _malformed(path, error) from None
+
+
+def load_file(path: Path, name: str) -> dict[str, Any]:
+    """Read tensors and plain values from one of DeepSpeed's files."""
+    file = Path(path) / name
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {name}: take another checkpoint")
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{file} is not a file of model weights ({reason}): take another checkpoint") from None
+
+
+def _open_whole(path: Path) -> ZeroState:
+    content = load_file(path, _MODEL_FILE)
+    optimizer, module = content["optimizer"], content["module"]
+    names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
+    weights = dict(zip(names, optimizer["masters"], strict=True)) if optimizer["masters"] else module
+    shapes, pieces = {}, {}
+    for number, name in enumerate(names):
+        state = optimizer["state"].get(number, {})
+        vectors = {key: value.flatten() if key in MOMENTS else value for key, value in state.items()}
+        shapes[name] = weights[name].shape
+        pieces[name] = [Piece({"fp32": weights[name].flatten(), **vectors}, 0, weights[name].numel())]
+    rest = {name: tensor for name, tensor in module.items() if name not in shapes}
+    return ZeroState(shapes, pieces, rest, {}, _client(content))
+
+
+def _open_partitions(path: Path, optimizers: list[dict[str, Any]]) -> ZeroState:
+    content = load_file(path, _MODEL_FILE)
+    shapes = {name: shape for group in content["param_shapes"] for name, shape in group.items()}
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for optimizer in optimizers:
+        states = optimizer["base_optimizer_state"]["state"]
+        groups = zip(optimizer["single_partition_of_fp32_groups"], optimizer["param_slice_mappings"], strict=True)
+        for number, (weights, fragments) in enumerate(groups):
+            vectors = {"fp32": weights, **states.get(number, {})}
+            for name, fragment in fragments.items():
+                pieces[name].append(Piece(vectors, fragment.start, fragment.numel))
+    shared = dict(content["shared_params"])
+    rest = {name: tensor for name, tensor in content["module"].items() if name not in shapes and name not in shared}
+    return ZeroState(shapes, pieces, rest, shared, _client(content))
+
+
+def _open_shares(models: list[dict[str, Any]], optimizers: list[dict[str, Any]]) -> ZeroState:
+    first, world_size = models[0], len(models)
+    shapes = {name: shape for group in first["param_shapes"] for name, shape in group.items()}
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for rank, optimizer in enumerate(optimizers):
+        states = optimizer["optimizer_state_dict"]["state"]
+        for number, group in enumerate(first["param_shapes"]):
+            vectors, start = {"fp32": optimizer["fp32_flat_groups"][number], **states.get(number, {})}, 0
+            for name, shape in group.items():
+                share = -(-shape.numel() // world_size)  # the last ranks' are padded
+                numel = max(0, min(share, shape.numel() - rank * share))
+                pieces[name].append(Piece(vectors, start, numel))
+                start += share
+    rest = {name: first["module"][name] for name in first["buffer_names"]}
+    for name, shape in first["frozen_param_shapes"].items():
+        whole = torch.cat([model["frozen_param_fragments"][name].flatten() for model in models])
+        rest[name] = whole[: shape.numel()].view(shape)
+    return ZeroState(shapes, pieces, rest, dict(first["shared_params"]), _client(first))
+
+
+def _client(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: content[key] for key in ("training_state", *COUNTERS) if key in content}
+
+
+_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError)
+
+
+def _malformed(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{path} does not hold weights as they are saved ({error}): take another")

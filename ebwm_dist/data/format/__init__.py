@@ -1,0 +1,1 @@
+"""What a folder of shards is: sample format, manifest, index, reader and writer."""

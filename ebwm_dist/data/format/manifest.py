@@ -1,0 +1,240 @@
+"""The manifest: what a data folder holds, so that anything missing or damaged is noticed before training.
+
+`manifest.json` is written last. A folder without one is unfinished, whatever else it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ebwm_dist.data.format.sample_format import KINDS, SampleFormat, TokenFormat, count, inside, parse_format
+from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
+from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.files import write_json
+
+FILE_NAME = "manifest.json"
+FORMAT = "ebwm-shards"
+VERSION = 2
+SPLITS = ("train", "val")
+
+HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
+
+MAKE_AGAIN = f"run the tool that made it again ({', '.join(content.tool for content in KINDS.values())})"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its name in the folder, its number of rows, and its size and hash."""
+
+    path: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Return the name without the extension, as sample keys show it."""
+        return self.path.removesuffix(".tar")
+
+    @property
+    def index_path(self) -> str:
+        """Return the name of the index beside the shard."""
+        return f"{self.name}.index.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of a split in order, the number of groups, and the totals that its kind of content counts.
+
+    Of text these are `documents`, `tokens` (that are predicted) and `text_bytes`, of video `videos` and `frames`.
+    """
+
+    shards: tuple[Shard, ...]
+    groups: int
+    totals: dict[str, int]
+
+    @property
+    def samples(self) -> int:
+        """Return the number of rows in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return the number of rows of each shard."""
+        return tuple(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about the data folder `folder`; `source` records inputs and settings it was made from."""
+
+    folder: Path
+    sample_format: SampleFormat
+    splits: dict[str, Split]
+    held_out_groups: tuple[str, ...]
+    source: dict[str, Any] = field(default_factory=dict)
+    remote: RemoteFolder | None = None
+    """Where the files are, if they are not in `folder`."""
+
+    @property
+    def name(self) -> str:
+        """Return where the data are, for messages."""
+        return str(self.folder) if self.remote is None else self.remote.location
+
+    @property
+    def train(self) -> Split:
+        """Return the split to train on."""
+        return self.splits["train"]
+
+    @property
+    def val(self) -> Split:
+        """Return the held-out split."""
+        return self.splits["val"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash what fixes content and order of the samples; equal fingerprints mean the same training data."""
+        shards = [[name, s.path, s.samples, s.sha256] for name in SPLITS for s in self.splits[name].shards]
+        return hashlib.sha256(json.dumps([VERSION, self._described_format, shards]).encode("utf-8")).hexdigest()
+
+    @property
+    def how_to_repair(self) -> str:
+        """Return what to do about a file that is missing or damaged, for messages."""
+        return f"restore the file or run {self.sample_format.tool} again"
+
+    @property
+    def _described_format(self) -> dict[str, Any]:
+        return {"kind": self.sample_format.kind, **asdict(self.sample_format)}
+
+    @property
+    def token_format(self) -> TokenFormat:
+        """Return what is known of the tokens; a folder of anything else is a DataError."""
+        if not isinstance(self.sample_format, TokenFormat):
+            raise DataError(
+                f"the shards in {self.name} hold {self.sample_format.kind}, tokens are needed here; set data.path to a "
+                f"folder made by {TokenFormat.tool}"
+            )
+        return self.sample_format
+
+    def save(self) -> None:
+        """Write `manifest.json` atomically: from here on the folder counts as whole."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "content": self._described_format,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+            "held_out_groups": self.held_out_groups,
+            "source": self.source,
+        }
+        write_json(self.folder / FILE_NAME, content)
+
+    @staticmethod
+    def load(path: str | Path, cache: Cache | None = None) -> Manifest:
+        """Read the manifest of a data folder; every way it can be wrong is a DataError saying what to do.
+
+        The files of a remote folder come through `cache`; without one only folders of this machine will do.
+        """
+        folder, remote = Path(path), None
+        file = f"{str(path).rstrip('/')}/{FILE_NAME}"
+        if is_remote(str(path)):
+            if cache is None:
+                raise UserError(f"{path} is not a folder of this machine; copy it here first")
+            remote = RemoteFolder(str(path), cache)
+        elif not folder.is_dir():
+            raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE}")
+        try:
+            content = json.loads(remote.read(FILE_NAME, None) if remote else (folder / FILE_NAME).read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"data folder {path} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
+            ) from None
+        except ValueError as error:
+            raise DataError(f"{file} is not valid JSON ({error}); {MAKE_AGAIN}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise DataError(f"{file} is not a manifest of shards that this program reads; {MAKE_AGAIN}")
+        if content.get("version") != VERSION:
+            raise DataError(
+                f"{file} has version {content.get('version')}, this program reads version {VERSION}; {MAKE_AGAIN}"
+            )
+        try:
+            return replace(_parse(folder, content), remote=remote)
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {MAKE_AGAIN}"
+            ) from None
+
+    def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
+        """Return the content of a small file of the folder, of which `version` tells copies of old ones from it."""
+        return self.remote.read(name, version, sha256) if self.remote else (self.folder / name).read_bytes()
+
+    def read_tokenizer(self) -> bytes:
+        """Return the tokenizer that the shards were made with."""
+        content = self.token_format
+        return self.read(content.tokenizer, content.tokenizer_sha256, content.tokenizer_sha256)
+
+    def open(self, shard: Shard) -> int:
+        """Return a file descriptor to read a shard with."""
+        if self.remote is not None:
+            return self.remote.open(shard.path, shard.bytes, shard.sha256)
+        return os.open(self.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def fetch(self, shard: Shard) -> None:
+        """Bring a remote shard and its index to this machine."""
+        self.read(shard.index_path, shard.sha256)
+        os.close(self.open(shard))
+
+    def check_files(self, splits: Iterable[str] = SPLITS) -> None:
+        """Check that every shard exists with the size the manifest gives; costs two look-ups per shard.
+
+        Remote ones are checked as they arrive.
+        """
+        if self.remote is not None:
+            return
+        for name in splits:
+            for shard in self.splits[name].shards:
+                self.check_shard(shard)
+
+    def check_shard(self, shard: Shard) -> None:
+        """Check that a shard and its index exist and that its size is the manifest's."""
+        for name in (shard.path, shard.index_path):
+            if not (self.folder / name).is_file():
+                raise DataError(
+                    f"missing shard: {self.folder / name} does not exist, the manifest lists it; {self.how_to_repair}"
+                )
+        size = (self.folder / shard.path).stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"shard that disagrees with its manifest: {self.folder / shard.path} has {size} bytes, "
+                f"the manifest says {shard.bytes}; {self.how_to_repair}"
+            )
+
+    def check_tokenizer(self, sha256: str, name: str) -> None:
+        """Refuse a tokenizer that the shards were not made with."""
+        expected = self.token_format.tokenizer_sha256
+        if sha256 != expected:
+            raise DataError(
+                f"tokenizer {name} is not the one that the shards in {self.name} were made with (sha256 "
+                f"{sha256[:12]}, the manifest says {expected[:12]}); restore it, or run {TokenFormat.tool} again"
+            )
+
+
+def _parse(folder: Path, manifest: dict[str, Any]) -> Manifest:
+    content = parse_format(manifest["content"])
+    splits = {}
+    for name in SPLITS:
+        split = manifest["splits"][name]
+        shards = tuple(
+            Shard(inside(s["path"]), count(s["samples"]), count(s["bytes"]), str(s["sha256"])) for s in split["shards"]
+        )
+        totals = {key: count(split["totals"][key]) for key in content.totals}
+        splits[name] = Split(shards, count(split["groups"]), totals)
+    held_out = tuple(map(str, manifest["held_out_groups"]))
+    return Manifest(folder, content, splits, held_out, dict(manifest["source"]))

@@ -1,0 +1,233 @@
+"""What the samples of a data folder are: token rows, latents of video frames, or clips of frames.
+
+Whatever depends on the kind is here: the shape and dtype of a sample, which values are possible, the members of its
+record in a shard, and which tool makes it. Everything else handles samples without asking what they are.
+
+Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's latent, H and W the size of a frame.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ebwm_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """Rows of `sequence_length` + 1 tokens, packed so that every token is predicted once."""
+
+    kind: ClassVar[str] = "tokens"
+    tool: ClassVar[str] = "data_tools/tokenize_text.py"
+    totals: ClassVar[tuple[str, ...]] = ("documents", "tokens", "text_bytes")
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+
+    sequence_length: int
+    dtype: str
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    tokenizer: str
+    tokenizer_sha256: str
+
+    def __post_init__(self) -> None:
+        _check_fields(self, may_be_negative=("bos_id",))
+        _check_choice("dtype", self.dtype, "uint16", "uint32")
+        inside(self.tokenizer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample, `[S+1]`."""
+        return (self.sequence_length + 1,)
+
+    @property
+    def array_dtype(self) -> np.dtype:
+        """Return the dtype of the stored arrays, little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def sample_dtype(self) -> np.dtype:
+        """Return the dtype of a sample as readers return it."""
+        return self.array_dtype
+
+    def present(self, rows: np.ndarray) -> np.ndarray:
+        """Return stored rows as readers return them; raises ValueError where a value is impossible."""
+        if rows.size and (largest := int(rows.max())) >= self.vocab_size:
+            raise ValueError(f"token id {largest} is beyond the vocabulary of {self.vocab_size}")
+        return rows
+
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves: the tokens that are predicted."""
+        return {"tokens": int(np.count_nonzero(samples[:, 1:] != self.pad_id))}
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """Frames encoded by a frozen encoder, `frame_interval` seconds apart, each `[E]`.
+
+    `height` and `width` are those of the frames that were encoded. `mean` and `std` are taken over the training split;
+    readers return `(x - mean) / std`.
+    """
+
+    kind: ClassVar[str] = "latents"
+    tool: ClassVar[str] = "data_tools/encode_frames.py"
+    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+
+    frames: int
+    embedding_dim: int
+    dtype: str
+    frame_interval: float
+    encoder: str
+    encoder_sha256: str
+    height: int
+    width: int
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        _check_fields(self, may_be_negative=("mean",))
+        _check_choice("dtype", self.dtype, "float16", "float32")
+        _check_frames(self.frames)
+        if not self.std > 0:
+            raise ValueError(f"std = {self.std} is not positive")
+
+    @property
+    def sequence_length(self) -> int:
+        """Return S, the number of frames that are predicted."""
+        return self.frames - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample, `[F, E]`."""
+        return (self.frames, self.embedding_dim)
+
+    @property
+    def array_dtype(self) -> np.dtype:
+        """Return the dtype of the stored arrays, little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def sample_dtype(self) -> np.dtype:
+        """Return the dtype of a sample as readers return it."""
+        return np.dtype(np.float32)
+
+    def present(self, rows: np.ndarray) -> np.ndarray:
+        """Return stored rows normalised; raises ValueError where a value is impossible."""
+        values = rows.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("a latent is not finite")
+        values -= np.float32(self.mean)
+        values /= np.float32(self.std)
+        return values
+
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves."""
+        return {"frames": len(samples) * self.frames}
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """Clips of `frames` frames `[H, W, 3]`, `frame_interval` seconds apart, stored as one mp4 or as jpegs."""
+
+    kind: ClassVar[str] = "clips"
+    tool: ClassVar[str] = "data_tools/cut_clips.py"
+    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
+
+    frames: int
+    frame_interval: float
+    height: int
+    width: int
+    storage: str
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_choice("storage", self.storage, "mp4", "jpeg")
+        _check_frames(self.frames)
+
+    @property
+    def sequence_length(self) -> int:
+        """Return S, the number of frames that are predicted."""
+        return self.frames - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample, `[F, H, W, 3]`."""
+        return (self.frames, self.height, self.width, 3)
+
+    @property
+    def sample_dtype(self) -> np.dtype:
+        """Return the dtype of a sample as readers return it."""
+        return np.dtype(np.uint8)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Return the extensions of the members that hold the frames, in the order of the frames."""
+        if self.storage == "mp4":
+            return ("mp4",)
+        digits = max(3, len(str(self.frames - 1)))
+        return tuple(f"{number:0{digits}d}.jpg" for number in range(self.frames))
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """Return the extensions of the members of a record, in the order of the tar."""
+        return tuple(sorted((*self.media, "json")))
+
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return the totals that can be counted in the samples themselves."""
+        return {"frames": len(samples) * self.frames}
+
+
+SampleFormat = TokenFormat | LatentFormat | ClipFormat
+KINDS: dict[str, type[SampleFormat]] = {content.kind: content for content in (TokenFormat, LatentFormat, ClipFormat)}
+
+
+def parse_format(content: dict[str, Any]) -> SampleFormat:
+    """Return the content that a manifest describes; raises ValueError, TypeError or KeyError where it is wrong."""
+    kind = content["kind"]
+    _check_choice("kind", kind, *KINDS)
+    return KINDS[kind](**{key: value for key, value in content.items() if key != "kind"})
+
+
+def inside(path: str) -> str:
+    """Return `path` if it stays in its folder, else raise: a manifest must not make us read other files."""
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in path or "\0" in path or not parts.parts:
+        raise DataError(f"the manifest names {path!r}, which is not a path inside its folder")
+    return path
+
+
+def count(value: Any) -> int:
+    """Return `value` if it counts something, else raise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _check_fields(content: SampleFormat, may_be_negative: tuple[str, ...] = ()) -> None:
+    """Check every field against its type; numbers are finite, and none is negative unless it is listed."""
+    for field in fields(content):
+        value = getattr(content, field.name)
+        allowed = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            raise ValueError(f"{field.name} = {value!r} is not a value of type {field.type}")
+        if not isinstance(value, str) and field.name not in may_be_negative and value < 0:
+            raise ValueError(f"{field.name} = {value!r} is negative")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} = {value!r} is not finite")
+
+
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not {' or '.join(choices)}")
+
+
+def _check_frames(frames: int) -> None:
+    if frames < 2:
+        raise ValueError(f"frames = {frames}: a sample needs at least 2")

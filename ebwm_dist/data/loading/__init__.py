@@ -1,0 +1,1 @@
+"""The order samples are read in: permutations, mixtures, damaged samples, the resumable stream."""

@@ -1,0 +1,309 @@
+"""The endless, resumable stream of training micro-batches, and the finite one for validation.
+
+Everything follows from the number of a global batch. Global batch t of G samples consists of the samples number t*G to
+t*G + G - 1 of the run (`sample_ids`: what a sample's noise is seeded with), and which sample of which data set a number
+stands for is a pure function (`mixture.py`, `order.py`). With one data set of N samples, N // G batches are an epoch,
+and the N % G samples that are left at the end of its order are dropped from that epoch.
+
+Rank r of W takes the r-th of W contiguous slices of every global batch and cuts it into micro-batches of B:
+
+    global batch t   | rank 0: micro 0, micro 1, ... | rank 1: micro 0, micro 1, ... | ...
+
+A rank's micro-batch m therefore belongs to t = m // (G / (W*B)), and any process can read it knowing m alone:
+worker w of N reads m = w, w + N, ... and the DataLoader takes from the workers in turn, so their number changes
+nothing. The position is the number of samples in the global batches handed out, counted in the training process where
+prefetched batches do not count. It does not mention ranks or workers, so a run resumes on any number of either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ebwm_dist.config.schema import DataConfig
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading.damage import read_intact
+from ebwm_dist.data.loading.mixture import Mixture, MixtureReader, as_mixture, check_same_data
+from ebwm_dist.errors import ConfigError, DataError
+
+RawBatch = tuple[np.ndarray, list[str], list[str]]
+"""Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), keys, and reasons
+why samples were replaced."""
+
+
+@dataclass
+class Batch:
+    """A micro-batch; inputs are `observed[:, :-1]`, targets `observed[:, 1:]`."""
+
+    observed: torch.Tensor
+    """Tokens `[B, S+1]` int64 (targets equal to the pad token do not count), latents `[B, S+1, E]` float32, or frames
+    `[B, S+1, H, W, 3]` uint8."""
+    sample_ids: torch.Tensor
+    """Run-wide numbers `[B]` int64 on the CPU: what a sample's noise is seeded with."""
+    keys: list[str]
+    """Where the samples come from, like `train-000000/00000012#5`."""
+    counted: torch.Tensor
+    """False `[B]` for a row of validation that only fills the batch up."""
+    skipped: list[str] = field(default_factory=list)
+    """Why damaged samples are not in it (`data.on_error=skip`), a reason for each that was replaced."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples make up micro-batch m of this rank: the arithmetic of the module's docstring."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int = 0
+    dp_world_size: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches of this rank in a global batch."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_world_size)
+
+    def numbers(self, micro: int) -> np.ndarray:
+        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]` int64."""
+        batch, within = divmod(micro, self.micro_batches)
+        per_rank = self.global_batch_size // self.dp_world_size
+        first = batch * self.global_batch_size + self.dp_rank * per_rank + within * self.micro_batch_size
+        return np.arange(first, first + self.micro_batch_size)
+
+
+class _MicroBatches(IterableDataset):
+    """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
+
+    def __init__(self, mixture: Mixture, plan: Plan, seed: int, window: int, skip: bool, first: int) -> None:
+        self._mixture = mixture
+        self._plan = plan
+        self._seed = seed
+        self._window = window
+        self._skip = skip
+        self._first = first
+
+    def __iter__(self) -> Iterator[RawBatch | DataError]:
+        reader = MixtureReader(self._mixture, "train", max_open=2 * self._window)
+        order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size)
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for micro in itertools.count(self._first + index, workers):
+            numbers = self._plan.numbers(micro)
+            if index == 0:
+                reader.fetch_ahead(order, int(numbers[0]))
+            try:
+                yield read_intact(reader.read, order, numbers) if self._skip else (*reader.read(*order[numbers]), [])
+            except DataError as error:
+                # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
+                yield error
+                return
+
+
+def _die_with_parent(_worker: int) -> None:
+    """End this worker as soon as the training process is gone, however it went and whatever we are blocked on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_fork_server() -> Any:
+    """Start the fork server, if it does not run yet, and return the context of workers that come from it.
+
+    A fork server is safe although this process has threads, and importing torch there makes its forks fast. It and so
+    the workers are deaf to what asks a run to stop, which is the trainer's to decide: a Ctrl-C, the DeepSpeed launcher
+    and batch systems signal all processes of a run at once, and workers that obeyed would be missing in the step that
+    the trainer still finishes before it saves.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # first, because it ends with all these signals let through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class SampleStream:
+    """Endless iterator over this rank's micro-batches of the train split; see the module's docstring."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        mixture: Manifest | Mixture,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_world_size: int,
+    ) -> None:
+        mixture = as_mixture(mixture)
+        _check_length(data, mixture)
+        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_world_size):
+            raise ConfigError(
+                f"training.global_batch_size={global_batch_size} is not a multiple of training.micro_batch_size="
+                f"{micro_batch_size} times {dp_world_size} data-parallel ranks"
+            )
+        if len(mixture.sources) == 1 and mixture.train_samples < global_batch_size:
+            raise DataError(
+                f"the train split of {mixture.name} has {mixture.train_samples} samples, fewer than one global batch "
+                f"of {global_batch_size}; add data or lower training.global_batch_size"
+            )
+        self._skip = data.on_error == "skip"
+        mixture.check_files(() if self._skip else ("train",))
+        mixture.check_cache(data.shuffle_window)
+        self._mixture = mixture
+        self._num_workers = data.num_workers
+        self._seed, self._window = seed, data.shuffle_window
+        self._plan = Plan(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
+        self._order = mixture.order(seed, self._window, global_batch_size)
+        self._micro = 0  # number of the next micro-batch of this rank
+        self._raw: Iterator[RawBatch | DataError] | None = None
+        if self._num_workers:
+            _start_fork_server()  # it imports torch while the model is being built
+
+    @property
+    def dropped_per_epoch(self) -> int:
+        """Return how many samples of each epoch are left out because they do not fill a global batch."""
+        return self._mixture.train_samples % self._plan.global_batch_size if len(self._mixture.sources) == 1 else 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return how many whole global batches there are in all data."""
+        return self._mixture.train_samples // self._plan.global_batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Return how often all data have been gone through."""
+        return self._order.epoch(self._consumed)
+
+    @property
+    def _consumed(self) -> int:
+        """Return the number of samples in the whole global batches that were handed out, over all ranks."""
+        return self._micro // self._plan.micro_batches * self._plan.global_batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._raw is None:
+            self._raw = iter(self._loader())
+        item = next(self._raw)
+        if isinstance(item, DataError):
+            self.close()
+            raise item
+        rows, keys, skipped = item
+        sample_ids = torch.from_numpy(self._plan.numbers(self._micro))
+        self._micro += 1
+        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), skipped)
+
+    def _loader(self) -> DataLoader[RawBatch | DataError]:
+        dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._skip, self._micro)
+        own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
+        if self._num_workers == 0:
+            return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
+        # Each worker runs torch on one thread, as all DataLoader workers do.
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=_as_is,
+            generator=own,
+            num_workers=self._num_workers,
+            multiprocessing_context=_start_fork_server(),
+            worker_init_fn=_die_with_parent,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: how many samples of whole global batches were handed out, and of which data."""
+        assert self._micro % self._plan.micro_batches == 0, "the position is defined between global batches only"
+        return {"samples_consumed": self._consumed, "epoch": self.epoch, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken, on any number of ranks and workers."""
+        check_same_data(state.get("data_sets"), self._mixture)
+        for key, now in self._identity().items():
+            if state[key] != now:
+                raise DataError(
+                    f"cannot resume the data stream: its {key} was {state[key]}, now it is {now}; "
+                    "restore what it was, or start a new run"
+                )
+        self.close()
+        self._micro = state["samples_consumed"] // self._plan.global_batch_size * self._plan.micro_batches
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what the sequence of global batches depends on."""
+        return {
+            "data_sets": self._mixture.identity(),
+            "fingerprint": self._mixture.fingerprint,
+            "seed": self._seed,
+            "shuffle_window": self._window,
+            "global_batch_size": self._plan.global_batch_size,
+        }
+
+    def close(self) -> None:
+        """Stop the workers; the next batch starts new ones."""
+        self._raw = None
+
+
+def validation_batches(
+    data: DataConfig,
+    mixture: Manifest | Mixture,
+    *,
+    batch_size: int,
+    max_sequences: int,
+    dp_rank: int,
+    dp_world_size: int,
+) -> Iterator[Batch]:
+    """Yield this rank's batches of at most `max_sequences` samples of the held-out split, always the same ones.
+
+    They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Of a
+    mixture, the splits of its data sets come one after the other, each with its share of `max_sequences`, or all that
+    it has where that is less. Every rank gets the same number of batches of the same size: where samples run out,
+    earlier ones are repeated and not `counted`.
+    """
+    mixture = as_mixture(mixture)
+    _check_length(data, mixture)
+    mixture.check_files(("val",))
+    ids, places = mixture.held_out(max_sequences)
+    reader = MixtureReader(mixture, "val", max_open=4)
+    for start in range(0, len(ids), batch_size * dp_world_size):
+        slots = start + dp_rank * batch_size + np.arange(batch_size)
+        chosen = slots % len(ids)
+        samples, keys = reader.read(*(place[chosen] for place in places))
+        yield Batch(_to_tensor(samples), torch.from_numpy(ids[chosen]), keys, torch.from_numpy(slots < len(ids)))
+
+
+def _to_tensor(samples: np.ndarray) -> torch.Tensor:
+    """Return samples as a tensor; tokens of every stored dtype become int64."""
+    return torch.from_numpy(samples.astype(np.int64) if samples.dtype in (np.uint16, np.uint32) else samples)
+
+
+def _check_length(data: DataConfig, mixture: Mixture) -> None:
+    found = mixture.sample_format.sequence_length
+    if data.sequence_length != found:
+        raise DataError(
+            f"data.sequence_length={data.sequence_length}, but the shards in {mixture.name} were made with "
+            f"{found}; set it to that, or run {mixture.sample_format.tool} again"
+        )

@@ -1,0 +1,118 @@
+"""Verification: which of several continuations fits best, by its energy and by its likelihood."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.predictions import tabulate
+from ebwm_dist.evaluation.ranks import Ranks
+from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.mcmc.build import Model
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a continuation fits, over its N tokens."""
+
+    log_likelihood: float
+    """Summed log-likelihood of the tokens."""
+    energy: float | None
+    """Mean energy of the tokens; None without an energy."""
+    tokens: int
+    greedy: bool
+    """Whether each token is the one that the model thinks most likely."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A context, what may follow it, and which of that does."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read JSON lines `{"context": ..., "choices": [...], "answer": index}`."""
+    questions = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            content = json.loads(line)
+            question = Question(str(content["context"]), tuple(map(str, content["choices"])), int(content["answer"]))
+            question.choices[question.answer]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f'{path} line {number}: expected {{"context": ..., "choices": [...], "answer": index}} ({error!r})'
+            ) from None
+        questions.append(question)
+    return questions
+
+
+def score(
+    model: Model,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_id: int,
+    max_context: int,
+    thinking: Thinking,
+    batch_size: int,
+    device: torch.device,
+) -> list[Score]:
+    """Score the second of each pair of tokens as what follows the first, which must not be empty.
+
+    Of a pair that is too long for the model, the beginning is not looked at.
+    """
+    rows = [[*context, *following][-max_context - 1 :] for context, following in pairs]
+    lengths = [min(len(following), len(row) - 1) for (_, following), row in zip(pairs, rows, strict=True)]
+    # Sequences of like lengths share a batch; nothing looks at the padding after them.
+    by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    scores: dict[int, Score] = {}
+    for start in range(0, len(rows), batch_size):
+        numbers = by_length[start : start + batch_size]
+        width = max(len(rows[number]) for number in numbers)
+        observed = torch.tensor([rows[number] + [pad_id] * (width - len(rows[number])) for number in numbers])
+        batch = Batch(observed, torch.tensor(numbers), [""] * len(numbers), torch.ones(len(numbers), dtype=torch.bool))
+        table = tabulate(model, [batch], thinking, Ranks(0, 1, device))
+        for place, number in enumerate(sorted(numbers)):
+            last = len(rows[number]) - 1
+            span = slice(last - lengths[number], last)
+            assert table.correct is not None
+            scores[number] = Score(
+                log_likelihood=-table.losses[place, span].sum().item(),
+                energy=None if table.observed is None else table.observed[place, span].mean().item(),
+                tokens=lengths[number],
+                greedy=bool(table.correct[place, span].all()),
+            )
+    return [scores[number] for number in range(len(rows))]
+
+
+def accuracies(questions: Sequence[Question], scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:
+    """Return the share of questions answered rightly, and its standard error, by each way to choose."""
+    ways = {
+        "likelihood": lambda s: s.log_likelihood,
+        "likelihood per token": lambda s: s.log_likelihood / max(1, s.tokens),
+    }
+    if scores[0][0].energy is not None:
+        ways["energy"] = lambda s: -s.energy
+    result = {}
+    for name, value in ways.items():
+        right = sum(
+            max(range(len(own)), key=lambda number: value(own[number])) == question.answer
+            for question, own in zip(questions, scores, strict=True)
+        )
+        share = right / len(questions)
+        result[name] = [share, math.sqrt(share * (1 - share) / len(questions))]
+    result["chance"] = [sum(1 / len(question.choices) for question in questions) / len(questions), 0.0]
+    return result

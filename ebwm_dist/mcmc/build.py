@@ -1,0 +1,35 @@
+"""From a configuration to a model."""
+
+from __future__ import annotations
+
+from ebwm_dist.config.schema import Config
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.embedding import EmbeddingSpace
+from ebwm_dist.mcmc.space import Space
+from ebwm_dist.mcmc.vocabulary import VocabularySpace
+from ebwm_dist.models.autoregressive import (
+    AutoregressiveEmbeddings,
+    AutoregressiveTokens,
+    AutoregressiveTransformer,
+)
+
+Model = EnergyBasedTransformer | AutoregressiveTransformer
+
+
+def build_model(config: Config, pad_id: int | None) -> Model:
+    """Return the configured model; token targets equal to `pad_id` do not count, embeddings all do."""
+    model, training = config.model, config.training
+    if model.kind == "ar":
+        if model.embedding_dim is not None:
+            return AutoregressiveEmbeddings(model, model.embedding_dim, training.activation_checkpointing)
+        assert pad_id is not None
+        return AutoregressiveTokens(model, pad_id, training.activation_checkpointing)
+    space: Space
+    if model.embedding_dim is not None:
+        space = EmbeddingSpace(model.embedding_dim, model.dim, config.mcmc)
+    else:
+        assert pad_id is not None
+        space = VocabularySpace(model, config.mcmc, pad_id)
+    return EnergyBasedTransformer(
+        model, config.mcmc, space, config.seed, training.position_chunk, training.activation_checkpointing
+    )

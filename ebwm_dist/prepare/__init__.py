@@ -1,0 +1,1 @@
+"""From documents and videos to shards: what `data_tools/` calls."""

@@ -1,0 +1,145 @@
+"""Cut videos into clips: find the files, decide which clips go to which split, read their frames.
+
+A clip is F frames `frame_interval` seconds apart; clips of a video start `stride` seconds apart and may overlap. Held
+out are whole videos, or the last part of every video. There is a gap in front of such a part, because frames that are
+neighbours in time are nearly equal and would tell a model what it is judged on.
+
+Shapes: C clips, F frames of a clip, U different frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ebwm_dist.data.format.video_codec import VideoInfo, frames_at, probe
+from ebwm_dist.errors import UserError
+from ebwm_dist.prepare.documents import is_held_out
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
+
+_DIGITS = 6  # times are rounded to microseconds, so that frames which clips share are seen to be the same
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How videos are cut into clips: all settings that decide which frames there are and where they go."""
+
+    frames: int
+    frame_interval: float
+    stride: float
+    height: int
+    width: int
+    crop: str = "center"
+    min_length: float = 0.0
+    holdout: tuple[str, ...] = ()
+    holdout_fraction: float = 0.0
+    holdout_last: float = 0.0
+    gap: float = 1.0
+
+    @property
+    def span(self) -> float:
+        """Return the seconds from the first to the last frame of a clip."""
+        return (self.frames - 1) * self.frame_interval
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file: its name as messages and manifests show it, where it is, and what is in it."""
+
+    name: str
+    path: Path
+    info: VideoInfo
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip of the video `name`, from `start` seconds after its first frame on."""
+
+    name: str
+    path: Path
+    start: float
+
+
+def find_videos(inputs: Sequence[str | Path]) -> list[Video]:
+    """List the videos among `inputs` (files, or folders searched in sorted order); names must differ."""
+    found: dict[str, Path] = {}
+    for given in map(Path, inputs):
+        if given.is_dir():
+            paths = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            if not paths:
+                raise UserError(f"input folder {given} holds no video ({', '.join(SUFFIXES)})")
+        elif not given.exists():
+            raise UserError(f"input {given} does not exist")
+        else:
+            paths = [given]
+        for path in paths:
+            name = path.relative_to(given).as_posix() if given.is_dir() else path.name
+            if found.setdefault(name, path).resolve() != path.resolve():
+                raise UserError(f"inputs {found[name]} and {path} have the same name; put them into one folder")
+    return [Video(name, path, probe(path)) for name, path in found.items()]
+
+
+def plan_clips(videos: Iterable[Video], cut: Cut) -> tuple[dict[str, list[Clip]], list[str]]:
+    """Return the clips of each split, in the order of the videos, and the names of videos that are too short."""
+    videos = list(videos)
+    names = [video.name for video in videos]
+    if missing := sorted(set(cut.holdout) - set(names)):
+        raise UserError(f"held-out video {missing[0]!r} is not in the input; its videos are {', '.join(names[:8])}")
+    clips: dict[str, list[Clip]] = {"train": [], "val": []}
+    short = []
+    for video in videos:
+        last = video.info.last
+        if is_held_out(video.name, frozenset(cut.holdout), cut.holdout_fraction):
+            parts = {"val": (0.0, last)}
+        elif cut.holdout_last > 0:
+            border = last - cut.holdout_last
+            parts = {"train": (0.0, border - cut.gap), "val": (max(border, 0.0), last)}
+        else:
+            parts = {"train": (0.0, last)}
+        made = 0
+        for split, (start, end) in parts.items() if last >= cut.min_length else ():
+            starts = _starts(start, end, cut)
+            clips[split] += [Clip(video.name, video.path, start) for start in starts]
+            made += len(starts)
+        if not made:
+            short.append(video.name)
+    for split in clips:
+        if not clips[split]:
+            raise UserError(
+                f"no clip of {cut.span:.2f} s is left for the {split} split of {', '.join(names[:3])}: change "
+                "--holdout, --holdout-fraction or --holdout-last, take fewer --frames or a smaller --frame-interval"
+            )
+    return clips, short
+
+
+def _starts(start: float, end: float, cut: Cut) -> list[float]:
+    """Return where the clips start that lie within `start` and `end`, `stride` apart."""
+    count = int((end - start - cut.span) / cut.stride + 1e-6) + 1 if end - start >= cut.span - 1e-6 else 0
+    return [round(start + number * cut.stride, _DIGITS) for number in range(count)]
+
+
+def read_frames(path: Path, starts: Sequence[float], cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+    """Read the clips of a video that begin at the ascending `starts`, each frame once.
+
+    Returns the different frames `[U, H, W, 3]`, and for each clip which of them are its own, `[C, F]`.
+    """
+    times = np.round(np.asarray(starts)[:, None] + np.arange(cut.frames) * cut.frame_interval, _DIGITS)
+    different, index = np.unique(times, return_inverse=True)
+    frames = [resize(frame, cut.height, cut.width, cut.crop) for frame in frames_at(path, different.tolist())]
+    return np.stack(frames), index.reshape(times.shape)
+
+
+def resize(frame: np.ndarray, height: int, width: int, crop: str) -> np.ndarray:
+    """Return a frame `[H', W', 3]` at `height` x `width`: the largest `center` part of that shape, or all of it."""
+    rows, columns = frame.shape[:2]
+    box = (0.0, 0.0, float(columns), float(rows))
+    if crop == "center":
+        scale = min(rows / height, columns / width)
+        down, across = (rows - scale * height) / 2, (columns - scale * width) / 2
+        box = (across, down, columns - across, rows - down)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))

@@ -1,0 +1,229 @@
+"""Make a data folder of text: documents -> tokens -> packed rows -> shards -> manifest.
+
+The old manifest is removed first and the new one written last, so a folder with a manifest is always whole. A run that
+was interrupted keeps its shards: the next one reads all documents again, but encodes only those after the last shard.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebwm_dist.data.format.index import finished_shard
+from ebwm_dist.data.format.manifest import SPLITS, Manifest, Shard, Split
+from ebwm_dist.data.format.sample_format import TokenFormat
+from ebwm_dist.data.format.writer import ShardWriter
+from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.files import write_atomically
+from ebwm_dist.prepare.build_state import begin, finish, load_position, save_position, up_to_date
+from ebwm_dist.prepare.documents import (
+    Document,
+    DocumentReader,
+    Fields,
+    InputFile,
+    Reject,
+    describe_inputs,
+    find_inputs,
+    is_held_out,
+)
+from ebwm_dist.prepare.encoding import encode_documents
+from ebwm_dist.prepare.packing import Packer
+from ebwm_dist.workers.executors import LOCAL, Work
+
+TOKENIZER_NAME = "tokenizer.model"
+REJECTS_NAME = "rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are laid out and which groups are held out: all settings that change the shards."""
+
+    sequence_length: int
+    samples_per_member: int = 64
+    members_per_shard: int = 64
+    holdout: tuple[str, ...] = ()
+    holdout_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `build` did."""
+
+    manifest: Manifest
+    up_to_date: bool
+    seconds: float
+    rejects: int
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where the whole shards of a split end: after `offset` tokens of the document that follows `documents` others.
+
+    They hold `samples` rows; `tokens` are those of the documents before, and `last` is the last token of the last row.
+    """
+
+    shards: int
+    samples: int
+    documents: int
+    tokens: int
+    offset: int
+    last: int
+
+
+class _SplitBuilder:
+    """Collects one split: packs its tokens, writes its shards, counts what went in; begins where a run before ended."""
+
+    def __init__(self, folder: Path, split: str, content: TokenFormat, layout: Layout) -> None:
+        self._folder, self._split, self._length = folder, split, content.sequence_length
+        self._start, self._kept = _resume(folder, split, _Position(0, 0, 0, 0, 0, content.eos_id))
+        self._packer = Packer(self._length, layout.samples_per_member, self._start.last, content.pad_id)
+        self._writer = ShardWriter(folder, split, content, layout.members_per_shard, first_shard=self._start.shards)
+        self.groups: set[str] = set()
+        self._documents = self._text_bytes = 0
+        self._added, self._samples, self._tokens = self._start.documents, self._start.samples, self._start.tokens
+
+    def is_done(self, document: Document) -> bool:
+        """Count the next document; tell whether the shards that are there hold all of it."""
+        self.groups.add(document.group)
+        self._documents += 1
+        self._text_bytes += len(document.text.encode("utf-8"))
+        return self._documents <= self._start.documents
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append the tokens of the next document that was not done."""
+        resumed = self._added == self._start.documents
+        for block in self._packer.add(tokens[self._start.offset :] if resumed else tokens):
+            shards = len(self._writer.shards)
+            self._writer.write(block)
+            self._samples += len(block)
+            if len(self._writer.shards) > shards:
+                self._save(tokens)
+        self._added += 1
+        self._tokens += len(tokens)
+
+    def _save(self, tokens: np.ndarray) -> None:
+        """Keep the position after the last shard, which ends within the document of these tokens."""
+        offset = self._samples * self._length - self._tokens
+        shards = self._start.shards + len(self._writer.shards)
+        position = _Position(shards, self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
+        save_position(self._folder, self._split, asdict(position))
+
+    def finish(self) -> Split:
+        for block in self._packer.finish():
+            self._writer.write(block)
+        self._writer.close()
+        totals = {"documents": self._documents, "tokens": self._tokens, "text_bytes": self._text_bytes}
+        return Split((*self._kept, *self._writer.shards), len(self.groups), totals)
+
+
+def _resume(folder: Path, split: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
+    """Return where to go on and the shards before it, if they are all whole; else the beginning."""
+    try:
+        position = _Position(**load_position(folder, split))
+    except TypeError:
+        return beginning, []
+    found = [finished_shard(folder, f"{split}-{number:06d}.tar") for number in range(position.shards)]
+    kept = [shard for shard in found if shard is not None]
+    return (position, kept) if len(kept) == position.shards else (beginning, [])
+
+
+def build(
+    inputs: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    out: Path,
+    layout: Layout,
+    *,
+    fields: Fields | None = None,
+    on_error: str = "fail",
+    work: Work = LOCAL,
+) -> Report:
+    """Make the data folder `out`, unless it holds exactly this already."""
+    start = time.monotonic()
+    files = find_inputs(list(inputs))
+    fields = fields or Fields()
+    source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}
+    source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}
+    if (existing := up_to_date(out, source)) is not None and _has_tokenizer(existing):
+        rejects = existing.source["rejects"]
+        return Report(existing, True, time.monotonic() - start, rejects)
+
+    begin(out, source)
+    (out / REJECTS_NAME).unlink(missing_ok=True)
+    if not (out / TOKENIZER_NAME).exists() or Tokenizer(out / TOKENIZER_NAME).sha256 != tokenizer.sha256:
+        write_atomically(out / TOKENIZER_NAME, tokenizer.path.read_bytes())
+
+    reader = DocumentReader(files, fields, on_error)
+    content = TokenFormat(
+        sequence_length=layout.sequence_length,
+        dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer=TOKENIZER_NAME,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    builders = {name: _SplitBuilder(out, name, content, layout) for name in SPLITS}
+    _fill(builders, reader, tokenizer, layout, files, work)
+    if reader.rejects:
+        _write_rejects(out / REJECTS_NAME, reader.rejects)
+    manifest = Manifest(
+        folder=out,
+        sample_format=content,
+        splits={name: builder.finish() for name, builder in builders.items()},
+        held_out_groups=tuple(sorted(builders["val"].groups)),
+        source={**source, "rejects": len(reader.rejects), "empty": reader.empty},
+    )
+    finish(manifest)
+    return Report(manifest, False, time.monotonic() - start, len(reader.rejects))
+
+
+def _fill(
+    builders: dict[str, _SplitBuilder],
+    reader: DocumentReader,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    files: list[InputFile],
+    work: Work,
+) -> None:
+    """Send every document to its split; both must get some, and every group named must exist."""
+    from tqdm import tqdm
+
+    names = frozenset(layout.holdout)
+
+    def builder_of(document: Document) -> _SplitBuilder:
+        return builders["val" if is_held_out(document.group, names, layout.holdout_fraction) else "train"]
+
+    left = (document for document in reader if not builder_of(document).is_done(document))
+    encoded = encode_documents(left, tokenizer, work)
+    for document, tokens in tqdm(encoded, unit=" documents", desc="encode", disable=None if work.progress else True):
+        builder_of(document).add(tokens)
+    if missing := sorted(names - builders["val"].groups):
+        known = ", ".join(sorted(builders["train"].groups | builders["val"].groups)[:8])
+        raise UserError(f"held-out group {missing[0]!r} is not in the input; its groups are {known}, ...")
+    for name, builder in builders.items():
+        if not builder.groups:
+            raise UserError(
+                f"no document is left for the {name} split of {', '.join(f.name for f in files[:3])}: "
+                "choose other groups with --holdout, or another --holdout-fraction"
+            )
+
+
+def _has_tokenizer(manifest: Manifest) -> bool:
+    """Tell whether the tokenizer beside the shards is the one they were made with."""
+    try:
+        manifest.check_tokenizer(Tokenizer(manifest.folder / TOKENIZER_NAME).sha256, TOKENIZER_NAME)
+    except DataError:
+        return False
+    return True
+
+
+def _write_rejects(path: Path, rejects: list[Reject]) -> None:
+    write_atomically(path, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects).encode("utf-8"))

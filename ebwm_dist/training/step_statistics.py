@@ -1,0 +1,82 @@
+"""What the micro-batches of an optimizer step have to tell, gathered over all ranks by one collective.
+
+Shapes: K MCMC steps; micro-batches may take different numbers of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ebwm_dist.models.output import TrainingOutput
+from ebwm_dist.training.distributed import World, gather_objects
+
+_MEANS = (
+    "loss",
+    "loss_first_step",
+    "loss_last_step",
+    "energy_first",
+    "energy_last",
+    "energy_gradient_first",
+    "energy_gradient_last",
+    "mcmc_num_steps",
+)
+
+
+class StepStatistics:
+    """Adds up the outputs of micro-batches on their device: nothing waits for it before `gather`."""
+
+    def __init__(self, world: World, num_landscapes: int):
+        self.world, self.num_landscapes = world, num_landscapes
+        self._means: list[Tensor] = []
+        self._nonfinite: list[Tensor] = []
+        self._skipped: list[str] = []
+
+    def add(self, output: TrainingOutput, skipped: Sequence[str] = ()) -> None:
+        """Take in one micro-batch, and why samples of it were replaced."""
+        self._skipped += skipped
+        ends = [output.loss, *output.step_losses[[0, -1]]]
+        for values in (output.step_energies, output.step_gradient_norms):
+            ends += output.loss.new_zeros(2) if values is None else values[[0, -1]]
+        self._means.append(torch.stack([*ends, output.loss.new_tensor(float(len(output.step_losses)))]))
+        if output.step_nonfinite is not None:
+            self._nonfinite.append(output.step_nonfinite)
+
+    def gather(self, stop: bool) -> tuple[dict[str, float], bool, str | None, list[str]]:
+        """Return the means over micro-batches and ranks, whether any rank is to stop, and what went wrong.
+
+        What was not finite is told with MCMC steps, landscapes and ranks; None if every energy and gradient was finite.
+        The last are the reasons of all samples that were replaced, on any rank.
+        """
+        means = torch.stack(self._means).mean(0)
+        nonfinite = torch.stack([counts.sum() for counts in self._nonfinite]).sum() if self._nonfinite else 0.0
+        packed = torch.cat(
+            (means, means.new_tensor([stop, len(self._skipped)]), (means.new_zeros(()) + nonfinite)[None])
+        )
+        if self.world.world_size > 1:
+            dist.all_reduce(packed)
+            packed[: len(_MEANS)] /= self.world.world_size
+        *figures, stopped, skipped, count = packed.tolist()
+        where = self._where() if count else None
+        # As with what is not finite, the ranks tell one another only where there is something to tell.
+        reasons = [r for of_rank in gather_objects(self._skipped, self.world) for r in of_rank] if skipped else []
+        return dict(zip(_MEANS, figures, strict=True)), stopped > 0, where, reasons
+
+    def _where(self) -> str:
+        """Say where energies or gradients were not finite; the ranks tell one another only in this case."""
+        found: dict[int, int] = {}
+        for counts in self._nonfinite:
+            for step, count in enumerate(counts.tolist()):
+                if count:
+                    found[step] = found.get(step, 0) + int(count)
+        lines = []
+        for rank, (node, steps) in enumerate(gather_objects((self.world.node, found), self.world)):
+            lines += [
+                f"rank {rank} ({node}), MCMC step {step + 1}, landscape {min(step, self.num_landscapes - 1) + 1}: "
+                f"{count} positions"
+                for step, count in sorted(steps.items())
+            ]
+        return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""Work on other processes: executors, and a pool of Ray actors."""

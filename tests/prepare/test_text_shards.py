@@ -1,0 +1,236 @@
+"""Building a data folder: what goes in comes out, whole or not at all, and always in the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
+from ebwm_dist.prepare import encoding
+from ebwm_dist.prepare import text_shards as build_module
+from ebwm_dist.prepare.documents import Fields, find_inputs, is_held_out
+from ebwm_dist.prepare.encoding import encode_text
+from ebwm_dist.prepare.text_shards import Layout, Report, build
+from ebwm_dist.workers.executors import Work
+from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
+
+LAYOUT = Layout(sequence_length=8, samples_per_member=3, members_per_shard=2, holdout=("b",))
+GOOD = [{"id": "1", "group": "a", "text": "kalo miru"}, {"id": "2", "group": "b", "text": "  tenvas\n\tsho "}]
+
+
+def texts_of(manifest: Manifest, split: str) -> list[str]:
+    """Decode all documents of a split from its shards' targets."""
+    tokenizer = load_tokenizer(manifest)
+    targets = np.concatenate([block[:, 1:].reshape(-1) for block in open_reader(manifest, split).blocks()])
+    targets = targets[targets != manifest.token_format.pad_id]
+    ends = np.flatnonzero(targets == manifest.token_format.eos_id) + 1
+    assert ends[-1] == len(targets)
+    return [tokenizer.decode(part.tolist()) for part in np.split(targets, ends)[:-1]]
+
+
+def write_lines(path: Path, documents: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), "utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer(tiny: Manifest) -> Tokenizer:
+    return load_tokenizer(tiny)
+
+
+def test_shards_hold_exactly_the_documents_and_the_held_out_groups_stay_out(tiny: Manifest) -> None:
+    documents = tiny_documents(60)
+    for split, held_out in (("train", False), ("val", True)):
+        expected = [d["text"] for d in documents if (d["group"] == HELD_OUT) == held_out]
+        assert texts_of(tiny, split) == expected
+        assert tiny.splits[split].totals["documents"] == len(expected)
+        assert tiny.splits[split].totals["text_bytes"] == sum(len(text.encode()) for text in expected)
+        assert tiny.splits[split].totals["tokens"] == target_counts(tiny, split).sum()
+    assert tiny.held_out_groups == (HELD_OUT,)
+
+
+@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=pytest.mark.slow)])
+def test_bytes_do_not_depend_on_time_or_workers(tiny: Manifest, tmp_path: Path, executor: str) -> None:
+    again = make_tiny_data(tmp_path / "text", work=Work(executor, 2))
+    names = {path.name for path in tiny.folder.iterdir()}
+    assert names == {path.name for path in again.folder.iterdir()} and len(names) > 20
+    for name in names - {"manifest.json"}:
+        assert (tiny.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+    assert again.fingerprint == tiny.fingerprint
+
+
+def test_plain_webdataset_reads_the_shards(tiny: Manifest) -> None:
+    urls = [str(tiny.folder / shard.path) for shard in tiny.train.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    rows = np.concatenate([np.load(io.BytesIO(sample["npy"]), allow_pickle=False) for sample in samples])
+    assert np.array_equal(rows, np.concatenate(list(open_reader(tiny).blocks())))
+    assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(len(samples))]
+
+
+def test_the_same_again_does_nothing_and_other_settings_replace_everything(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD * 9)
+
+    def run(layout: Layout) -> Report:
+        return build([source], tokenizer, tmp_path / "out", layout)
+
+    first = run(LAYOUT)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert not first.up_to_date and run(LAYOUT).up_to_date
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+    other = run(Layout(sequence_length=64, holdout=("b",)))
+    assert not other.up_to_date and other.manifest.fingerprint != first.manifest.fingerprint
+    listed = {name for split in other.manifest.splits.values() for s in split.shards for name in (s.path, s.index_path)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == listed | {"manifest.json", "tokenizer.model"}
+
+    source.write_text(source.read_text() + json.dumps({"id": "x", "group": "a", "text": "more"}) + "\n")
+    changed = run(Layout(sequence_length=64, holdout=("b",)))
+    assert not changed.up_to_date and texts_of(changed.manifest, "train")[-1] == "more"
+    next((tmp_path / "out").glob("train-*.tar")).unlink()
+    assert not run(Layout(sequence_length=64, holdout=("b",))).up_to_date
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 11])
+def test_an_interrupted_run_is_continued(
+    tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """After any number of shards, within a document or not, the next run makes the rest and the same bytes."""
+    source, layout = tiny.folder.parent / f"{tiny.folder.name}.jsonl", Layout(16, 8, 4, holdout=(HELD_OUT,))
+    assert sum(len(split.shards) for split in tiny.splits.values()) > stop
+    encoded, close, closed = [], build_module.ShardWriter.close, []
+
+    def interrupted(writer: build_module.ShardWriter) -> None:
+        if len(closed) == stop:
+            raise KeyboardInterrupt
+        close(writer)
+        closed.append(writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.ShardWriter, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build([source], tokenizer, tmp_path / "out", layout)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    monkeypatch.setattr(encoding, "encode_text", lambda t, text: encoded.append(text) or encode_text(t, text))
+    build([source], tokenizer, tmp_path / "out", layout)
+    contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tiny.folder, tmp_path / "out")]
+    assert contents[0] == contents[1]
+    assert len(made) == stop and made == {path: path.stat().st_mtime_ns for path in made}
+    documents = [document["text"] for document in tiny_documents(60)]
+    assert encoded == [text for text in documents if text in encoded] and len(encoded) < len(documents)
+
+
+def test_an_interrupted_run_leaves_no_manifest(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD * 9)
+    build([source], tokenizer, tmp_path / "out", LAYOUT)
+    write_lines(source, GOOD * 10)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module.ShardWriter, "close", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build([source], tokenizer, tmp_path / "out", LAYOUT)
+    with pytest.raises(DataError, match="unfinished"):
+        Manifest.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "invalid JSON"),
+        (b'{"id": "no text"}', "no text in field 'text'"),
+        (b'{"text": 5}', "no text in field 'text'"),
+        (b'["list"]', "not a JSON object"),
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+    ],
+)
+def test_malformed_lines_are_named_or_skipped(tokenizer: Tokenizer, tmp_path: Path, line: bytes, reason: str) -> None:
+    good = [json.dumps(document).encode() for document in GOOD]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join([good[0], b"", line, good[1]]))
+    with pytest.raises(DataError, match=f"in.jsonl, line 3: .*{reason}"):
+        build([source], tokenizer, tmp_path / "out", LAYOUT)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+    report = build([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    (reject,) = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["file"], reject["line"]) == ("in.jsonl", 3) and reason in reject["reason"]
+    assert report.rejects == 1 and texts_of(report.manifest, "train") == [GOOD[0]["text"]]
+    again = build([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    assert again.up_to_date and again.rejects == 1
+
+
+def test_folders_of_text_and_gzip_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_bytes(b"kalo\r\nmiru")
+    (folder / "sub" / "b.txt").write_text("tenvas\n", "utf-8")
+    (folder / "bad.txt").write_bytes(b"one\ntwo \xff")
+    (folder / "notes.md").write_text("not an input")
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.write('{"body": "sho", "group": "a"}\n{"body": ""}\n{"body": "bel"}\n')
+    (folder / "d.jsonl.gz").write_bytes((folder / "c.jsonl.gz").read_bytes()[:24])
+
+    fields = Fields(text="body")
+    report = build([folder], tokenizer, tmp_path / "out", LAYOUT, fields=fields, on_error="skip")
+    assert texts_of(report.manifest, "train") == ["kalo\r\nmiru", "sho", "bel"]
+    assert texts_of(report.manifest, "val") == ["tenvas\n"]
+    assert report.manifest.train.groups == 2 and report.manifest.source["empty"] == 1
+    rejects = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"]) for r in rejects] == [("bad.txt", 2), ("d.jsonl.gz", 1)]
+    assert len(find_inputs([folder, folder / "a.txt"])) == 5
+
+
+def test_wrong_inputs_and_splits_are_user_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").touch()
+    for path, message in (("gone", "does not exist"), ("empty", "holds no"), ("x.csv", "is not a")):
+        with pytest.raises(UserError, match=message):
+            find_inputs([tmp_path / path])
+    for holdout, message in (
+        (("b", "Ruht"), "'Ruht' is not in the input"),
+        (("a", "b"), "no document is left for the train split"),
+        ((), "no document is left for the val split"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build([source], tokenizer, tmp_path / "out", Layout(8, holdout=holdout))
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_hashed_split_has_about_its_fraction_and_grows_with_it() -> None:
+    groups = [f"group {i}" for i in range(4000)]
+    small, large = ({g for g in groups if is_held_out(g, frozenset(), f)} for f in (0.05, 0.1))
+    assert small < large and 140 < len(small) < 260 and 320 < len(large) < 480
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.vocab_size = 70_000
+    report = build([tiny.folder.parent / "text.jsonl"], tokenizer, tmp_path / "out", Layout(16, holdout=(HELD_OUT,)))
+    assert report.manifest.token_format.dtype == "uint32"
+    expected = np.concatenate(list(open_reader(tiny).blocks()))
+    assert np.array_equal(np.concatenate(list(open_reader(report.manifest).blocks())), expected)
+
+
+def test_unigram_perplexity_against_a_plain_count(tiny: Manifest) -> None:
+    tokenizer = load_tokenizer(tiny)
+    train = [t for text in texts_of(tiny, "train") for t in [*tokenizer.encode(text), tiny.token_format.eos_id]]
+    val = [t for text in texts_of(tiny, "val") for t in [*tokenizer.encode(text), tiny.token_format.eos_id]]
+    total = len(train) + tiny.token_format.vocab_size
+    losses = [-np.log((train.count(token) + 1) / total) for token in val]
+    assert unigram_perplexity(tiny) == pytest.approx(np.exp(np.mean(losses)), rel=1e-9)
