@@ -93,7 +93,7 @@ class AutoregressiveTransformer(PassModule, ABC):
     def loss(self, observed: Tensor) -> Tensor:
         """Return the mean loss of S+1 observed states, padding counting as 0."""
         targets = observed[:, 1:]
-        return self.losses(self.predict(observed[:, :-1]), targets).sum() / targets[..., 0].numel()
+        return self.losses(self.predict(observed[:, :-1]), targets).sum() / targets.shape[:2].numel()
 
     def training_step(
         self,

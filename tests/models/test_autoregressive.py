@@ -1,9 +1,10 @@
-"""The autoregressive twin on embeddings: its loss in plain words, its gradients, and what it may look at."""
+"""The autoregressive twins: their losses in plain words, their gradients, and what they may look at."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config import Config, ModelConfig
@@ -37,6 +38,19 @@ def test_the_loss_is_smooth_l1_on_the_next_embedding(width: int) -> None:
     result = model.evaluate(observed, torch.arange(3), num_steps=5)
     assert torch.allclose(result.step_losses, losses.mean(-1).sum(-1)[None])
     assert result.energies is None and result.tokens.tolist() == [LENGTH] * 3
+
+
+def test_the_loss_of_tokens_is_the_mean_cross_entropy_over_the_targets() -> None:
+    torch.manual_seed(0)
+    config = Config(model=ModelConfig(kind="ar", vocab_size=41, dim=DIM, num_heads=2, num_layers=2))
+    model = build_model(config, pad_id=3).double()
+    tokens = torch.randint(4, 41, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    expected = F.cross_entropy(model.predict(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    output = model.training_step(tokens, torch.arange(3))
+    assert torch.allclose(output.loss, expected) and torch.allclose(output.step_losses, expected)
+    for weight, gradient in zip(model.parameters(), wanted, strict=True):
+        assert torch.allclose(weight.grad, gradient)
 
 
 @WIDTHS
