@@ -1,4 +1,4 @@
-"""The environment of all tests: one thread, no network, nothing left in the home directory."""
+"""The environment of all tests (one thread, no network, nothing left in the home directory) and their tiny data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from ebwm_dist.data.format.manifest import Manifest
+from tests.tiny_data import make_tiny_data
 
 # Set while pytest loads, so that the subprocesses and ranks that tests start inherit it.
 os.environ.update(
@@ -26,3 +29,9 @@ def torch_extensions_dir() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="ebwm-extensions-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", folder)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Return the manifest of a data folder of text that all tests read and none may change."""
+    return make_tiny_data(tmp_path_factory.mktemp("data") / "text")
