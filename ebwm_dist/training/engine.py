@@ -129,8 +129,12 @@ class TrainingEngine:
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Read it back, on as many ranks and at the stage that wrote it; return the client state."""
+        engine = self.deepspeed
+        # DeepSpeed looks for this file with glob, to which `runs/lr[1]` also means `runs/lr1`.
+        engine._get_all_ckpt_names = lambda root, tag: [engine._get_ckpt_name(root, tag)]
         with restricted_loading(), _quiet():
-            _, client_state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+            loaded, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert loaded is not None and Path(loaded).parent == folder, f"DeepSpeed has read {loaded} instead of {folder}"
         return client_state
 
     def load_universal(self, folder: Path, counters: dict[str, int]) -> None:
