@@ -11,11 +11,17 @@ import argparse
 import os
 import sys
 
-from ebwm_dist.cluster.jobs import Jobs, arguments_of_cluster
+from ebwm_dist.cluster.jobs import Jobs
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import UserError
 
 ACTIONS = ("status", "logs", "stop", "list")
+CLUSTER_OPTIONS = {
+    "num_nodes": "nodes to train on",
+    "min_nodes": "go on with as few as this while nodes are missing",
+    "gpus_per_node": "GPUs of each node, and so workers",
+    "cpus_per_node": "workers of each node where there are no GPUs",
+}
 
 
 def main() -> int:
@@ -44,10 +50,8 @@ def main() -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--num-nodes", type=int, default=1, help="nodes to train on (default: 1)")
-    parser.add_argument("--min-nodes", type=int, help="go on with as few as this while nodes are missing")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs of each node, and so workers")
-    parser.add_argument("--cpus-per-node", type=int, help="workers of each node where there are no GPUs")
+    for name, meaning in CLUSTER_OPTIONS.items():
+        parser.add_argument(_option(name), type=int, help=f"{meaning} (default: cluster.{name} of the configuration)")
     parser.add_argument("--name", help="of the run and its job (default: the name of run_dir)")
     parser.add_argument(
         "--env", action="append", default=[], metavar="NAME", help="variable that the run gets from here"
@@ -58,14 +62,27 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    cluster = arguments_of_cluster(args.num_nodes, args.min_nodes, args.gpus_per_node, args.cpus_per_node)
-    config = load_config(args.config, [*args.overrides, *cluster])
+    config = load_config(args.config, [*args.overrides, *_cluster_overrides(args)])
     if missing := [name for name in args.env if name not in os.environ]:
         raise UserError(f"--env {missing[0]}: no such variable is set here")
     jobs = Jobs(args.address)
     name, found = jobs.submit(config, args.name, args.installed, {name: os.environ[name] for name in args.env})
     print(found, flush=True)
     return 0 if args.detach or found.endswith("finished already") else jobs.follow(name)
+
+
+def _cluster_overrides(args: argparse.Namespace) -> list[str]:
+    """Return the options of the cluster as overrides; a key is set by its option or by an override, not by both."""
+    given = {text.partition("=")[0]: text for text in args.overrides}
+    overrides = {name: getattr(args, name) for name in CLUSTER_OPTIONS if getattr(args, name) is not None}
+    for name, value in overrides.items():
+        if (twice := given.get(f"cluster.{name}")) is not None:
+            raise UserError(f"{_option(name)} {value}: the command also sets {twice}; leave out one of the two")
+    return [f"cluster.{name}={value}" for name, value in overrides.items()]
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _ask(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -197,19 +197,6 @@ def with_absolute_paths(config: Config) -> Config:
 def fingerprint(config: Config) -> str:
     """Return a digest of a configuration."""
     return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
-
-
-def arguments_of_cluster(
-    num_nodes: int, min_nodes: int | None, gpus_per_node: int | None, cpus_per_node: int | None
-) -> Sequence[str]:
-    """Return the overrides that say the same as these options."""
-    given = {
-        "num_nodes": num_nodes,
-        "min_nodes": min_nodes,
-        "gpus_per_node": gpus_per_node,
-        "cpus_per_node": cpus_per_node,
-    }
-    return [f"cluster.{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _absolute(path: str) -> str:

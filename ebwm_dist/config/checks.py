@@ -205,7 +205,7 @@ def _check_mcmc(config: Config) -> None:
         )
     if landscapes > 1 and (mcmc.loss, mcmc.gradient) == ("last", "truncated"):
         raise ConfigError(
-            f"model.num_landscapes = {landscapes}: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'step', "
+            f"model.num_landscapes = {landscapes}: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'truncated', "
             "which train the landscape of the last step alone"
         )
 

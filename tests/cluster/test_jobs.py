@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ebwm_dist.cluster.jobs import JobError, Jobs, arguments_of_cluster, fingerprint, make_package, with_absolute_paths
+from ebwm_dist.cluster.jobs import JobError, Jobs, fingerprint, make_package, with_absolute_paths
 from ebwm_dist.cluster.worker import interface_of
 from ebwm_dist.config import Config
 from ebwm_dist.config.loading import load_config, save_config
@@ -158,9 +158,29 @@ def test_paths_mean_the_same_on_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert config.run_dir == "runs/x" and fingerprint(config) != fingerprint(absolute) == fingerprint(absolute)
 
 
-def test_options_are_overrides() -> None:
-    assert arguments_of_cluster(4, None, 8, None) == ["cluster.num_nodes=4", "cluster.gpus_per_node=8"]
-    assert arguments_of_cluster(1, 1, None, 2)[1:] == ["cluster.min_nodes=1", "cluster.cpus_per_node=2"]
+def test_options_of_submit_replace_what_the_file_says_only_where_they_are_given(
+    cluster: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("cluster: {num_nodes: 2, cpus_per_node: 4}\n")
+    monkeypatch.setattr(submit, "Jobs", lambda address: cluster)
+    client: Any = cluster._client
+
+    def nodes(*arguments: str) -> tuple[int, int | None, int]:
+        command = ["submit.py", "--config", str(tmp_path / "run.yaml"), "--detach", f"run_dir={tmp_path / 'run'}"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        client.jobs.clear()
+        assert submit.main() == 0, capsys.readouterr().err
+        found = client.jobs["run"].config.cluster
+        return found.num_nodes, found.min_nodes, found.cpus_per_node
+
+    assert nodes() == (2, None, 4)
+    assert nodes("cluster.num_nodes=8") == (8, None, 4)
+    assert nodes("--num-nodes", "1", "--min-nodes", "1", "--cpus-per-node", "2") == (1, 1, 2)
+    assert nodes("--num-nodes", "1", "cluster.cpus_per_node=8") == (1, None, 8)
+    monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "x", "--num-nodes", "1", "cluster.num_nodes=4"])
+    assert submit.main() == 1
+    expected = "error: --num-nodes 1: the command also sets cluster.num_nodes=4; leave out one of the two\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_defaults_pass() -> None:
             "mcmc.update = 'mirror': frames of model.embedding_dim = 768 have no logits to update; leave it out",
         ),
         ({"data__encoder": "pixels:16"}, "data.encoder = 'pixels:16': needs model.embedding_dim"),
-        ({"data__smallest_crop": 0.5}, "data.min_crop_scale = 0.5: needs clips that are encoded as they are read"),
+        ({"data__min_crop_scale": 0.5}, "data.min_crop_scale = 0.5: needs clips encoded as they are read"),
         ({"data__encoder_weights": "w"}, "data.encoder_weights = 'w': needs data.encoder"),
         ({"model__embedding_dim": 0}, "model.embedding_dim = 0: must be at least 1"),
         ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
@@ -100,7 +100,7 @@ def test_defaults_pass() -> None:
         ),
         (
             {"model__variant": "adaln", "model__num_landscapes": 2, "mcmc__loss": "last"},
-            "model.num_landscapes = 2: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'step'",
+            "model.num_landscapes = 2: must be 1 where mcmc.loss = 'last' and mcmc.gradient = 'truncated'",
         ),
         (
             {"model__variant": "adaln", "model__num_landscapes": 2, "mcmc__replay_size": 192},
