@@ -12,6 +12,8 @@ VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
 SHAPES_CLIPS := data/shapes/manifest.json
 SHAPES_LATENTS := data/shapes_latents/manifest.json
+# Which of the slow tests run beside the fast ones: the commit decides, so that every part gets its turn.
+SLOW_PART = $(shell echo $$((0x$$(git rev-parse --short=6 HEAD 2>/dev/null || echo 0))))
 # Share of whole books that neither the tokenizer nor the model sees in training.
 HOLDOUT := 0.05
 
@@ -54,7 +56,8 @@ train-shapes: setup data-shapes
 	$(VENV)/bin/python launchers/video_report.py --ebwm runs/video_shapes --ar runs/video_shapes_ar
 
 test: setup
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal --slow-part $(SLOW_PART) \
+		--cov ebwm_dist --cov-report term:skip-covered
 
 check: setup
 	$(VENV)/bin/ruff format --check

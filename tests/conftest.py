@@ -14,6 +14,9 @@ import torch
 from ebwm_dist.data.format.manifest import Manifest
 from tests.tiny_data import make_tiny_data
 
+SLOW_PARTS = 24
+"""How many parts the slow tests are dealt into; every run of `make test` takes one of them."""
+
 # Set while pytest loads, so that the subprocesses and ranks that tests start inherit it.
 os.environ.update(
     DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="offline", WANDB_SILENT="true", MPLBACKEND="agg"
@@ -35,3 +38,26 @@ def torch_extensions_dir() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Return the manifest of a data folder of text that all tests read and none may change."""
     return make_tiny_data(tmp_path_factory.mktemp("data") / "text")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--slow-part`."""
+    parser.addoption(
+        "--slow-part",
+        type=int,
+        metavar="N",
+        help=f"run the N-th part (modulo {SLOW_PARTS}) of the slow tests beside all others; `-m slow` runs them all",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow tests, except those of the chosen part; an expression of marks (`-m`) decides alone."""
+    if config.option.markexpr:
+        return
+    part = config.getoption("--slow-part")
+    # In turn by name: the longest tests stand side by side in a few files, so every part gets about as much of them.
+    slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: item.nodeid)
+    left_out = {item for number, item in enumerate(slow) if part is None or number % SLOW_PARTS != part % SLOW_PARTS}
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]

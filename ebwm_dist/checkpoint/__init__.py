@@ -1,1 +1,1 @@
-"""Checkpoints: folder protocol, leases, content of ZeRO's files, universal checkpoints, mirrors in object storage."""
+"""Checkpoints: the folder protocol, leases, ZeRO's files, universal checkpoints, copies in object storage."""

@@ -1,4 +1,4 @@
-"""The typed configuration of a run."""
+"""The typed configuration: schema, files and overrides, checks, DeepSpeed's dictionary."""
 
 from ebwm_dist.config.schema import (
     CheckpointConfig,

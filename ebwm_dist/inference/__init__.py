@@ -1,0 +1,1 @@
+"""Predictions: context cache, thinking, sampling, generation, roll-outs, export and import."""

@@ -1,0 +1,1 @@
+"""Refinement by gradient descent on an energy: spaces, noise, schedules, replay, the second-order engine, the EBT."""

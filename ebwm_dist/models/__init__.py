@@ -1,0 +1,1 @@
+"""Layers that carry tangents, the energy transformer, its autoregressive twins, FLOPs."""

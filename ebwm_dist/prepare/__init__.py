@@ -1,1 +1,1 @@
-"""From documents and videos to shards: what `data_tools/` calls."""
+"""From documents and videos to shards: listing, packing, cutting, encoding; called by `data_tools/`."""

@@ -1,1 +1,1 @@
-"""What a folder of shards is: sample format, manifest, index, reader and writer."""
+"""A folder of shards: sample format, manifest, index, reader, writer, video codec."""

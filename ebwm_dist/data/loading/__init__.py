@@ -1,1 +1,1 @@
-"""The order samples are read in: permutations, mixtures, damaged samples, the resumable stream."""
+"""The order of samples: permutations, mixtures, damaged samples, the resumable stream."""
