@@ -1,4 +1,7 @@
-"""Every command in the README is run: here, by `make`, or (where it needs many GPUs) as far as a dry run goes."""
+"""Every command in README and docs is run: here, by `make`, or (where it needs many GPUs) as far as a dry run goes.
+
+Those of docs/cluster.md are in tests/cluster/test_files.py.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,21 @@ from ebwm_dist.prepare.moving_shapes import moving_shapes
 from tests.tiny_data import tiny_documents
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for line in block.splitlines()
-]
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "cluster.md")]
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        for line in block.splitlines()
+    )
+)
 # What `make` targets do is seen by whoever runs them; `make test` is running this.
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
-OWN_TEXT = [command for command in COMMANDS if "mine" in command]
+OWN_TEXT = [command for command in COMMANDS if "mine" in command and "--follow" not in command]
+FOLLOW = [command for command in COMMANDS if "--follow" in command]  # tests/cluster/test_follow.py
 OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
-LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + OWN_VIDEO]
+LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + FOLLOW + OWN_VIDEO]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -48,7 +56,16 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 8 and len(OWN_VIDEO) == 4 and len(LARGE) == 5
+    assert len(OWN_TEXT) == 8 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 5
+
+
+def test_pages_and_links_are_there() -> None:
+    """Every page is in the index, and every link to a file leads to one."""
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in [*PAGES, ROOT / "docs" / "cluster.md"]:
+        assert page.name == "README.md" or f"({page.name})" in index
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_own_text_can_be_trained_on(checkout: Path) -> None:
