@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 
 from ebwm_dist.checkpoint.folder import MARKER, checkpoint_path, install, prepare_staging, read_marker, step_of
 from ebwm_dist.checkpoint.leases import Lease
-from ebwm_dist.errors import CheckpointError, ConfigError
+from ebwm_dist.errors import CheckpointError
+from ebwm_dist.storage import open_storage, without_options
 
 _BLOCK = 1 << 23
 TRIES, PAUSE = 3, 2.0
@@ -33,14 +34,13 @@ class CheckpointMirror:
     """The copy of `run_dir` at `location`, an address of s3://, gs:// or file://."""
 
     def __init__(self, location: str, run_dir: Path) -> None:
-        from pyarrow.fs import FileSystem
-
         self.location, self.run_dir = location, run_dir
         self._root = run_dir / "checkpoints"
         try:
-            self._storage, path = FileSystem.from_uri(location)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"checkpoint.remote = {location!r}: not an address of storage ({error})") from None
+            self._storage, path = open_storage(location, "checkpoint.remote")
+        except OSError as error:
+            shown = without_options(location)
+            raise CheckpointError(f"checkpoint.remote = {shown!r}: cannot be reached ({error})") from None
         self._path = PurePosixPath(path)
         self._checkpoints = self._path / "checkpoints"
 
@@ -86,7 +86,7 @@ class CheckpointMirror:
             try:
                 return self._fetch(step)
             except (CheckpointError, OSError) as error:
-                warn(f"checkpoint of step {step} in {self.location} passed over: {error}")
+                warn(f"checkpoint of step {step} in {without_options(self.location)} passed over: {error}")
         return None
 
     def _fetch(self, step: int) -> Path:
@@ -200,7 +200,9 @@ class Uploader:
                 return
             except Exception as error:  # of the storage, the network or the disk: training goes on
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                self.failure = f"{lease.checkpoint} could not be copied to {self.remote.location}: {reason}"
+                self.failure = (
+                    f"{lease.checkpoint} could not be copied to {without_options(self.remote.location)}: {reason}"
+                )
             if self._closed.wait(PAUSE * 2**attempt if attempt + 1 < TRIES else 0):
                 return
         self.warn(self.failure or "")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ebwm_dist.config.passthrough import check_passthrough
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
+from ebwm_dist.storage import check_address
 
 
 class Range(NamedTuple):
@@ -305,14 +306,10 @@ def _check_cluster(config: Config) -> None:
 
 def _check_remote(config: Config) -> None:
     remote = config.checkpoint.remote
-    for key, addresses in (
-        ("data.path", [config.data.path]),
-        ("data.mixture", config.data.mixture),
-        ("checkpoint.remote", [remote or ""]),
-    ):
-        if any(re.match(r"\w+://[^/?@]*:[^/?]*@", address) for address in addresses):
-            # Neither here nor in the run folder's config.yaml, where it would stay.
-            raise ConfigError(f"{key}: the address holds a password; leave it out and put it into the environment")
+    mixture = [("data.mixture", address) for address in config.data.mixture]
+    for key, address in (("data.path", config.data.path), *mixture, ("checkpoint.remote", remote or "")):
+        if re.match(r"\w+://", address):
+            check_address(address, key)
     if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
         raise ConfigError(
             f"checkpoint.remote = {remote!r}: must begin with s3://, gs:// or file://, or be null for no copy"

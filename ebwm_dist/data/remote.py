@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from ebwm_dist.errors import ConfigError, DataError
 from ebwm_dist.files import sha256_of_bytes, sha256_of_file
+from ebwm_dist.storage import check_address, open_storage, without_options
 
 SCHEMES = ("http", "https", "s3", "gs")
 TRIES = 3
@@ -53,6 +54,10 @@ class RemoteFolder:
 
     location: str
     cache: Cache
+
+    def __post_init__(self) -> None:
+        if not self.location.startswith("pipe:"):
+            check_address(self.location, "data.path")
 
     def url(self, name: str) -> str:
         """Return the address of a file in the folder."""
@@ -229,7 +234,7 @@ def _name(url: str) -> str:
 
 def _shown(url: str) -> str:
     """Return the part of `url` that messages may name: a signed address has its secrets among its options."""
-    return url if url.startswith("pipe:") else url.partition("?")[0]
+    return url if url.startswith("pipe:") else without_options(url)
 
 
 def _transfer(url: str, path: Path) -> None:
@@ -242,12 +247,7 @@ def _transfer(url: str, path: Path) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
         fsspec.filesystem("http", client_kwargs={"timeout": timeout}).get_file(url, str(path))
     else:
-        from pyarrow.fs import FileSystem
-
-        try:
-            storage, source = FileSystem.from_uri(url)
-        except ValueError as error:
-            raise ConfigError(f"{_shown(url)}: not an address of storage ({error}); correct data.path") from None
+        storage, source = open_storage(url, "data.path")
         with storage.open_input_stream(source) as stream, open(path, "wb") as file:
             shutil.copyfileobj(stream, file, _BLOCK)
 

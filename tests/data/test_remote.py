@@ -306,5 +306,5 @@ def test_options_of_an_address_go_with_every_file_and_into_no_message(
         patch.setattr(remote, "_transfer", refused)
         folder.open("b c.tar", SIZE, "")
     assert "den" not in str(raised.value).replace("Forbidden", "")
-    with pytest.raises(ConfigError, match="s3://bucket/a/b.tar: not an address of storage"):
+    with pytest.raises(ConfigError, match="data.path = 's3://bucket/a/b.tar': not an address of storage"):
         RemoteFolder("s3://bucket/a?colour=red", cache).read("b.tar", None)

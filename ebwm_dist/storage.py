@@ -1,0 +1,61 @@
+"""Addresses of storage, `scheme://bucket/path?name=value`, read as the URLs they are.
+
+An address means one place exactly, or it is refused: `%23` is `#`, letters and spaces stand for themselves, and what a
+parser would drop (`#fragment`) or fold (`//`, `.`) is an error, as two addresses would share a place.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from ebwm_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+def without_options(address: str) -> str:
+    """Return the part of an address that messages may name: its options may be a signature."""
+    return address.partition("?")[0]
+
+
+def check_address(address: str, key: str) -> None:
+    """Raise a `ConfigError` naming `key` unless `address` means exactly one place; nothing is connected to."""
+    scheme, _, rest = address.partition("://")
+    path, options, _ = rest.partition("?")
+    parts = unquote(path).rstrip("/").split("/")
+    problem = None
+    if re.match(r"[^/]*:[^/]*@", path):
+        # Named neither here nor in the run folder's config.yaml, where it would stay.
+        raise ConfigError(f"{key}: the address holds a password; leave it out and put it into the environment")
+    if "#" in rest:
+        problem = "a URL ends where '#' is; write %23 for it"
+    elif re.search(r"%(?![0-9a-fA-F]{2})", path):
+        problem = "'%' must be followed by two hexadecimal digits; write %25 for it"
+    elif scheme == "file" and not rest.startswith("/"):
+        problem = "expected three slashes and a folder, as in file:///data"
+    elif scheme == "file" and options:
+        problem = "a folder has no options; write %3F for '?'"
+    elif scheme in ("s3", "gs") and any(part in ("", ".", "..") for part in parts):
+        problem = "an empty part, '.' or '..' is not the name of a folder; leave it out"
+    if problem is not None:
+        raise ConfigError(f"{key} = {without_options(address)!r}: {problem}")
+
+
+def open_storage(address: str, key: str) -> tuple[FileSystem, str]:
+    """Return the file system of an address of s3://, gs:// or file://, and the path in it.
+
+    Raises:
+        ConfigError: it is not such an address.
+        OSError: the storage cannot be reached.
+    """
+    from pyarrow.fs import FileSystem
+
+    check_address(address, key)
+    try:
+        storage, path = FileSystem.from_uri(quote(address, safe="%/:?&=@+,;$!*'()~"))
+    except ValueError as error:
+        raise ConfigError(f"{key} = {without_options(address)!r}: not an address of storage ({error})") from None
+    return storage, path
