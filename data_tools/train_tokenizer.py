@@ -18,7 +18,8 @@ from pathlib import Path
 from ebwm_dist.data.tokenizer import train_tokenizer
 from ebwm_dist.errors import UserError
 from ebwm_dist.files import sha256_of_file, write_json
-from ebwm_dist.prepare.documents import DocumentReader, Fields, describe_inputs, find_inputs, is_held_out
+from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
+from ebwm_dist.prepare.listing import describe_inputs
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +61,8 @@ def is_up_to_date(out: Path, sidecar: Path, source: dict[str, object]) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Run the tool."""
     options = parse_arguments(arguments)
-    files = find_inputs(options.input)
+    sidecar = options.out.with_name(options.out.name + ".json")
+    files = find_documents(options.input, outputs=(options.out, sidecar))
     fields = Fields(options.text_field, options.id_field, options.group_field)
     excluded = frozenset(options.exclude_group)
     source: dict[str, object] = {
@@ -72,7 +74,6 @@ def main(arguments: list[str] | None = None) -> None:
         "exclude_group": sorted(excluded),
         "exclude_fraction": options.exclude_fraction,
     }
-    sidecar = options.out.with_name(options.out.name + ".json")
     if is_up_to_date(options.out, sidecar, source):
         print(f"{options.out}: up to date")
         return

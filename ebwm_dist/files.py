@@ -31,6 +31,11 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def printable(path: str | Path) -> str:
+    r"""Return a path for messages and JSON; bytes of a file name that are not UTF-8 become escapes like `\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new one, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import train_tokenizer
-from ebwm_dist.prepare.documents import DocumentReader, find_inputs
+from ebwm_dist.prepare.documents import DocumentReader, find_documents
 from ebwm_dist.prepare.text_shards import Layout, build
 from ebwm_dist.workers.executors import LOCAL, Work
 
@@ -41,7 +41,7 @@ def make_tiny_data(
     source = folder.parent / f"{folder.name}.jsonl"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(documents)))
-    texts = (document.text for document in DocumentReader(find_inputs([source])) if document.group != HELD_OUT)
+    texts = (document.text for document in DocumentReader(find_documents([source])) if document.group != HELD_OUT)
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=vocab_size)
     assert tokenizer.vocab_size == vocab_size, f"ask for at most {tokenizer.vocab_size} tokens, or more documents"
     layout = Layout(sequence_length, samples_per_member=8, members_per_shard=4, holdout=(HELD_OUT,))

@@ -18,7 +18,9 @@ from PIL import Image
 
 from ebwm_dist.data.format.video_codec import VideoInfo, frames_at, probe
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import is_held_out
+from ebwm_dist.prepare.listing import InputFile, list_inputs
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 
@@ -48,11 +50,9 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Video:
-    """A video file: its name as messages and manifests show it, where it is, and what is in it."""
+class Video(InputFile):
+    """A video file and its size, length and number of frames."""
 
-    name: str
-    path: Path
     info: VideoInfo
 
 
@@ -65,22 +65,14 @@ class Clip:
     start: float
 
 
-def find_videos(inputs: Sequence[str | Path]) -> list[Video]:
-    """List the videos among `inputs` (files, or folders searched in sorted order); names must differ."""
+def find_videos(inputs: Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Video]:
+    """List and probe the videos among `inputs`, files or folders; names must differ. The tool writes `outputs`."""
     found: dict[str, Path] = {}
-    for given in map(Path, inputs):
-        if given.is_dir():
-            paths = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            if not paths:
-                raise UserError(f"input folder {given} holds no video ({', '.join(SUFFIXES)})")
-        elif not given.exists():
-            raise UserError(f"input {given} does not exist")
-        else:
-            paths = [given]
-        for path in paths:
-            name = path.relative_to(given).as_posix() if given.is_dir() else path.name
-            if found.setdefault(name, path).resolve() != path.resolve():
-                raise UserError(f"inputs {found[name]} and {path} have the same name; put them into one folder")
+    for file in list_inputs(inputs, SUFFIXES, outputs):
+        if (other := found.setdefault(file.name, file.path)) != file.path:
+            raise UserError(
+                f"inputs {printable(other)} and {printable(file.path)} have the same name; put them into one folder"
+            )
     return [Video(name, path, probe(path)) for name, path in found.items()]
 
 

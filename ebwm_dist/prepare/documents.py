@@ -1,8 +1,8 @@
 """Read documents from text and JSON-lines files, and say exactly where an input is malformed.
 
-A `.txt` file is one document whose group is the file's stem. A `.jsonl` or `.jsonl.gz` file holds one document per
-line; one without a group is a group of its own. Groups are what the held-out split is made of, so that neighbouring
-passages never end up on both sides.
+A `.txt` file is one document whose group is the file's stem. A `.jsonl` file holds one document per line; one without
+a group is a group of its own. Both may be compressed (`.gz`). The held-out split consists of whole groups, so that
+neighbouring passages never end up on both sides.
 """
 
 from __future__ import annotations
@@ -12,22 +12,16 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import sha256_of_file
+from ebwm_dist.files import printable
+from ebwm_dist.prepare.listing import InputFile, list_inputs, unreadable
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read: its name as messages and manifests show it, and where it is."""
-
-    name: str
-    path: Path
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -57,31 +51,13 @@ class Fields:
     group: str = "group"
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> list[InputFile]:
-    """List the document files among `inputs` (files, or folders searched in sorted order), each file once."""
-    found: list[InputFile] = []
-    seen: set[Path] = set()
-    for given in map(Path, inputs):
-        if given.is_dir():
-            paths = sorted(path for path in given.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
-            if not paths:
-                raise UserError(f"input folder {given} holds no {', '.join(SUFFIXES)} file")
-        elif not given.exists():
-            raise UserError(f"input {given} does not exist")
-        elif not given.name.endswith(SUFFIXES):
-            raise UserError(f"input {given} is not a {', '.join(SUFFIXES)} file")
-        else:
-            paths = [given]
-        for path in paths:
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                found.append(InputFile(path.relative_to(given).as_posix() if given.is_dir() else path.name, path))
-    return found
-
-
-def describe_inputs(files: Sequence[InputFile]) -> list[dict[str, str | int]]:
-    """Return name, size and hash of every input: what "made from the same inputs" is judged by."""
-    return [{"name": f.name, "bytes": f.path.stat().st_size, "sha256": sha256_of_file(f.path)} for f in files]
+def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[InputFile]:
+    """List the document files among `inputs`, files or folders; `outputs` are what the tool writes."""
+    files = list_inputs(inputs, SUFFIXES, outputs)
+    for file in files:
+        if not _has_suffix(file, *SUFFIXES):
+            raise UserError(f"input {printable(file.path)} is not a {', '.join(SUFFIXES)} file")
+    return files
 
 
 def is_held_out(group: str, names: frozenset[str], fraction: float) -> bool:
@@ -107,7 +83,7 @@ class DocumentReader:
 
     def __iter__(self) -> Iterator[Document]:
         for file in self.files:
-            for document in self._read_text(file) if file.path.suffix == ".txt" else self._read_lines(file):
+            for document in self._read(file):
                 if document.text:
                     yield document
                 else:
@@ -115,33 +91,42 @@ class DocumentReader:
 
     def _reject(self, file: InputFile, line: int, reason: str) -> None:
         if self.on_error == "fail":
-            raise DataError(f"{file.path}, line {line}: {reason}; correct it, or leave it out with --on-error skip")
+            where = f"{printable(file.path)}, line {line}"
+            raise DataError(f"{where}: {reason}; correct it, or leave it out with --on-error skip")
         self.rejects.append(Reject(file.name, line, reason))
 
-    def _read_text(self, file: InputFile) -> Iterator[Document]:
-        raw = file.path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self._reject(file, raw[: error.start].count(b"\n") + 1, "invalid UTF-8")
-            return
-        yield Document(file.name.removesuffix(".txt"), file.path.stem, text)
-
-    def _read_lines(self, file: InputFile) -> Iterator[Document]:
+    def _read(self, file: InputFile) -> Iterator[Document]:
         number = 0
         try:
-            with gzip.open(file.path) if file.path.suffix == ".gz" else open(file.path, "rb") as stream:
+            with gzip.open(file.path) if _has_suffix(file, ".gz") else open(file.path, "rb") as stream:
+                if suffix := _has_suffix(file, *TEXT_SUFFIXES):
+                    yield from self._text(file, file.name[: -len(suffix)], stream.read())
+                    return
                 for number, raw in enumerate(stream, start=1):
-                    raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-                    if raw.strip():
-                        try:
-                            document = parse_line(raw, f"{file.name}:{number}", self.fields)
-                        except ValueError as error:
-                            self._reject(file, number, str(error))
-                        else:
-                            yield document
+                    yield from self._line(file, number, raw)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             self._reject(file, number + 1, f"damaged gzip data from here on ({error})")
+        except OSError as error:
+            raise unreadable(file.path, error) from None
+
+    def _text(self, file: InputFile, name: str, raw: bytes) -> Iterator[Document]:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield Document(name, name.rpartition("/")[2], raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            self._reject(file, raw[: error.start].count(b"\n") + 1, "invalid UTF-8")
+
+    def _line(self, file: InputFile, number: int, raw: bytes) -> Iterator[Document]:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+        if raw.strip():
+            try:
+                yield parse_line(raw, f"{file.name}:{number}", self.fields)
+            except ValueError as error:
+                self._reject(file, number, str(error))
+
+
+def _has_suffix(file: InputFile, *suffixes: str) -> str | None:
+    return next((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), None)
 
 
 def parse_line(raw: bytes, default_id: str, fields: Fields) -> Document:

@@ -27,13 +27,12 @@ from ebwm_dist.prepare.documents import (
     Document,
     DocumentReader,
     Fields,
-    InputFile,
     Reject,
-    describe_inputs,
-    find_inputs,
+    find_documents,
     is_held_out,
 )
 from ebwm_dist.prepare.encoding import encode_documents
+from ebwm_dist.prepare.listing import InputFile, describe_inputs
 from ebwm_dist.prepare.packing import Packer
 from ebwm_dist.workers.executors import LOCAL, Work
 
@@ -146,7 +145,7 @@ def build(
 ) -> Report:
     """Make the data folder `out`, unless it holds exactly this already."""
     start = time.monotonic()
-    files = find_inputs(list(inputs))
+    files = find_documents(inputs, outputs=(out, out / REJECTS_NAME))
     fields = fields or Fields()
     source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}
     source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}

@@ -27,9 +27,9 @@ from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
 from ebwm_dist.errors import DataError
-from ebwm_dist.files import sha256_of_file
 from ebwm_dist.prepare.build_state import begin, finish, up_to_date
 from ebwm_dist.prepare.cutting import Clip, Cut, find_videos, plan_clips, read_frames
+from ebwm_dist.prepare.listing import describe_inputs, refuse_outputs
 from ebwm_dist.workers.executors import LOCAL, Work, run_in_order
 
 CLIPS_PER_MEMBER = 16  # latents of so many clips share a member of a tar
@@ -168,8 +168,7 @@ def cut_clips(
 ) -> VideoReport:
     """Make the data folder `out` of clips of video files, or of their latents if there is an `encoding`."""
     start = time.monotonic()
-    videos = find_videos(inputs)
-    files = [{"name": v.name, "bytes": v.path.stat().st_size, "sha256": sha256_of_file(v.path)} for v in videos]
+    videos = find_videos(inputs, outputs=(out,))
     content: ClipFormat | LatentFormat
     content = ClipFormat(cut.frames, cut.frame_interval, cut.height, cut.width, storage)
     if encoding is not None:
@@ -182,7 +181,7 @@ def cut_clips(
         for number, first in enumerate(range(0, len(clips[split]), clips_per_shard)):
             source = VideoFiles(tuple(clips[split][first : first + clips_per_shard]), cut)
             tasks.append(ShardTask(out.resolve(), split, number, clips_per_shard, content, source, encoding))
-    settings = {"inputs": files, "cut": asdict(cut), "clips_per_shard": clips_per_shard}
+    settings = {"inputs": describe_inputs(videos), "cut": asdict(cut), "clips_per_shard": clips_per_shard}
     held_out = {clip.name for clip in clips["val"]} - {clip.name for clip in clips["train"]}
     manifest = Manifest(out, content, totals, tuple(sorted(held_out)), settings)
     made, up_to_date = _make(manifest, tasks, encoding, work)
@@ -192,6 +191,7 @@ def cut_clips(
 def encode_clips(clips: Path, out: Path, encoding: Encoding, *, work: Work = LOCAL) -> VideoReport:
     """Make the data folder `out` of the latents of a folder of clips, shard by shard."""
     start = time.monotonic()
+    refuse_outputs(clips, [out])
     given = Manifest.load(clips)
     if not isinstance(given.sample_format, ClipFormat):
         raise DataError(f"{clips} holds {given.sample_format.kind}, not clips; make some with {ClipFormat.tool}")

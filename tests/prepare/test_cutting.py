@@ -107,7 +107,7 @@ def test_inputs_are_found_in_order_and_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for inputs, message in (
         (["gone.mp4"], "gone.mp4 does not exist"),
-        ([tmp_path / "empty"], "holds no video"),
+        ([tmp_path / "empty"], "holds no .mp4"),
         ([tmp_path / "in" / "a.mp4", tmp_path / "in" / "other" / "a.mp4"], "have the same name"),
     ):
         with pytest.raises(UserError, match=message):

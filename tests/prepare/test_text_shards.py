@@ -18,7 +18,7 @@ from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
 from ebwm_dist.prepare import encoding
 from ebwm_dist.prepare import text_shards as build_module
-from ebwm_dist.prepare.documents import Fields, find_inputs, is_held_out
+from ebwm_dist.prepare.documents import Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
 from ebwm_dist.prepare.text_shards import Layout, Report, build
 from ebwm_dist.workers.executors import Work
@@ -193,7 +193,43 @@ def test_folders_of_text_and_gzip_files(tokenizer: Tokenizer, tmp_path: Path) ->
     assert report.manifest.train.groups == 2 and report.manifest.source["empty"] == 1
     rejects = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"]) for r in rejects] == [("bad.txt", 2), ("d.jsonl.gz", 1)]
-    assert len(find_inputs([folder, folder / "a.txt"])) == 5
+    assert len(find_documents([folder, folder / "a.txt"])) == 5
+
+
+def test_linked_compressed_and_upper_case_files_are_documents_and_hidden_ones_are_not(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    (tmp_path / "elsewhere").mkdir()
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "A.TXT").write_text("kalo")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("._b.txt", ".ipynb_checkpoints/b.txt"):
+        (folder / name).write_text("a copy of a held-out text")
+    with gzip.open(folder / "b.txt.gz", "wt") as file:
+        file.write("tenvas")
+    (folder / "c.JSONL").write_text('{"text": "miru"}\n')
+    (folder / "d.txt.gz").write_bytes((folder / "b.txt.gz").read_bytes()[:24])
+    report = build([folder], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    assert texts_of(report.manifest, "train") == ["miru", "kalo"]
+    assert texts_of(report.manifest, "val") == ["tenvas"] and report.manifest.held_out_groups == ("b",)
+    assert "d.txt.gz" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
+def test_an_output_folder_among_the_inputs_is_left_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, text in (("a.txt", "kalo"), ("b.txt", "tenvas"), ("bad.jsonl", "{")):
+        (tmp_path / name).write_text(text)
+
+    def run(*inputs: Path) -> Report:
+        return build(inputs, tokenizer, out, LAYOUT, on_error="skip")
+
+    assert run(tmp_path).rejects == 1 and run(tmp_path).up_to_date
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for given in (out, out / "rejects.jsonl"):
+        with pytest.raises(UserError, match=f"input {given} is an output of this run"):
+            run(given)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_wrong_inputs_and_splits_are_user_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -202,7 +238,7 @@ def test_wrong_inputs_and_splits_are_user_errors(tokenizer: Tokenizer, tmp_path:
     (tmp_path / "x.csv").touch()
     for path, message in (("gone", "does not exist"), ("empty", "holds no"), ("x.csv", "is not a")):
         with pytest.raises(UserError, match=message):
-            find_inputs([tmp_path / path])
+            find_documents([tmp_path / path])
     for holdout, message in (
         (("b", "Ruht"), "'Ruht' is not in the input"),
         (("a", "b"), "no document is left for the train split"),

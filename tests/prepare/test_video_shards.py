@@ -202,6 +202,8 @@ def test_a_killed_run_is_continued(folder: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_encoded_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(folder, tmp_path / "latents", encoding=PIXELS)
+    with pytest.raises(UserError, match="latents is an output of this run"):
+        encode_clips(tmp_path / "latents", tmp_path / "latents", PIXELS)
     with pytest.raises(DataError, match="holds latents, not clips"):
         encode_clips(tmp_path / "latents", tmp_path / "out", PIXELS)
     black = tmp_path / "black"
