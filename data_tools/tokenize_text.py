@@ -49,6 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="fail",
         help=f"malformed documents: stop at the first (default), or list them in {REJECTS_NAME} and go on",
     )
+    parser.add_argument(
+        "--allow-lossy", action="store_true", help="accept a tokenizer that drops or changes characters, with a warning"
+    )
     add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.holdout_fraction is None:
@@ -112,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         layout,
         fields=Fields(options.text_field, options.id_field, options.group_field),
         on_error=options.on_error,
+        allow_lossy=options.allow_lossy,
         work=Work.of(options),
     )
     warn_of_leak(options.tokenizer, layout)

@@ -6,8 +6,10 @@ import json
 import random
 from pathlib import Path
 
+import sentencepiece
+
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.tokenizer import train_tokenizer
+from ebwm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_dist.prepare.documents import DocumentReader, find_documents
 from ebwm_dist.prepare.text_shards import Layout, build
 from ebwm_dist.workers.executors import LOCAL, Work
@@ -29,6 +31,16 @@ def tiny_documents(count: int, words: int = 60) -> list[dict[str, str]]:
         lines = "\n".join(" ".join(text[i : i + 10]) for i in range(0, words, 10))
         documents.append({"id": f"text {number}", "group": f"book {number % 5}", "text": lines})
     return documents
+
+
+def lossy_tokenizer(path: Path, **options: object) -> Tokenizer:
+    """Train a tokenizer as sentencepiece does by default: it folds spaces and normalises characters."""
+    texts = iter([document["text"] for document in tiny_documents(20)])
+    with open(path, "wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts, model_writer=writer, vocab_size=300, pad_id=3, hard_vocab_limit=False, **options
+        )
+    return Tokenizer(path)
 
 
 def make_tiny_data(

@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING
 import sentencepiece
 
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import sha256_of_bytes, write_atomically
+from ebwm_dist.files import printable, sha256_of_bytes, write_atomically
 
 if TYPE_CHECKING:
     from ebwm_dist.data.format.manifest import Manifest  # it needs numpy, which a tokenizer does without
 
-PROBES = (
-    "Two  spaces,   three, a trailing one ",
-    " leading space\n\n\tand a tab\r\n    indented\n",
-    "accents é ü ñ, 漢字, emoji 🙂👩‍🚀, <s> </s> <pad> <0x0A>",
-)
-"""Texts that a lossy tokenizer would change."""
+PROBES = {
+    "leading and trailing spaces": " a ",
+    "repeated spaces": "two  spaces,   three",
+    "newlines": "a\n\nb\r\nc\n",
+    "tabs": "\ta\tb",
+    "upper case": "AbC",
+    "accents": "é ü ñ",
+    "combining marks": "e\u0301",
+    "compatibility characters": "\ufb01 ² \uff21",
+    "other scripts": "漢字 слово كلمة",
+    "emoji": "🙂👩\u200d🚀",
+    "the spelling of special tokens": "<s> </s> <pad> <unk> <0x0A>",
+}
+"""Texts that a lossy tokenizer changes, by what it loses."""
 
 _LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves out sentences beyond its limit without saying so
 _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memory
@@ -34,24 +42,25 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, content: bytes | None = None) -> None:
         self.path = Path(path)
+        name = f"tokenizer {printable(path)}"
         try:
             content = self.path.read_bytes() if content is None else content
-        except OSError:
+        except OSError as error:
             raise DataError(
-                f"tokenizer {path} cannot be read; make one with data_tools/train_tokenizer.py --out {path}"
+                f"{name} cannot be read ({error.strerror}); make one with data_tools/train_tokenizer.py --out PATH"
             ) from None
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
         except RuntimeError:
-            raise DataError(f"tokenizer {path} is not a sentencepiece model") from None
+            raise DataError(f"{name} is not a sentencepiece model") from None
         self.sha256: str = sha256_of_bytes(content)
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id: int = self._processor.pad_id()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         if min(self.pad_id, self.eos_id) < 0:
-            raise DataError(f"tokenizer {path} defines no pad or no end-of-sequence token; both are needed")
+            raise DataError(f"{name} defines no pad or no end-of-sequence token; both are needed")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, without begin or end tokens."""
@@ -62,6 +71,10 @@ class Tokenizer:
         """Return the text of `ids`; pad, begin and end tokens have none."""
         text: str = self._processor.decode([int(token) for token in ids])
         return text
+
+    def losses(self) -> list[str]:
+        """Return the names of the `PROBES` that encoding and decoding change; a lossless tokenizer has none."""
+        return [name for name, text in PROBES.items() if self.decode(self.encode(text)) != text]
 
 
 def load_tokenizer(manifest: Manifest) -> Tokenizer:
@@ -116,14 +129,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
             f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}; "
             "change --vocab-size (260 plus the number of different characters at least) or add text"
         ) from None
-    check_lossless(model.getvalue())
+    tokenizer = Tokenizer(out, model.getvalue())
+    assert not tokenizer.losses(), tokenizer.losses()
     write_atomically(out, model.getvalue())
-    return Tokenizer(out)
-
-
-def check_lossless(model: bytes) -> None:
-    """Raise a DataError if the serialised model changes any of the probe texts."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    for text in PROBES:
-        if processor.decode(processor.encode(text)) != text:
-            raise DataError(f"the tokenizer does not give back {text!r}")
+    return tokenizer

@@ -7,6 +7,7 @@ was interrupted keeps its shards: the next one reads all documents again, but en
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import write_atomically
+from ebwm_dist.files import printable, write_atomically
 from ebwm_dist.prepare.build_state import begin, finish, load_position, save_position, up_to_date
 from ebwm_dist.prepare.documents import (
     Document,
@@ -38,6 +39,8 @@ from ebwm_dist.workers.executors import LOCAL, Work
 
 TOKENIZER_NAME = "tokenizer.model"
 REJECTS_NAME = "rejects.jsonl"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,16 @@ def build(
     *,
     fields: Fields | None = None,
     on_error: str = "fail",
+    allow_lossy: bool = False,
     work: Work = LOCAL,
 ) -> Report:
     """Make the data folder `out`, unless it holds exactly this already."""
     start = time.monotonic()
+    if lost := tokenizer.losses():
+        message = f"tokenizer {printable(tokenizer.path)} is lossy: decoding does not give back {', '.join(lost)}"
+        if not allow_lossy:
+            raise DataError(f"{message}; train one with data_tools/train_tokenizer.py, or add --allow-lossy")
+        _log.warning("WARNING: %s", message)
     files = find_documents(inputs, outputs=(out, out / REJECTS_NAME))
     fields = fields or Fields()
     source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.tokenizer import PROBES, Tokenizer, check_lossless, load_tokenizer, train_tokenizer
+from ebwm_dist.data.tokenizer import PROBES, Tokenizer, load_tokenizer, train_tokenizer
 from ebwm_dist.errors import DataError, UserError
-from tests.tiny_data import tiny_documents
+from tests.tiny_data import lossy_tokenizer, tiny_documents
 
 # U+2581 stands for the space inside sentencepiece; lone surrogates are no text.
 text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
@@ -21,10 +21,10 @@ text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["C
 def test_round_trip_of_both_model_types(tmp_path: Path, model_type: str) -> None:
     texts = [document["text"] for document in tiny_documents(20)]
     tokenizer = train_tokenizer(texts, tmp_path / "t.model", vocab_size=310, model_type=model_type)
-    for probe in [*PROBES, *texts, "", " ", "\n"]:
+    for probe in [*PROBES.values(), *texts, "", " ", "\n"]:
         assert tokenizer.decode(tokenizer.encode(probe)) == probe
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id}
-    assert len(special) == 3 and not special & set(tokenizer.encode("".join(PROBES)))
+    assert len(special) == 3 and not special & set(tokenizer.encode("".join(PROBES.values())))
 
 
 @settings(max_examples=200, deadline=None)
@@ -36,18 +36,16 @@ def test_any_text_round_trips_and_special_tokens_have_no_text(tiny: Manifest, te
     assert not {tokenizer.pad_id, tokenizer.eos_id} & set(ids)
 
 
-def test_a_lossy_tokenizer_is_refused(tmp_path: Path) -> None:
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    texts = iter([document["text"] for document in tiny_documents(20)])
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=model, vocab_size=300, byte_fallback=True, hard_vocab_limit=False
-    )
-    with pytest.raises(DataError, match="does not give back"):
-        check_lossless(model.getvalue())
+def test_losses_are_named(tmp_path: Path) -> None:
+    lossless = train_tokenizer([d["text"] for d in tiny_documents(20)], tmp_path / "t.model", vocab_size=310)
+    assert lossless.losses() == []
+    assert lossy_tokenizer(tmp_path / "byte_fallback.model", byte_fallback=True).losses() == [
+        *("leading and trailing spaces", "repeated spaces", "newlines", "tabs"),
+        *("combining marks", "compatibility characters"),
+    ]
+    assert {"accents", "emoji", "other scripts"} < set(lossy_tokenizer(tmp_path / "characters.model").losses())
+    folding = lossy_tokenizer(tmp_path / "folding.model", byte_fallback=True, normalization_rule_name="nmt_nfkc_cf")
+    assert "upper case" in folding.losses()
 
 
 def test_the_same_text_trains_the_same_tokenizer(tmp_path: Path) -> None:

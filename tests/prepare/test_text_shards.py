@@ -22,7 +22,7 @@ from ebwm_dist.prepare.documents import Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
 from ebwm_dist.prepare.text_shards import Layout, Report, build
 from ebwm_dist.workers.executors import Work
-from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
+from tests.tiny_data import HELD_OUT, lossy_tokenizer, make_tiny_data, tiny_documents
 
 LAYOUT = Layout(sequence_length=8, samples_per_member=3, members_per_shard=2, holdout=("b",))
 GOOD = [{"id": "1", "group": "a", "text": "kalo miru"}, {"id": "2", "group": "b", "text": "  tenvas\n\tsho "}]
@@ -230,6 +230,16 @@ def test_an_output_folder_among_the_inputs_is_left_alone(tokenizer: Tokenizer, t
         with pytest.raises(UserError, match=f"input {given} is an output of this run"):
             run(given)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_lossy_tokenizer_is_refused_or_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    lossy = lossy_tokenizer(tmp_path / "lossy.model", byte_fallback=True)
+    with pytest.raises(DataError, match="lossy.model is lossy: .*repeated spaces, newlines.*--allow-lossy"):
+        build([source], lossy, tmp_path / "out", LAYOUT)
+    assert not (tmp_path / "out").exists()
+    report = build([source], lossy, tmp_path / "out", LAYOUT, allow_lossy=True)
+    assert "newlines" in caplog.text and texts_of(report.manifest, "val") == ["tenvas sho"]
 
 
 def test_wrong_inputs_and_splits_are_user_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
