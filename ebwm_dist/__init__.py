@@ -17,15 +17,14 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, device: torch.device | None = None) -> Predictor:
-    """Return the trained model of a run folder, one of its checkpoints or an export, to predict and generate with.
+    """Return the trained model of a run, to predict and generate with.
 
-    It is put on the GPU, where there is one, unless a `device` is given.
+    `path` is a run folder, one of its checkpoints, an export, or the address of a run's copy in object storage. The
+    model is put on the GPU, where there is one, unless a `device` is given.
     """
-    import torch
-
-    from ebwm_dist.devices import use_cuda
+    from ebwm_dist.devices import default_device
     from ebwm_dist.inference.api import Predictor
-    from ebwm_dist.inference.load import load_model
+    from ebwm_dist.run import Run
 
-    loaded = load_model(path, device or torch.device("cuda" if use_cuda() else "cpu"))
-    return Predictor(loaded.model, loaded.config, loaded.tokenizer)
+    run = Run(path, device or default_device())
+    return Predictor(run.model, run.config, run.tokenizer)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.export import export_run
+from ebwm_dist.run import Run
 
 
 def main() -> int:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument("--run", required=True, help="run folder (its newest checkpoint), a checkpoint, or an address")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
     args = parser.parse_args()
     try:
-        print(f"exported to {export_run(args.run, args.out)}")
+        print(f"exported to {export_run(Run(args.run), args.out)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

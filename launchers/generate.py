@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from ebwm_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from ebwm_dist.inference.api import Predictor
     from ebwm_dist.inference.thinking import Thinking
+    from ebwm_dist.run import Run
 
 
 def main() -> int:
     """Parse the command line and generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder, checkpoint or export")
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint, export or address")
     parser.add_argument("--prompt", nargs="+", default=[""], help="one or more texts; none: begin a document")
     parser.add_argument("--tokens", type=int, default=64, help="most new tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all noise and sampling; also of each further prompt")
@@ -32,6 +32,7 @@ def main() -> int:
     video = parser.add_argument_group("video")
     video.add_argument("--samples", type=int, default=3, help="held-out samples (default: %(default)s)")
     video.add_argument("--observe", type=int, default=1, help="frames of each to go on from (default: %(default)s)")
+    video.add_argument("--data", help="data folder or address; default: the data it was trained on")
     video.add_argument("--out", type=Path, help="folder for a PNG strip and a GIF of each: truth above, model below")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
@@ -60,9 +61,11 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Generate; a single text is written as it comes."""
-    import ebwm_dist
+    from ebwm_dist.devices import default_device
+    from ebwm_dist.inference.api import Predictor
     from ebwm_dist.inference.sampling import Sampling
     from ebwm_dist.inference.thinking import Thinking
+    from ebwm_dist.run import Run
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     thinking = Thinking(
@@ -75,10 +78,11 @@ def run(args: argparse.Namespace) -> None:
         energy_tolerance=args.energy_tolerance,
         budget=args.budget,
     )
-    predictor = ebwm_dist.load(args.checkpoint)
-    if predictor.embedding_dim is not None:
-        roll_out(args, predictor, thinking)
+    opened = Run(args.checkpoint, default_device())
+    if opened.config.model.embedding_dim is not None:
+        roll_out(args, opened, thinking)
         return
+    predictor = Predictor(opened.model, opened.config, opened.tokenizer)
     streamed = len(args.prompt) == 1 and not args.json
     shown: list[str] = []
 
@@ -107,12 +111,12 @@ def run(args: argparse.Namespace) -> None:
             print(f"{prompt}{text.text}\n")
 
 
-def roll_out(args: argparse.Namespace, predictor: Predictor, thinking: Thinking) -> None:
+def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
     """Continue held-out samples of video."""
     from ebwm_dist.inference.video import roll_out_held_out, write_pictures
 
     film, observer = roll_out_held_out(
-        predictor, args.checkpoint, samples=args.samples, observed=args.observe, thinking=thinking, seed=args.seed
+        run, args.data, samples=args.samples, observed=args.observe, thinking=thinking, seed=args.seed
     )
     pictures = [] if args.out is None else write_pictures(film, observer, args.out)
     records = film.records()

@@ -60,15 +60,15 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [committed[step] for step in sorted(committed, reverse=True)]
 
 
-def newest_intact(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written, or None if there are no checkpoints.
+def newest_intact(root: Path, warn: Callable[[str], None], check: Callable[[Path], None] | None = None) -> Path | None:
+    """Return the newest checkpoint that passes `check` (default: `verify`), or None if there are no checkpoints.
 
-    `warn` is told about every damaged checkpoint that is passed over.
+    `warn` gets a line about every damaged checkpoint that is passed over.
     """
     checkpoints = list_checkpoints(root)
     for path in checkpoints:
         try:
-            verify(path)
+            (check or verify)(path)
         except CheckpointError as error:
             warn(f"checkpoint passed over: {error}")
         else:
@@ -107,9 +107,11 @@ def fingerprint(path: Path) -> str:
     return _checksum(read_marker(path))
 
 
-def verify(path: Path) -> None:
-    """Read every file of a checkpoint and raise a `CheckpointError` that names the first one that has changed."""
+def verify(path: Path, names: Iterable[str] | None = None) -> None:
+    """Hash files of a checkpoint (default: all); raise a `CheckpointError` that names the first that has changed."""
     files: Files = read_marker(path)["files"]
+    if names is not None:
+        files = {name: files[name] for name in names if name in files}
     for name, expected in files.items():
         try:
             size = (Path(path) / name).stat().st_size

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebwm_dist.checkpoint.folder import read_marker
+from ebwm_dist.checkpoint.folder import read_marker, verify
 from ebwm_dist.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -80,14 +80,23 @@ def open_zero_state(path: Path) -> ZeroState:
     try:
         if metadata["zero_stage"] == 0:
             return _open_whole(path)
-        names = [_SHARD_FILES.format(rank) for rank in range(metadata["world_size"])]
-        prefix = "bf16_" if metadata["precision"] == "bf16" else ""
-        optimizers = [load_file(path, f"{prefix}{name}optim_states.pt")["optimizer_state_dict"] for name in names]
+        models, optimizers = _shard_files(metadata)
+        states = [load_file(path, name)["optimizer_state_dict"] for name in optimizers]
         if metadata["zero_stage"] < 3:
-            return _open_partitions(path, optimizers)
-        return _open_shares([load_file(path, f"{name}model_states.pt") for name in names], optimizers)
+            return _open_partitions(path, states)
+        return _open_shares([load_file(path, name) for name in models], states)
     except _MALFORMED as error:
         raise _malformed(path, error) from None
+
+
+def verify_weights(path: Path) -> None:
+    """Hash the files that `load_module_state` reads, and raise a `CheckpointError` if one has changed."""
+    metadata = read_marker(path)["metadata"]
+    try:
+        names = [_MODEL_FILE] if metadata.get("zero_stage") != 3 else [n for f in _shard_files(metadata) for n in f]
+    except _MALFORMED as error:
+        raise _malformed(path, error) from None
+    verify(path, names)
 
 
 def load_module_state(path: Path) -> dict[str, Tensor]:
@@ -118,6 +127,13 @@ def load_file(path: Path, name: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{file} is not a file of model weights ({reason}): take another checkpoint") from None
+
+
+def _shard_files(metadata: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the names of the files that hold the ranks' shares of the model, and of the optimizer state."""
+    names = [_SHARD_FILES.format(rank) for rank in range(metadata["world_size"])]
+    prefix = "bf16_" if metadata["precision"] == "bf16" else ""
+    return [f"{name}model_states.pt" for name in names], [f"{prefix}{name}optim_states.pt" for name in names]
 
 
 def _open_whole(path: Path) -> ZeroState:

@@ -25,10 +25,10 @@ import torch
 from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, step_of
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster.results import Record, Results, follow_command, line, read_evaluations
-from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, EvaluationConfig
-from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.errors import CheckpointError
 from ebwm_dist.evaluation.shards import Shard, evaluate_shard, merge
+from ebwm_dist.run import Run
 from ebwm_dist.workers.pool import Pool, connected
 
 TRIES = 3
@@ -215,9 +215,7 @@ def follow(run_dir: Path, changes: dict[str, Any], say: Say = print) -> None:
         say: is told every result.
     """
     run_dir = run_dir.absolute()
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run folder: name one that launchers/train.py has begun")
-    config = load_config(run_dir / "config.yaml")
+    config = Run(run_dir).config
     config.evaluation = replace(config.evaluation, **changes)
     config.evaluation.workers = config.evaluation.workers or 1
     settings = config.evaluation

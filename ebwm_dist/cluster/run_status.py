@@ -19,10 +19,9 @@ from typing import Any
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
 from ebwm_dist.cluster.results import read_evaluations, trained_loss
-from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import UserError
 from ebwm_dist.files import METRICS_FILE, parse
+from ebwm_dist.run import Run
 
 EVENTS_FILE, NODES_FILE = "cluster.jsonl", "nodes.json"
 _TAIL = 1 << 18
@@ -113,10 +112,7 @@ def read_view(run_dir: Path) -> View:
     Raises:
         UserError: `run_dir` is no run folder.
     """
-    config_file = run_dir / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{run_dir} is not a run folder (yet): it has no config.yaml; name one that is trained")
-    view = View(run_dir, load_config(config_file), time.time())
+    view = View(run_dir, Run(run_dir).config, time.time())
     records, view.silent = tail(run_dir / METRICS_FILE)
     view.train = [record for record in records if record.get("kind") == "train"]
     view.val = next((record for record in reversed(records) if record.get("kind") == "val"), None)

@@ -6,6 +6,7 @@ Shapes: B batch, F = S+1 frames of H x W pixels, E width of the embeddings.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,26 @@ STATISTICS_CLIPS = 256
 _CLIPS_AT_ONCE = 16
 CROP = 0xC409
 """Keeps the seeds of crops apart from those of a model's noise."""
+
+
+@dataclass(frozen=True)
+class EmbeddingStatistics:
+    """Mean and standard deviation of the embeddings of training frames, and the encoder that made them."""
+
+    encoder: str | None
+    sha256: str | None
+    """Of the encoder; None where it is not recorded."""
+    mean: float
+    std: float
+
+    def check(self, encoder: Encoder, run_dir: Path) -> None:
+        """Refuse an encoder that is another one than in training."""
+        if self.sha256 is not None and self.sha256 != encoder.sha256:
+            raise UserError(
+                f"{run_dir} was trained with the encoder {self.encoder} (sha256 {self.sha256[:12]}), now it is "
+                f"{encoder.spec} ({encoder.sha256[:12]}): set data.encoder and data.encoder_weights to what they were, "
+                "or start a new run_dir"
+            )
 
 
 class FramePreprocessor:
@@ -158,7 +179,9 @@ def embedding_statistics(
     encoder, file = observer.encoder, run_dir / STATISTICS_FILE
     assert encoder is not None
     if file.is_file():
-        return read_statistics(file, encoder)
+        statistics = read_statistics(file)
+        statistics.check(encoder, run_dir)
+        return statistics.mean, statistics.std
     mean, std = pooled(mixture.sources, [_moments(observer, source.manifest, skip) for source in mixture.sources])
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "mean": mean, "std": std})
@@ -187,17 +210,10 @@ def _moments(observer: FramePreprocessor, manifest: Manifest, skip: bool) -> tup
     return total / count, squares / count
 
 
-def read_statistics(file: Path, encoder: Encoder) -> tuple[float, float]:
-    """Read them back; refuse those of another encoder."""
+def read_statistics(file: Path) -> EmbeddingStatistics:
+    """Read the statistics that a run on clips has kept."""
     try:
         content = json.loads(file.read_text("utf-8"))
-        spec, sha256, mean, std = content["encoder"], content["sha256"], float(content["mean"]), float(content["std"])
+        return EmbeddingStatistics(content["encoder"], content["sha256"], float(content["mean"]), float(content["std"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}): restore it, or start a new run_dir") from None
-    if sha256 != encoder.sha256:
-        raise UserError(
-            f"{file.parent} was trained with the encoder {spec} (sha256 {sha256[:12]}), now it is {encoder.spec} "
-            f"({encoder.sha256[:12]}): set data.encoder and data.encoder_weights to what they were, or start a new "
-            "run_dir"
-        )
-    return mean, std

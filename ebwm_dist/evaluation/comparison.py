@@ -15,19 +15,15 @@ import torch
 from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.loading.mixture import load_only
-from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.unigram import unigram_perplexity
-from ebwm_dist.files import METRICS_FILE, read_records
 from ebwm_dist.inference.generate import generate
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.mcmc.build import Model
+from ebwm_dist.run import Run, ValidationData
 
 THINKING_STEPS = (1, 2, 3, 4, 8)
 BATCH_SIZE = 32
@@ -35,26 +31,25 @@ PROMPT_TOKENS, GENERATED_TOKENS, TEMPERATURE = 24, 48, 0.7
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained run and what its metrics tell."""
+class Finished:
+    """A run and what its metrics tell."""
 
     folder: Path
     model: Model
     config: Config
     tokenizer: Tokenizer
-    manifest: Manifest
+    data: ValidationData
     records: list[dict[str, Any]]
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Run:
+    def load(cls, folder: Path, device: torch.device) -> Finished:
         """Read the newest checkpoint and the metrics of `folder`."""
-        loaded = load_model(folder, device)
-        manifest = load_only(loaded.config.data)
-        loaded.check_data(manifest)
-        if loaded.tokenizer is None:
+        run = Run(folder, device)
+        if run.tokenizer is None:
             raise UserError(f"{folder} was trained on video: use launchers/video_report.py")
-        records = read_records(folder / METRICS_FILE)
-        return cls(folder, loaded.model, loaded.config, loaded.tokenizer, manifest, records)
+        if not run.records:
+            raise UserError(f"{folder} has no metrics.jsonl: name the run folder instead of an export")
+        return cls(folder, run.model, run.config, run.tokenizer, run.validation_data(), run.records)
 
     @property
     def parameters(self) -> int:
@@ -81,14 +76,7 @@ class Run:
 
     def evaluate(self, num_steps: int, device: torch.device) -> Result:
         """Evaluate the whole held-out split at 1 to `num_steps` MCMC steps."""
-        batches = validation_batches(
-            self.config.data,
-            self.manifest,
-            batch_size=BATCH_SIZE,
-            max_sequences=self.manifest.val.samples,
-            dp_rank=0,
-            dp_world_size=1,
-        )
+        batches = self.data.batches(BATCH_SIZE, self.data.samples)
         name = f"evaluate {self.config.model.kind}"
         result = evaluate(self.model, tqdm(batches, name, unit="batch", disable=None, leave=False), num_steps, device)
         assert result is not None
@@ -96,9 +84,7 @@ class Run:
 
     def sample(self, num_texts: int) -> list[tuple[str, str]]:
         """Return (held-out prompt, generated continuation) pairs."""
-        batches = validation_batches(
-            self.config.data, self.manifest, batch_size=1, max_sequences=num_texts, dp_rank=0, dp_world_size=1
-        )
+        batches = self.data.batches(1, num_texts)
         texts = []
         for number, batch in enumerate(islice(batches, num_texts)):
             prompt = batch.observed[0, :PROMPT_TOKENS].tolist()
@@ -120,10 +106,10 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     """Evaluate both runs; print the comparison, write summary.json and thinking.png into `ebt_folder`."""
     started = time.perf_counter()
     device = torch.device("cuda" if use_cuda() else "cpu")
-    ebt, ar = Run.load(ebt_folder, device), Run.load(ar_folder, device)
+    ebt, ar = Finished.load(ebt_folder, device), Finished.load(ar_folder, device)
     check_comparable(ebt, ar)
     thinking, baseline = ebt.evaluate(max(THINKING_STEPS), device), ar.evaluate(1, device)
-    unigram = unigram_perplexity(ebt.manifest)
+    unigram = unigram_perplexity(ebt.data.mixture.manifest)
     energies = thinking.energies or []
     summary = {
         "ebt": {
@@ -154,16 +140,16 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     return summary
 
 
-def check_comparable(ebt: Run, ar: Run) -> None:
+def check_comparable(ebt: Finished, ar: Finished) -> None:
     """Refuse to compare runs that are not finished, or have not seen the same."""
     for run in (ebt, ar):
         step, last = run.train_records()[-1]["step"], run.config.training.max_steps
         if step < last:
             raise UserError(f"{run.folder} has done {step} of {last} steps: run the command that trains it again")
-    if ebt.manifest.fingerprint != ar.manifest.fingerprint or ebt.tokens != ar.tokens:
+    if ebt.data.mixture.fingerprint != ar.data.mixture.fingerprint or ebt.tokens != ar.tokens:
         raise UserError(
-            f"{ebt.folder} saw {ebt.tokens:,} tokens of {ebt.manifest.folder}, {ar.folder} {ar.tokens:,} of "
-            f"{ar.manifest.folder}: train both on the same"
+            f"{ebt.folder} saw {ebt.tokens:,} tokens of {ebt.data.mixture.name}, {ar.folder} {ar.tokens:,} of "
+            f"{ar.data.mixture.name}: train both on the same"
         )
 
 
@@ -197,7 +183,7 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(ebt: Run, ar: Run, thinking: Result, baseline: Result, unigram: float, path: Path) -> None:
+def plot(ebt: Finished, ar: Finished, thinking: Result, baseline: Result, unigram: float, path: Path) -> None:
     """Draw the loss curves of both runs, and perplexity and energy against the number of MCMC steps."""
     from matplotlib.figure import Figure
 

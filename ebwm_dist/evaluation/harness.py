@@ -12,26 +12,25 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ebwm_dist.devices import use_cuda
+from ebwm_dist.devices import default_device
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.multiple_choice import Score, score
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.run import Run
 
 
 class HarnessModel(LM):
     """Each token of a text is a prediction that is thought about; scores are likelihoods of what comes of it.
 
     Args:
-        path: a run folder, one of its checkpoints or an export.
+        path: of a run, as `Run` opens it.
         thinking: how to predict.
         batch_size: texts that are looked at together.
     """
@@ -39,11 +38,11 @@ class HarnessModel(LM):
     def __init__(self, path: str | Path, thinking: Thinking = AS_TRAINED, batch_size: int = 16):
         super().__init__()
         self.thinking, self.batch_size = thinking, batch_size
-        loaded = load_model(path, torch.device("cuda" if use_cuda() else "cpu"))
-        if loaded.tokenizer is None:
+        run = Run(path, default_device())
+        if run.tokenizer is None:
             raise UserError(f"{path} has no tokenizer: the harness needs a model of text")
-        self.tokenizer = loaded.tokenizer
-        self.predictor = Predictor(loaded.model, loaded.config, loaded.tokenizer)
+        self.tokenizer = run.tokenizer
+        self.predictor = Predictor(run.model, run.config, run.tokenizer)
         self.max_length = self.predictor.max_context
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -6,53 +6,61 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ebwm_dist.data.loading.mixture import load_only
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.out_of_distribution import docstrings
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Options, Suite, side_by_side
 from ebwm_dist.files import write_atomically, write_json
-from ebwm_dist.inference.load import load_model
+from ebwm_dist.run import Run
 
 
 def evaluate_runs(
-    run: Path, baseline: Path | None, data: Path | None, out: Path | None, options: Options, ranks: Ranks
+    path: str | Path, baseline: str | Path | None, folder: str | None, out: Path | None, options: Options, ranks: Ranks
 ) -> list[Path]:
-    """Evaluate a model, and a baseline on the same data; rank 0 writes and returns the files."""
+    """Evaluate a run, and a baseline on the same data; rank 0 writes and returns the files.
+
+    Args:
+        path: of the run.
+        baseline: path of another one.
+        folder: data to evaluate on; None: the data that `path` was trained on.
+        out: folder to write into; None: `evaluation` in the run folder.
+        options: measurements.
+        ranks: the processes that share the work.
+    """
     _check(options)
-    loaded = load_model(run, ranks.device)
-    if data is not None:
-        loaded.config.data.path, loaded.config.data.mixture = str(data), {}
-    manifest = load_only(loaded.config.data)
-    if options.other_text is None and loaded.tokenizer is not None:
+    run = Run(path, ranks.device)
+    if out is None and run.remote:
+        raise UserError(f"--out: name a folder for the evaluation, as {path} is not on this machine")
+    data = run.validation_data(folder)
+    if options.other_text is None and run.tokenizer is not None:
         # A token has some characters: enough of them for as many sequences as are held out.
-        wanted = options.max_sequences * manifest.sample_format.sequence_length * 8
+        wanted = options.max_sequences * data.mixture.sample_format.sequence_length * 8
         options = replace(options, other_text=docstrings(wanted))
 
     def say(text: str) -> None:
         if ranks.rank == 0:
             print(text, flush=True)
 
-    suite = Suite(loaded, manifest, options, ranks, say)
+    suite = Suite(run, data, options, ranks, say)
     model = suite.run()
     evaluation: dict[str, Any] = {
         "data": {
-            "folder": str(manifest.folder),
-            "fingerprint": manifest.fingerprint,
-            "sequences": min(options.max_sequences, manifest.val.samples),
+            "folder": data.mixture.name,
+            "fingerprint": data.mixture.fingerprint,
+            "sequences": sum(data.counts(options.max_sequences)),
             "predictions": model["by_steps"]["tokens"],
         },
         "model": model,
     }
     if baseline is not None:
-        other = load_model(baseline, ranks.device)
-        evaluation["baseline"] = Suite(other, manifest, options, ranks, say).run()
+        other = Run(baseline, ranks.device)
+        evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, ranks, say).run()
         evaluation["comparison"] = side_by_side(model, evaluation["baseline"])
     if ranks.rank != 0:
         return []
-    folder = out or loaded.folder / "evaluation"
-    files = [folder / "evaluation.json", folder / "evaluation.html"]
+    target = out or run.folder / "evaluation"
+    files = [target / "evaluation.json", target / "evaluation.html"]
     write_json(files[0], evaluation)
     write_atomically(files[1], render(evaluation).encode("utf-8"))
     return files

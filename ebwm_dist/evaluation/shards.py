@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from ebwm_dist.config.schema import EvaluationConfig
-from ebwm_dist.data.loading.mixture import load_only
 from ebwm_dist.evaluation.frames import ClipErrors, errors_of_clips
 from ebwm_dist.evaluation.perplexity import Sums, add_up
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.suite import Options, Suite, figures_by_steps
-from ebwm_dist.inference.load import load_model
+from ebwm_dist.run import Run
 
 
 @dataclass(frozen=True)
@@ -31,24 +30,24 @@ class Shard:
     """Of video."""
     trained_steps: int
     """MCMC steps that training takes at most."""
-    totals: dict[str, int]
-    """Of everything that is held out."""
+    tokens_per_byte: float | None
+    """Of held-out text."""
 
 
 def evaluate_shard(checkpoint: Path, index: int, count: int, settings: EvaluationConfig, device: torch.device) -> Shard:
     """Evaluate a checkpoint on the `index`-th of `count` shards of the held-out data."""
-    loaded = load_model(checkpoint, device)
+    run = Run(checkpoint, device)
     options = Options(
         steps=(settings.max_mcmc_steps,), max_sequences=settings.max_sequences, batch_size=settings.batch_size
     )
-    suite = Suite(loaded, load_only(loaded.config.data), options, Ranks(index, count, device))
+    suite = Suite(run, run.validation_data(), options, Ranks(index, count, device))
     steps = max(settings.max_mcmc_steps, suite.trained_steps) if suite.is_energy else 1
-    sums = add_up(suite.model, suite.batches(), steps, device, observe=suite.observe)
+    sums = add_up(suite.model, suite.batches(), steps, device, observe=suite.data.preprocess)
     assert sums is not None
     frames = None
-    if loaded.config.model.embedding_dim is not None:
-        frames = errors_of_clips(suite.model, suite.batches(), steps, suite.observe)
-    return Shard(replace(sums, values=sums.values.cpu()), frames, suite.trained_steps, dict(suite.manifest.val.totals))
+    if run.config.model.embedding_dim is not None:
+        frames = errors_of_clips(suite.model, suite.batches(), steps, suite.data.preprocess)
+    return Shard(replace(sums, values=sums.values.cpu()), frames, suite.trained_steps, suite.tokens_per_byte)
 
 
 def merge(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def merge(shards: Sequence[Shard]) -> dict[str, Any]:
     sums = first.sums
     for shard in shards[1:]:
         sums = sums + shard.sums
-    figures = figures_by_steps(sums.result(), first.totals)
+    figures = figures_by_steps(sums.result(), first.tokens_per_byte)
     frames = [shard.frames for shard in shards if shard.frames is not None]
     if frames:
         figures["frames"] = ClipErrors.joined(frames).means()

@@ -7,25 +7,15 @@ the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.sample_format import ClipFormat
-from ebwm_dist.data.loading.stream import Batch, validation_batches
-from ebwm_dist.encoders.preprocessing import (
-    STATISTICS_FILE,
-    FramePreprocessor,
-    build_preprocessor,
-    check_format,
-    read_statistics,
-)
+from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.frames import frame_errors
 from ebwm_dist.evaluation.multiple_choice import accuracies, read_questions, score
@@ -33,12 +23,11 @@ from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
-from ebwm_dist.files import METRICS_FILE, read_records
-from ebwm_dist.inference.load import Loaded
 from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.prepare.encoding import encode_text
+from ebwm_dist.run import Run, ValidationData
 
 
 @dataclass(frozen=True)
@@ -60,27 +49,17 @@ class Options:
 
 
 class Suite:
-    """The measurements of one model on one data folder."""
+    """The measurements of one model on held-out data."""
 
     def __init__(
-        self, loaded: Loaded, manifest: Manifest, options: Options, ranks: Ranks, say: Callable[[str], None] = print
+        self, run: Run, data: ValidationData, options: Options, ranks: Ranks, say: Callable[[str], None] = print
     ):
-        loaded.check_data(manifest)
-        self.observe = preprocessor_for(loaded, manifest, ranks.device)
-        self.loaded, self.manifest, self.options, self.ranks, self.say = loaded, manifest, options, ranks, say
-        self.model, self.config = loaded.model, loaded.config
+        self.trained, self.data, self.options, self.ranks, self.say = run, data, options, ranks, say
+        self.model, self.config = run.model, run.config
         self.is_energy = self.config.model.kind == "ebt"
         self.trained_steps = self.config.mcmc.max_mcmc_steps if self.is_energy else 1
-        self.pad_id: int | None = loaded.inputs.get("pad_id")
-        self.batches: Batches = partial(
-            validation_batches,
-            self.config.data,
-            manifest,
-            batch_size=options.batch_size,
-            max_sequences=options.max_sequences,
-            dp_rank=ranks.rank,
-            dp_world_size=ranks.size,
-        )
+        self.tokens_per_byte = data.tokens_per_byte(options.max_sequences)
+        self.batches: Batches = partial(data.batches, options.batch_size, options.max_sequences, ranks.rank, ranks.size)
 
     def run(self) -> dict[str, Any]:
         """Measure everything."""
@@ -91,7 +70,7 @@ class Suite:
         if self.config.model.embedding_dim is not None:
             self.say(f"{kind}: errors of frames")
             steps = result["by_steps"]["steps"][-1]
-            result["frames"] = frame_errors(self.model, self.batches(), steps, self.observe, self.ranks)
+            result["frames"] = frame_errors(self.model, self.batches(), steps, self.data.preprocess, self.ranks)
         self.say(f"{kind}: calibration")
         usual = self.tabulate(self.batches(), Thinking())
         result["calibration"] = calibration(usual)
@@ -107,23 +86,23 @@ class Suite:
 
     def tabulate(self, batches: Iterable[Batch], thinking: Thinking) -> Table:
         """Predict every position of the batches of all ranks."""
-        return tabulate(self.model, batches, thinking, self.ranks, self.observe)
+        return tabulate(self.model, batches, thinking, self.ranks, self.data.preprocess)
 
     def describe(self) -> dict[str, Any]:
         """Return what the model is, and what it has seen, as far as its run tells."""
         flops = training_flops_per_token(self.config.model, self.config.mcmc, self.config.data.sequence_length)
-        records = read_records(self.loaded.folder / METRICS_FILE)  # an export has none
-        tokens = max((record["tokens"] for record in records if record["step"] <= self.loaded.step), default=None)
+        records = self.trained.records
+        tokens = max((record["tokens"] for record in records), default=None)
         curve = [
             [record["tokens"] * flops, record["loss_last_step"]]
             for record in records
-            if record["kind"] == "val" and record["loss_last_step"] is not None and record["step"] <= self.loaded.step
+            if record["kind"] == "val" and record["loss_last_step"] is not None
         ]
         return {
-            "path": str(self.loaded.path),
+            "path": str(self.trained.checkpoint),
             "kind": self.config.model.kind,
             "variant": self.config.model.variant,
-            "step": self.loaded.step,
+            "step": self.trained.step,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trained_steps": self.trained_steps,
             "tokens": tokens,
@@ -134,10 +113,10 @@ class Suite:
     def by_steps(self) -> dict[str, Any]:
         """Return loss, perplexity, bits per byte and energy after every number of MCMC steps."""
         steps = max(*self.options.steps, self.trained_steps) if self.is_energy else 1
-        found = evaluate(self.model, self.batches(), steps, self.ranks.device, observe=self.observe)
+        found = evaluate(self.model, self.batches(), steps, self.ranks.device, observe=self.data.preprocess)
         assert found is not None
         flops = [self.flops(n, 0) for n in range(1, steps + 1)]
-        return {**figures_by_steps(found, self.manifest.val.totals), "flops_per_prediction": flops}
+        return {**figures_by_steps(found, self.tokens_per_byte), "flops_per_prediction": flops}
 
     def thinking(self, usual: Table) -> list[dict[str, Any]]:
         """Return what thinking differently changes, against a single candidate and the steps of training."""
@@ -180,8 +159,8 @@ class Suite:
 
     def out_of_distribution(self, usual: Table) -> dict[str, Any]:
         """Return how well each score of a sequence tells strange ones from the held-out ones."""
-        worlds = {"shuffled": self.tabulate(shuffled(self.batches, self.pad_id), Thinking())}
-        tokenizer, text = self.loaded.tokenizer, self.options.other_text
+        worlds = {"shuffled": self.tabulate(shuffled(self.batches, self.trained.pad_id), Thinking())}
+        tokenizer, text = self.trained.tokenizer, self.options.other_text
         if tokenizer is not None and text is not None:
             tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
             rows = rows_of_tokens(tokens, self.config.data.sequence_length, len(usual.losses))
@@ -205,7 +184,7 @@ class Suite:
 
     def choices(self, path: Path) -> dict[str, Any]:
         """Return how often the right choice is found."""
-        tokenizer = self.loaded.tokenizer
+        tokenizer = self.trained.tokenizer
         if tokenizer is None:
             raise UserError("choices are text: this model came without a tokenizer")
         questions = read_questions(path)
@@ -257,8 +236,8 @@ def calibration(table: Table) -> dict[str, Any]:
     return result
 
 
-def figures_by_steps(found: Result, totals: Mapping[str, int]) -> dict[str, Any]:
-    """Return loss, perplexity, bits per byte and energy after every number of MCMC steps; `totals` of all held out."""
+def figures_by_steps(found: Result, tokens_per_byte: float | None) -> dict[str, Any]:
+    """Return loss, energy and, of text, perplexity and bits per byte after every number of MCMC steps."""
     result: dict[str, Any] = {"steps": [0], "loss": found.step_losses, "tokens": found.tokens}
     if found.energies is not None:
         result["steps"] = list(range(1, len(found.step_losses) + 1))
@@ -267,21 +246,10 @@ def figures_by_steps(found: Result, totals: Mapping[str, int]) -> dict[str, Any]
         result["change_from_first"] = [list(pair) for pair in zip(changes, found.standard_errors, strict=True)]
     if found.copy_loss is not None:
         result["copy_loss"] = found.copy_loss
-    if "text_bytes" in totals:
+    if tokens_per_byte is not None:
         result["perplexity"] = found.perplexities
-        per_byte = totals["tokens"] / totals["text_bytes"] / math.log(2)
-        result["bits_per_byte"] = [loss * per_byte for loss in found.step_losses]
+        result["bits_per_byte"] = [loss * tokens_per_byte / math.log(2) for loss in found.step_losses]
     return result
-
-
-def preprocessor_for(loaded: Loaded, manifest: Manifest, device: torch.device) -> FramePreprocessor:
-    """Return what shows the data to the model, as it was shown in training."""
-    check_format(loaded.config, manifest.sample_format)
-    observer = build_preprocessor(loaded.config, manifest.sample_format, device)
-    if isinstance(manifest.sample_format, ClipFormat):
-        assert observer.encoder is not None
-        observer.mean, observer.std = read_statistics(loaded.folder / STATISTICS_FILE, observer.encoder)
-    return observer
 
 
 def side_by_side(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:

@@ -18,19 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.sample_format import ClipFormat
-from ebwm_dist.data.loading.mixture import load_only
-from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.devices import use_cuda
-from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, FramePreprocessor, build_preprocessor, read_statistics
+from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.video_plot import Strip, plot
-from ebwm_dist.files import METRICS_FILE, read_records
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
+from ebwm_dist.run import Run, ValidationData
 
 MOST_STEPS = 4
 """MCMC steps at which predictions are looked at, where a model was not trained with more."""
@@ -45,42 +40,39 @@ Mean = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained run on video, and what shows clips to it."""
+class Finished:
+    """A run on video, and what shows clips to it."""
 
     folder: Path
     model: Model
     config: Config
-    manifest: Manifest
-    observer: FramePreprocessor
+    data: ValidationData
     records: list[dict[str, Any]]
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Run:
+    def load(cls, folder: Path, device: torch.device) -> Finished:
         """Read the newest checkpoint and the metrics of `folder`; refuse a run that is not finished."""
-        loaded = load_model(folder, device)
-        config = loaded.config
+        run = Run(folder, device)
+        config = run.config
         if config.model.embedding_dim is None:
             raise UserError(f"{folder} was trained on text: use launchers/quickstart_report.py")
-        manifest = load_only(config.data)
-        observer = build_preprocessor(config, manifest.sample_format, device)
-        if isinstance(manifest.sample_format, ClipFormat):
-            assert observer.encoder is not None
-            observer.mean, observer.std = read_statistics(folder / STATISTICS_FILE, observer.encoder)
-        records = read_records(folder / METRICS_FILE)
-        if loaded.step < config.training.max_steps:
+        if not run.records:
+            raise UserError(f"{folder} has no metrics.jsonl: name the run folder instead of an export")
+        if run.step < config.training.max_steps:
             raise UserError(
-                f"{folder} has done {loaded.step} of {config.training.max_steps} steps: run the command that trains "
+                f"{folder} has done {run.step} of {config.training.max_steps} steps: run the command that trains "
                 "it again"
             )
-        return cls(folder, loaded.model, config, manifest, observer, records)
+        return cls(folder, run.model, config, run.validation_data(), run.records)
+
+    @property
+    def observer(self) -> FramePreprocessor:
+        """Return what shows samples to the model."""
+        return self.data.preprocess
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield embeddings [B, S+1, E] and ids [B] of the whole held-out split."""
-        samples = self.manifest.val.samples
-        for batch in validation_batches(
-            self.config.data, self.manifest, batch_size=BATCH_SIZE, max_sequences=samples, dp_rank=0, dp_world_size=1
-        ):
+        for batch in self.data.batches(BATCH_SIZE, self.data.samples):
             yield self.observer(batch.observed[batch.counted]), batch.sample_ids[batch.counted]
 
     @property
@@ -96,7 +88,7 @@ class Run:
 
 
 @torch.no_grad()
-def predictions(run: Run, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+def predictions(run: Finished, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what is predicted after each but the last of `observed`, and its energy, before and after every step.
 
     [K+1, B, S, E] and [K+1, B, S]; of the twin [1, B, S, E] and None.
@@ -136,11 +128,11 @@ def energies_of(model: EnergyBasedTransformer, observed: Tensor, candidates: Ten
 def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
     """Evaluate both runs; print the comparison, write summary.json and video.png into `ebwm_folder`."""
     device = torch.device("cuda" if use_cuda() else "cpu")
-    ebwm, ar = Run.load(ebwm_folder, device), Run.load(ar_folder, device)
-    if ebwm.manifest.fingerprint != ar.manifest.fingerprint or ebwm.frames != ar.frames:
+    ebwm, ar = Finished.load(ebwm_folder, device), Finished.load(ar_folder, device)
+    if ebwm.data.mixture.fingerprint != ar.data.mixture.fingerprint or ebwm.frames != ar.frames:
         raise UserError(
-            f"{ebwm_folder} saw {ebwm.frames:,} frames of {ebwm.manifest.folder}, {ar_folder} {ar.frames:,} of "
-            f"{ar.manifest.folder}: train both on the same"
+            f"{ebwm_folder} saw {ebwm.frames:,} frames of {ebwm.data.mixture.name}, {ar_folder} {ar.frames:,} of "
+            f"{ar.data.mixture.name}: train both on the same"
         )
     assert isinstance(ebwm.model, EnergyBasedTransformer)
     errors: dict[str, list[dict[str, Tensor]]] = {}
@@ -178,7 +170,7 @@ def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
                 ebwm.config.mcmc.max_mcmc_steps,
             )
     if not torch.cat(counts).any():
-        raise UserError(f"every frame of the held-out clips in {ebwm.manifest.folder} starts another scene")
+        raise UserError(f"every frame of the held-out clips in {ebwm.data.mixture.name} starts another scene")
     summary = _summary(
         ebwm, ar, errors, torch.cat(counts), torch.cat(energies, 1), {name: torch.cat(x) for name, x in wins.items()}
     )
@@ -215,8 +207,8 @@ def clip_errors(observer: FramePreprocessor, predicted: Tensor, truth: Tensor, k
 
 
 def _summary(
-    ebwm: Run,
-    ar: Run,
+    ebwm: Finished,
+    ar: Finished,
     errors: dict[str, list[dict[str, Tensor]]],
     counts: Tensor,
     energies: Tensor,
@@ -249,7 +241,7 @@ def _summary(
         "energy_of_the_true_frame_is_lower": {name: mean_and_error(x) for name, x in wins.items()},
         "clips": len(counts),
         "scene_changes": len(counts) * ebwm.config.data.sequence_length - round(counts.sum().item()),
-        "training_clips": ebwm.manifest.train.samples,
+        "training_clips": ebwm.data.mixture.train_samples,
         "frames": ebwm.frames,
         "seconds": ebwm.seconds + ar.seconds,
     }

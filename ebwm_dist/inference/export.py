@@ -12,40 +12,44 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ebwm_dist import __version__
-from ebwm_dist.checkpoint.folder import read_marker
-from ebwm_dist.checkpoint.zero_files import load_module_state
-from ebwm_dist.config.loading import load_config, save_config
+from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.files import sha256_of_file, write_json
-from ebwm_dist.inference.inputs import INPUTS_FILE, TOKENIZER_FILE, Inputs, load_inputs
-from ebwm_dist.inference.load import CONFIG_FILE, EXPORT_FILE, EXPORT_FORMAT, EXPORT_VERSION, check_state, locate
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.run import (
+    CONFIG_FILE,
+    EXPORT_FILE,
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    FORMAT_FILE,
+    TOKENIZER_FILE,
+    Run,
+    check_weights,
+)
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""
 
 
-def export_run(run: Path, out: Path, largest_file: int = LARGEST_FILE) -> Path:
-    """Export the newest intact checkpoint of a run folder, or the checkpoint that `run` is; return `out`."""
-    folder, checkpoint = locate(run)
-    inputs, _ = load_inputs(folder)
-    config = load_config(folder / CONFIG_FILE)
+def export_run(run: Run, out: Path, largest_file: int = LARGEST_FILE) -> Path:
+    """Export the checkpoint of a run; return `out`."""
     return write_export(
         out,
-        config,
-        inputs,
-        load_module_state(checkpoint),
-        files=[file for file in (folder / TOKENIZER_FILE, folder / STATISTICS_FILE) if file.is_file()],
-        step=read_marker(checkpoint)["step"],
-        source=str(checkpoint),
+        run.config,
+        run.sample_format,
+        run.weights(),
+        files=[file for name in (TOKENIZER_FILE, STATISTICS_FILE) if (file := run.folder / name).is_file()],
+        step=run.step,
+        source=str(run.checkpoint),
         largest_file=largest_file,
     )
 
@@ -53,7 +57,7 @@ def export_run(run: Path, out: Path, largest_file: int = LARGEST_FILE) -> Path:
 def write_export(
     out: Path,
     config: Config,
-    inputs: Inputs,
+    sample_format: dict[str, Any],
     state: Mapping[str, Tensor],
     *,
     files: Sequence[Path],
@@ -66,7 +70,7 @@ def write_export(
     Args:
         out: a new folder.
         config: of the model.
-        inputs: what a sample is.
+        sample_format: the description of a training sample, as `Run.sample_format`.
         state: the weights.
         files: what else the model needs, copied under the same names: its tokenizer.
         step: optimizer steps it was trained for.
@@ -76,7 +80,7 @@ def write_export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder, or delete it")
     with torch.device("meta"):
-        check_state(build_model(config, inputs.get("pad_id")), state, source)
+        check_weights(build_model(config, sample_format.get("pad_id")), state, source)
     staging = out.with_name(f"{out.name}.tmp")
     if staging.exists():
         shutil.rmtree(staging)
@@ -84,7 +88,7 @@ def write_export(
     try:
         _write_weights(staging, state, largest_file)
         save_config(config, staging / CONFIG_FILE)
-        write_json(staging / INPUTS_FILE, inputs)
+        write_json(staging / FORMAT_FILE, sample_format)
         for file in files:
             shutil.copyfile(file, staging / file.name)
         record = {

@@ -53,17 +53,17 @@ def import_weights(file: Path, config: Config, pad_id: int, out: Path) -> Path:
     """Write the weights of a Lightning checkpoint as an export of the configured model; return `out`."""
     state = rename(read_state_dict(file), config.model.kind, str(file))
     length, width = config.data.sequence_length, config.model.embedding_dim
-    inputs: dict[str, Any]
+    described: dict[str, Any]
     if width is None:
-        inputs = {
+        described = {
             "kind": "tokens",
             "sequence_length": length,
             "vocab_size": config.model.vocab_size,
             "pad_id": pad_id,
         }
     else:  # that code takes embeddings as its encoder gives them
-        inputs = {"kind": "latents", "frames": length + 1, "embedding_dim": width, "mean": 0.0, "std": 1.0}
-    return write_export(out, config, inputs, state, files=[], step=0, source=str(file))
+        described = {"kind": "latents", "frames": length + 1, "embedding_dim": width, "mean": 0.0, "std": 1.0}
+    return write_export(out, config, described, state, files=[], step=0, source=str(file))
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

@@ -14,20 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.sample_format import TokenFormat
-from ebwm_dist.data.loading.stream import validation_batches
-from ebwm_dist.encoders.preprocessing import (
-    STATISTICS_FILE,
-    FramePreprocessor,
-    build_preprocessor,
-    check_format,
-    read_statistics,
-)
+from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
 from ebwm_dist.inference.generate import RollOut
 from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.run import Run
 
 SHORTEST_SIDE = 64
 """Pixels that small frames are enlarged to, so that they can be seen."""
@@ -63,51 +56,41 @@ class Film:
 
 
 def roll_out_held_out(
-    predictor: Predictor,
-    run_dir: Path,
+    run: Run,
+    folder: str | None = None,
     *,
     samples: int,
     observed: int,
     thinking: Thinking = AS_TRAINED,
     seed: int = 0,
 ) -> tuple[Film, FramePreprocessor]:
-    """Roll out held-out samples of the data that a run was trained on to their full length.
+    """Roll out held-out samples of a run's data to their full length.
 
     Args:
-        predictor: the run's model.
-        run_dir: its folder, where statistics of embeddings are kept.
+        run: a run on video.
+        folder: data to take them from; None: the data that it was trained on.
         samples: how many, spread over the split.
         observed: frames of each that the model sees.
         thinking: how it thinks about each new frame.
         seed: of the noise of the first sample; each further one has the next.
     """
-    config, manifest = predictor.config, Manifest.load(predictor.config.data.path)
-    check_format(config, manifest.sample_format)
-    assert not isinstance(manifest.sample_format, TokenFormat)
-    frames = manifest.sample_format.sequence_length + 1
+    data = run.validation_data(folder)
+    content = data.mixture.sample_format
+    assert not isinstance(content, TokenFormat)
+    frames = content.sequence_length + 1
     if not 1 <= observed < frames:
         raise UserError(
             f"{observed} observed frames: the samples have {frames}, so at least 1 and at most {frames - 1}"
         )
-    observer = build_preprocessor(config, manifest.sample_format, predictor.device)
-    if observer.encoder is not None and manifest.sample_format.kind == "clips":
-        observer.mean, observer.std = read_statistics(run_dir / STATISTICS_FILE, observer.encoder)
-    (batch,) = validation_batches(
-        config.data,
-        manifest,
-        batch_size=min(samples, manifest.val.samples),
-        max_sequences=samples,
-        dp_rank=0,
-        dp_world_size=1,
-    )
-    truth = observer(batch.observed)
-    rolled = predictor.roll_out(
+    (batch,) = data.batches(sum(data.counts(samples)), samples)
+    truth = data.preprocess(batch.observed)
+    rolled = Predictor(run.model, run.config, None).roll_out(
         list(truth[:, :observed]),
         frames - observed,
         thinking=thinking,
         seeds=[seed + row for row in range(len(truth))],
     )
-    return Film(batch.keys, observed, truth, manifest.sample_format.frame_interval, rolled), observer
+    return Film(batch.keys, observed, truth, content.frame_interval, rolled), data.preprocess
 
 
 def write_pictures(film: Film, observer: FramePreprocessor, folder: Path) -> list[Path]:

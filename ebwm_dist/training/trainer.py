@@ -27,11 +27,11 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
-from ebwm_dist.inference.inputs import keep_inputs
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.run import CONFIG_FILE, save_sample_format
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.distributed import (
     World,
@@ -103,8 +103,8 @@ class Trainer:
         self.checkpointer = Checkpointer(config, world)
         checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
         if world.rank == 0:
-            save_config(config, self.run_dir / "config.yaml")
-            keep_inputs(self.manifest, self.run_dir)
+            save_config(config, self.run_dir / CONFIG_FILE)
+            save_sample_format(self.manifest, self.run_dir)
 
         self.unit = "token" if config.model.embedding_dim is None else "frame"
         self.observer = self._build_observer()

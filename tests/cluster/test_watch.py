@@ -105,7 +105,7 @@ def test_a_run_that_has_barely_begun_or_is_over(run_dir: Path, tmp_path: Path) -
         (run_dir / name).unlink()
     text = shown(run_dir)
     assert "step 0/10" in text and "no step yet" in text and "none yet" in text
-    with pytest.raises(UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="does not exist: name a folder that"):
         read_view(tmp_path / "nowhere")
 
 

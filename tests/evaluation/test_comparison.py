@@ -16,8 +16,8 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.comparison import THINKING_STEPS, compare
 from ebwm_dist.evaluation.perplexity import evaluate
 from ebwm_dist.evaluation.unigram import unigram_perplexity
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.models.output import Evaluation
+from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn, write_config
 from tests.tiny_data import make_tiny_data
@@ -47,7 +47,7 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ebt["val_energy_by_steps"]["0"] == pytest.approx(ebt_val["energy_first"], rel=1e-4, abs=1e-5)
     assert ebt["val_energy_by_steps"]["2"] == pytest.approx(ebt_val["energy_last"], rel=1e-4, abs=1e-5)
     assert ar["val_perplexity"] == pytest.approx(ar_val["perplexity"], rel=1e-5)
-    model = load_model(runs / "ebt").model
+    model = Run(runs / "ebt").model
     assert ebt["parameters"] == sum(p.numel() for p in model.parameters())
     assert summary["unigram_perplexity"] == unigram_perplexity(Manifest.load(runs / "text"))
     assert (runs / "ebt" / "thinking.png").read_bytes().startswith(b"\x89PNG")

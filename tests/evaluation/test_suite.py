@@ -18,9 +18,8 @@ from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
 from ebwm_dist.evaluation.suite import Options, side_by_side
 from ebwm_dist.inference.export import write_export
-from ebwm_dist.inference.inputs import describe_inputs
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.run import Run, describe_samples
 from tests.distributed import run_distributed_test
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -41,7 +40,7 @@ def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
     return write_export(
         folder / kind,
         config,
-        describe_inputs(manifest),
+        describe_samples(manifest),
         build_model(config, manifest.token_format.pad_id).state_dict(),
         files=[manifest.folder / manifest.token_format.tokenizer],
         step=0,
@@ -101,13 +100,13 @@ def test_figures(models: Path) -> None:
 
 def test_choices_are_ranked_by_their_likelihood(models: Path) -> None:
     """Against the likelihood of each choice by itself, of the autoregressive model, in its own arithmetic."""
-    loaded = load_model(models / "ar")
-    assert loaded.tokenizer is not None
+    run = Run(models / "ar")
+    assert run.tokenizer is not None
     scores = []
     for choice in QUESTION["choices"]:  # type: ignore[attr-defined]
-        before, after = loaded.tokenizer.encode(str(QUESTION["context"])), loaded.tokenizer.encode(choice)
+        before, after = run.tokenizer.encode(str(QUESTION["context"])), run.tokenizer.encode(choice)
         tokens = torch.tensor([before + after])
-        log_p = loaded.model.predict(tokens[:, :-1]).log_softmax(-1)[0]
+        log_p = run.model.predict(tokens[:, :-1]).log_softmax(-1)[0]
         scores.append(sum(log_p[len(before) - 1 + i, token].item() for i, token in enumerate(after)))
     accuracy = evaluation(models / "alone")["baseline"]["choices"]["accuracy"]
     assert accuracy["likelihood"][0] == float(scores[1] > scores[0]) and accuracy["chance"][0] == 0.5
@@ -159,7 +158,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(world_size: int, model
 def test_other_data_is_refused(models: Path, tmp_path: Path) -> None:
     make_tiny_data(tmp_path / "text", documents=40)
     with pytest.raises(UserError, match="is not the one that the shards in"):
-        evaluate_runs(models / "ebt", None, tmp_path / "text", tmp_path, options(models), Ranks.join())
+        evaluate_runs(models / "ebt", None, str(tmp_path / "text"), tmp_path, options(models), Ranks.join())
     with pytest.raises(UserError, match="--batch-size = 0: must be at least 1"):
         evaluate_runs(models / "ebt", None, None, tmp_path, Options(batch_size=0), Ranks.join())
     (tmp_path / "questions.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 1}\n')

@@ -18,7 +18,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
 from ebwm_dist.evaluation.suite import Options
-from ebwm_dist.evaluation.video import BATCH_SIZE, Run, compare, energies_of, wrong_frames
+from ebwm_dist.evaluation.video import BATCH_SIZE, Finished, compare, energies_of, wrong_frames
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from tests.distributed import run_distributed_test
 from tests.runs import train_in_turn
@@ -71,7 +71,7 @@ def test_the_suite_takes_a_model_whose_candidates_are_all_the_same(runs: Path, t
 def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare(runs / "ebwm", runs / "ar")
     summary = json.loads((runs / "ebwm" / "summary.json").read_text())
-    ebwm, ar = Run.load(runs / "ebwm", CPU), Run.load(runs / "ar", CPU)
+    ebwm, ar = Finished.load(runs / "ebwm", CPU), Finished.load(runs / "ar", CPU)
     observed = torch.cat([x for x, _ in ebwm.batches()])
     ids = torch.cat([ids for _, ids in ebwm.batches()])
     assert len(observed) == summary["clips"] == CLIPS["val"] and summary["scene_changes"] == 1
@@ -101,7 +101,7 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_energies_are_those_of_candidates_in_their_place(runs: Path) -> None:
-    run = Run.load(runs / "ebwm", CPU)
+    run = Finished.load(runs / "ebwm", CPU)
     assert isinstance(run.model, EnergyBasedTransformer)
     observed, _ = next(run.batches())
     true = energies_of(run.model, observed, observed[:, 2:])

@@ -14,7 +14,7 @@ import torch
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.inference.export import export_run
-from ebwm_dist.inference.load import load_model
+from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -24,6 +24,7 @@ KINDS = {
     "bf16": ["zero.stage=2", "training.precision=bf16"],
 }
 NOT_NEEDED = ["deepspeed", "webdataset", "ray", "wandb", "matplotlib", "tqdm", "numpy", "torchvision", "av", "PIL"]
+NOT_NEEDED += ["pyarrow", "fsspec", "filelock", "rich"]
 TOKENS = torch.arange(4, 4 + 3 * 17).view(3, 17) % 320
 ROOT = Path(__file__).parents[2]
 
@@ -60,22 +61,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(runs: Path) -> Path:
-    return export_run(runs / "zero3", runs / "exported")
+    return export_run(Run(runs / "zero3"), runs / "exported")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_energies_are_those_of_the_engine(name: str, runs: Path, tmp_path: Path) -> None:
     """From the run folder, the checkpoint and an export in several files; the bf16 engine computes in bf16."""
     engine = torch.load(runs / f"{name}.pt", weights_only=True)
-    export = export_run(runs / name, tmp_path / "export", largest_file=20_000)
+    export = export_run(Run(runs / name), tmp_path / "export", largest_file=20_000)
     files = sorted(export.glob("*.safetensors"))
     index = json.loads((export / "model.safetensors.index.json").read_text())
     assert len(files) > 1 and set(index["weight_map"].values()) == {file.name for file in files}
     checkpoint = list_checkpoints(runs / name / "checkpoints")[0]
     for source in (runs / name, checkpoint, export):
-        loaded = load_model(source)
-        assert loaded.step == 3 and loaded.tokenizer is not None and loaded.tokenizer.vocab_size == 320
-        model = loaded.model.bfloat16() if name == "bf16" else loaded.model
+        run = Run(source)
+        assert run.step == 3 and run.tokenizer is not None and run.tokenizer.vocab_size == 320
+        model = run.model.bfloat16() if name == "bf16" else run.model
         losses, energies, _ = model.evaluate(TOKENS, torch.arange(3), 2)
         # Where weights lie in memory decides the order of some sums.
         torch.testing.assert_close(energies, engine["energies"], rtol=1e-5, atol=1e-4)
@@ -89,10 +90,10 @@ import sys
 sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))
 import torch
 torch.set_num_threads(1)
-from ebwm_dist.inference.load import load_model
-loaded = load_model({str(exported)!r})
-assert loaded.tokenizer.decode(loaded.tokenizer.encode("ka lo")) == "ka lo"
-losses, energies, _ = loaded.model.evaluate(torch.tensor({TOKENS.tolist()}), torch.arange(3), 2)
+from ebwm_dist.run import Run
+run = Run({str(exported)!r})
+assert run.tokenizer.decode(run.tokenizer.encode("ka lo")) == "ka lo"
+losses, energies, _ = run.model.evaluate(torch.tensor({TOKENS.tolist()}), torch.arange(3), 2)
 engine = torch.load({str(runs / "zero3.pt")!r}, weights_only=True)
 torch.testing.assert_close(energies, engine["energies"], rtol=1e-5, atol=1e-4)
 """
@@ -102,17 +103,17 @@ torch.testing.assert_close(energies, engine["energies"], rtol=1e-5, atol=1e-4)
 
 def test_what_is_not_a_model_is_refused(runs: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere does not exist: name a folder that"):
-        load_model(tmp_path / "nowhere")
+        Run(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="neither a run folder nor a checkpoint nor an export"):
-        load_model(tmp_path)
+        Run(tmp_path)
     shutil.copytree(runs / "bf16", tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(CheckpointError, match=r"empty holds no checkpoint: train it first"):
-        load_model(tmp_path / "empty")
+        Run(tmp_path / "empty").checkpoint  # noqa: B018
     shutil.copytree(runs / "zero3" / "checkpoints", tmp_path / "empty" / "checkpoints")
     with pytest.raises(CheckpointError, match=r"has model.num_landscapes = 2, .*config.yaml has 1"):
-        load_model(tmp_path / "empty")
+        Run(tmp_path / "empty").model  # noqa: B018
     with pytest.raises(UserError, match="exists already: name a new folder"):
-        export_run(runs / "bf16", exported)
+        export_run(Run(runs / "bf16"), exported)
 
 
 def test_a_changed_export_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -125,11 +126,11 @@ def test_a_changed_export_is_refused(exported: Path, tmp_path: Path) -> None:
             file.seek(200)
             file.write(b"!!!")
         with pytest.raises(CheckpointError, match=rf"{name} {error}"):
-            load_model(folder)
+            Run(folder)
     folder = Path(shutil.copytree(exported, tmp_path / "narrow"))
     (folder / "export.json").write_text((folder / "export.json").read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(CheckpointError, match="is of version 9, this program reads 1"):
-        load_model(folder)
+        Run(folder)
 
 
 def test_another_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_another_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
     with open(folder / "tokenizer.model", "ab") as file:
         file.write(b"\n")
     with pytest.raises(CheckpointError, match=r"tokenizer.model is not the tokenizer that the model was trained with"):
-        load_model(folder)
+        Run(folder).tokenizer  # noqa: B018
     manifest = make_tiny_data(tmp_path / "text", documents=40)
     with pytest.raises(UserError, match=r"tokenizer of .*bf16 is not the one that the shards in"):
-        load_model(runs / "bf16").check_data(manifest)
+        Run(runs / "bf16").validation_data(str(manifest.folder))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.inference.load import load_model
 from ebwm_dist.inference.published import import_weights
+from ebwm_dist.run import Run
 from tests.oracle import DenseOracle
 from tests.runs import write_config
 
@@ -79,7 +79,7 @@ def test_energies(variant: str, tmp_path: Path) -> None:
     """Against the dense reference, which is given the published weights one by one."""
     state = published_state(variant)
     content = {"state_dict": state, "epoch": 3, "hyper_parameters": {"lr": 1e-3}}
-    model = load_model(imported(tmp_path, variant, content)).model.double()
+    model = Run(imported(tmp_path, variant, content)).model.double()
     theirs = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     final = "transformer.final_layer.linear." if variant == "adaln" else "transformer.final_layer."
     reference: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def test_energies(variant: str, tmp_path: Path) -> None:
 def test_autoregressive_and_compiled(tmp_path: Path) -> None:
     state = published_state("ar")
     compiled = {name.replace("model.", "model._orig_mod.", 1): tensor for name, tensor in state.items()}
-    model = load_model(imported(tmp_path, "ar", {"state_dict": compiled})).model
+    model = Run(imported(tmp_path, "ar", {"state_dict": compiled})).model
     assert torch.equal(model.head.weight, state["model.output.weight"])
     assert torch.equal(model.blocks[1].ffn_norm.weight, state["model.transformer.layers.1.ffn_norm.weight"])
 
@@ -122,11 +122,11 @@ def test_video(tmp_path: Path) -> None:
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     video = ["model.embedding_dim=48", "mcmc.initial_state=most_recent_embedding"]
     config = load_config(write_config(tmp_path), video)
-    loaded = load_model(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported"))
-    assert loaded.inputs["kind"] == "latents" and "pad_id" not in loaded.inputs
-    assert torch.equal(loaded.model.space.projection.weight, projection.weight)
+    run = Run(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported"))
+    assert run.sample_format["kind"] == "latents" and "pad_id" not in run.sample_format
+    assert torch.equal(run.model.space.projection.weight, projection.weight)
     frames = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1))
-    losses, energies, _ = loaded.model.evaluate(frames, torch.arange(2), 2)
+    losses, energies, _ = run.model.evaluate(frames, torch.arange(2), 2)
     assert losses.isfinite().all() and (energies[-1] < energies[0]).all()
     with pytest.raises(CheckpointError, match="missing space.projection"):
         import_weights(tmp_path / "tokens.ckpt", config, 0, tmp_path / "other")

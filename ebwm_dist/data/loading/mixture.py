@@ -171,6 +171,10 @@ class Mixture:
         sources, shards, rows = np.concatenate(places, axis=1)
         return np.concatenate(numbers), (sources, shards, rows)
 
+    def normalised_with(self, mean: float, std: float) -> Mixture:
+        """Return the mixture whose readers normalise latents with this mean and standard deviation."""
+        return Mixture(tuple(_normalised(source, mean, std) for source in self.sources))
+
     def identity(self) -> dict[str, list[Any]]:
         """Return name and share of every data set by its fingerprint, for `check_same_data`."""
         return {source.fingerprint: [source.name, source.quota / BLOCK] for source in self.sources}
@@ -305,14 +309,6 @@ class MixtureReader:
         self._prefetcher.want([partial(m.fetch, m.splits[self._split].shards[shard]) for m, shard in of_split])
 
 
-def load_only(data: DataConfig) -> Manifest:
-    """Read the manifest of a run's data, where these are one data set."""
-    mixture = Mixture.load(data)
-    if len(mixture.sources) > 1:
-        raise ConfigError(f"data.mixture: this compares runs on one data set, not on {mixture.name}")
-    return mixture.manifest
-
-
 def as_mixture(data: Manifest | Mixture) -> Mixture:
     """Return a single data set as a mixture of one."""
     return data if isinstance(data, Mixture) else Mixture.of({data.name: data}, {data.name: 1.0})
@@ -365,7 +361,11 @@ def _normalise_alike(sources: Sequence[Source]) -> list[Source]:
     mean, std = pooled(sources, [(c.mean, c.std**2 + c.mean**2) for c in latents])
     if len(sources) == 1:
         std = latents[0].std  # to the bit
-    return [
-        replace(source, manifest=replace(source.manifest, sample_format=replace(content, mean=mean, std=std)))
-        for source, content in zip(sources, latents, strict=True)
-    ]
+    return [_normalised(source, mean, std) for source in sources]
+
+
+def _normalised(source: Source, mean: float, std: float) -> Source:
+    content = source.manifest.sample_format
+    if not isinstance(content, LatentFormat):
+        return source
+    return replace(source, manifest=replace(source.manifest, sample_format=replace(content, mean=mean, std=std)))
