@@ -21,6 +21,10 @@ class DataError(UserError):
     """Data that is missing, damaged or does not fit; the message names the shard and, where known, the key."""
 
 
+class FetchError(UserError):
+    """Remote data that cannot be fetched, though they may be intact; the message names address and reason."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the run; the message names it."""
 
@@ -31,9 +35,11 @@ class PeerError(UserError):
 
 @contextmanager
 def same_on_all_ranks() -> Iterator[None]:
-    """Mark the errors of a block that every rank runs on the same input."""
+    """Mark the errors of a block that every rank runs on the same input; the network is not the same on all."""
     try:
         yield
+    except FetchError:
+        raise
     except UserError as error:
         error.same_on_all_ranks = True
         raise

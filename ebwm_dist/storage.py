@@ -44,6 +44,11 @@ def check_address(address: str, key: str) -> None:
         raise ConfigError(f"{key} = {without_options(address)!r}: {problem}")
 
 
+def quoted(address: str) -> str:
+    """Return an address with letters and spaces written as URLs write them."""
+    return quote(address, safe="%/:?&=@+,;$!*'()~")
+
+
 def open_storage(address: str, key: str) -> tuple[FileSystem, str]:
     """Return the file system of an address of s3://, gs:// or file://, and the path in it.
 
@@ -55,7 +60,7 @@ def open_storage(address: str, key: str) -> tuple[FileSystem, str]:
 
     check_address(address, key)
     try:
-        storage, path = FileSystem.from_uri(quote(address, safe="%/:?&=@+,;$!*'()~"))
+        storage, path = FileSystem.from_uri(quoted(address))
     except ValueError as error:
         raise ConfigError(f"{key} = {without_options(address)!r}: not an address of storage ({error})") from None
     return storage, path

@@ -97,6 +97,6 @@ def test_any_name_of_a_file_is_found_on_a_web_server(tmp_path: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     folder = RemoteFolder(f"http://127.0.0.1:{server.server_port}/exp%231", Cache(tmp_path, 1))
     try:
-        assert [folder.read(name, None).decode() for name in NAMES] == [f"/exp#1/{name}" for name in NAMES]
+        assert [folder.read_uncached(name).decode() for name in NAMES] == [f"/exp#1/{name}" for name in NAMES]
     finally:
         server.shutdown()

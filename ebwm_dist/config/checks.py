@@ -79,6 +79,7 @@ RANGES: dict[str, Range] = {
     "training.step_timeout": _POSITIVE,
     "data.mixture": _POSITIVE,
     "data.cache_gib": _POSITIVE,
+    "data.fetch_timeout": _FROM_0,
     "data.sequence_length": _FROM_1,
     "data.min_crop_scale": Range(0, 1, open_low=True),
     "data.shuffle_window": _FROM_1,
@@ -310,6 +311,14 @@ def _check_remote(config: Config) -> None:
     for key, address in (("data.path", config.data.path), *mixture, ("checkpoint.remote", remote or "")):
         if re.match(r"\w+://", address):
             check_address(address, key)
+    data, step_timeout = config.data, config.training.step_timeout
+    if data.fetch_timeout >= step_timeout and any(
+        re.match(r"\w+://|pipe:", address) for address in data.mixture or [data.path]
+    ):
+        raise ConfigError(
+            f"data.fetch_timeout = {data.fetch_timeout:g}: must be less than training.step_timeout = {step_timeout:g}, "
+            "after which a rank that waits for its data is ended"
+        )
     if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
         raise ConfigError(
             f"checkpoint.remote = {remote!r}: must begin with s3://, gs:// or file://, or be null for no copy"

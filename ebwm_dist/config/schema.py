@@ -172,6 +172,8 @@ class DataConfig:
     """Where copies of remote files are kept; all processes of a machine may share it."""
     cache_gib: float = 64.0
     """Most GiB that these copies take; the ones opened longest ago go first."""
+    fetch_timeout: float = 300.0
+    """Seconds that a run waits for remote files while their storage cannot be reached, before it ends."""
     sequence_length: int = 256
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None

@@ -2,22 +2,19 @@
 
 A location is `http(s)://`, `s3://` or `gs://` with the folder's address, or `pipe:` with a command that writes the file
 named by its last argument to its standard output, like `pipe:ssh host cat /data/text`. An address may end in options,
-`?endpoint_override=HOST`, which pass to every file's and are left out of messages.
+`?endpoint_override=HOST`, which are appended to the address of every file and left out of messages.
 
-The cache may be shared by any number of processes. A file is named after its whole address and its version, so equal
-names in different folders do not meet. It is fetched once, by whoever locks it first, under another name, and takes its
-own only when size and SHA-256 are the manifest's: what can be opened is whole. Before that, the files that were opened
-longest ago are removed until it fits; whoever reads one of them goes on reading, as an open file outlives its name.
+Any number of processes may share the cache. A file is named after its whole address and its version. The first process
+to lock it fetches it under another name, and renames it once size and SHA-256 are the manifest's. To make room, the
+files that were opened longest ago are removed; a process that reads one of them can go on, as its descriptor stays.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-import re
 import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,22 +22,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ebwm_dist.errors import ConfigError, DataError
-from ebwm_dist.files import sha256_of_bytes, sha256_of_file
-from ebwm_dist.storage import check_address, open_storage, without_options
+from ebwm_dist.data.transport import SCHEMES, TransportError, base_name, read_blocks, shown
+from ebwm_dist.errors import ConfigError, DataError, FetchError, UserError
+from ebwm_dist.files import sha256_of_bytes
+from ebwm_dist.storage import check_address
 
-SCHEMES = ("http", "https", "s3", "gs")
-TRIES = 3
-PAUSE = 0.5
-"""Seconds before a file is fetched again, doubled every time."""
-_BLOCK = 1 << 23
-_OPTIONS = re.compile(r"(?<=\w)\?[^\s'\"]+")  # of an address, however an exception quotes it
-_SILENCE = 60.0
-"""Seconds without a byte after which an HTTP transfer is given up."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before a file is requested again: the first time, then doubled every time up to a limit."""
+_log = logging.getLogger(__name__)
+_pause = time.sleep
+_T = TypeVar("_T")
 
 
 def is_remote(location: str) -> bool:
@@ -50,7 +46,7 @@ def is_remote(location: str) -> bool:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A data folder at `location`, seen through a cache."""
+    """A data folder at `location`, read through a cache."""
 
     location: str
     cache: Cache
@@ -66,14 +62,15 @@ class RemoteFolder:
         folder, mark, options = self.location.partition("?")
         return f"{folder.rstrip('/')}/{quote(name)}{mark}{options}"
 
-    def read(self, name: str, version: str | None, sha256: str | None = None) -> bytes:
-        """Return the content of a small file; a copy serves for its own `version` only, and without one none does."""
-        if version is not None:
-            with open(self.cache.open(self.url(name), version, None, sha256), "rb") as file:
-                return file.read()
-        with tempfile.TemporaryDirectory() as folder:
-            _download(self.url(name), Path(folder, "file"), None, sha256)
-            return Path(folder, "file").read_bytes()
+    def read_uncached(self, name: str) -> bytes:
+        """Return the content of a small file as it is now."""
+        url = self.url(name)
+        return self.cache.wait_for_network(url, lambda: b"".join(read_blocks(url)))
+
+    def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
+        """Return the content of a small file, or of a cached copy of the same `version`."""
+        with open(self.cache.open(self.url(name), version, None, sha256), "rb") as file:
+            return file.read()
 
     def open(self, name: str, size: int, sha256: str) -> int:
         """Return a file descriptor of a file that has `size` and `sha256`."""
@@ -82,56 +79,89 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class Cache:
-    """Copies of remote files in `folder`, of at most `limit` bytes in all."""
+    """Copies of remote files in `folder`, of at most `limit` bytes in all.
+
+    Storage that cannot be reached is waited for during `patience` seconds at most; then a FetchError is raised.
+    """
 
     folder: Path
     limit: int
+    patience: float = 300.0
 
     def open(self, url: str, version: str, size: int | None, sha256: str | None) -> int:
         """Return a file descriptor of the copy of `url`, which is fetched if there is none."""
         if size is not None:
             self._check_size(url, size)
         digest = sha256_of_bytes(f"{url}\n{version}".encode())
-        path = self.folder / f"{digest[:40]}-{_name(url)[-80:]}"
-        if (descriptor := self._open(path)) is not None:
+        path = self.folder / f"{digest[:40]}-{base_name(url)[-80:]}"
+
+        def fetch() -> int:
+            descriptor = _open(path)
+            if descriptor is None:
+                with self._lock(path.name[:2]):  # one of 256 locks, which are never removed
+                    descriptor = _open(path)  # another process may have fetched it meanwhile
+                    return self._fetch(url, path, size, sha256) if descriptor is None else descriptor
             return descriptor
-        with self._lock_of(path):
-            descriptor = self._open(path)  # it may have been fetched while this process waited
-            return self._fetch(url, path, size, sha256) if descriptor is None else descriptor
+
+        return self.wait_for_network(url, fetch)
+
+    def wait_for_network(self, url: str, fetch: Callable[[], _T]) -> _T:
+        """Return what `fetch` returns, calling it again with pauses while the storage of `url` cannot be reached."""
+        try:
+            with _Outage(self, url) as outage:
+                while True:
+                    try:
+                        return fetch()
+                    except TransportError as error:
+                        outage.wait(error)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"data.cache_dir = {self.folder}: {reason}; make room, or choose another folder") from None
+
+    def outage(self) -> str | None:
+        """Return what a process that shares this cache has logged when it began to wait for the network, or None."""
+        if not self.folder.is_dir():
+            return None
+        with suppress(Timeout), self._lock("outage", timeout=0):
+            return None
+        return self._outage_file.read_text("utf-8") if self._outage_file.exists() else None
+
+    @property
+    def _outage_file(self) -> Path:
+        return self.folder / "locks" / "outage.txt"
+
+    def _lock(self, name: str, timeout: float = -1) -> FileLock:
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / name, timeout)
 
     def _check_size(self, url: str, size: int) -> None:
         if size > self.limit:
             raise ConfigError(
-                f"data.cache_gib = {self.limit / 2**30:g}: {_shown(url)} alone has {size / 2**30:.3g} GiB; raise it"
+                f"data.cache_gib = {self.limit / 2**30:g}: {shown(url)} alone has {size / 2**30:.3g} GiB; raise it"
             )
 
-    def _open(self, path: Path) -> int | None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        _stamp(descriptor)
-        return descriptor
-
     def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None) -> int:
-        """Fetch `url` and give it its name; the caller holds its lock."""
-        # Its name says how many bytes it will have, so that others leave them to it.
+        """Fetch `url` to `path`, whose lock the caller holds, and return a file descriptor of it."""
+        # The name holds the size, for which other processes leave room.
         partial = path.with_name(f"{path.name}.{size or 0}.partial")
         try:
-            while not self._make_room(partial, size or 0):
-                time.sleep(0.1)  # for other files that are being fetched: then they can be removed
+            self._wait_for_room(partial, size or 0)
             _download(url, partial, size, sha256)
             if size is None:
-                found = partial.stat().st_size
-                self._check_size(url, found)
-                while not self._make_room(partial, found):
-                    time.sleep(0.1)
+                size = partial.stat().st_size
+                self._check_size(url, size)
+                self._wait_for_room(partial, size)
             descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             _stamp(descriptor)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         return descriptor
+
+    def _wait_for_room(self, partial: Path, size: int) -> None:
+        while not self._make_room(partial, size):
+            time.sleep(0.1)  # until other files have arrived, which can then be removed
 
     def _make_room(self, partial: Path, size: int) -> bool:
         """Remove what was opened longest ago until `size` more bytes fit, and reserve them; return whether they do."""
@@ -160,22 +190,60 @@ class Cache:
         """Return the bytes that a file being fetched will take; one whose process has died is removed."""
         try:
             if partial.name[:2] != own.name[:2]:  # else this process holds its lock
-                with self._lock_of(partial, timeout=0):
+                with self._lock(partial.name[:2], timeout=0):
                     pass
             partial.unlink(missing_ok=True)
             return 0
         except Timeout:
             return int(partial.name.rsplit(".", 2)[1])
 
-    def _lock_of(self, path: Path, timeout: float = -1) -> FileLock:
-        """Return the lock that is held while `path` is fetched: one of a fixed number, so that none has to go."""
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / path.name[:2], timeout)
+
+class _Outage:
+    """The time in which the storage of `url` cannot be reached; one of the processes that share a cache logs it."""
+
+    def __init__(self, cache: Cache, url: str) -> None:
+        self._cache, self._address = cache, shown(url)
+        self._started: float | None = None
+        self._pause = FIRST_PAUSE
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> _Outage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._lock is None or self._started is None:
+            return
+        self._lock.release()
+        if kind is None:
+            _log.warning("%s is reachable again, after %.0f s", self._address, time.monotonic() - self._started)
+
+    def wait(self, error: TransportError) -> None:
+        """Pause before the next request; raises FetchError once the cache's patience is used up."""
+        now = time.monotonic()
+        self._started = self._started or now
+        left = self._started + self._cache.patience - now
+        if left <= 0:
+            raise FetchError(
+                f"{self._address} could not be fetched for data.fetch_timeout = {self._cache.patience:g} s: {error}; "
+                "check the network and the storage, then start again"
+            )
+        if self._lock is None:
+            self._log(error)
+        _pause(min(self._pause, left))
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _log(self, error: TransportError) -> None:
+        lock = self._cache._lock("outage", timeout=0)
+        with suppress(Timeout):  # another process logs it
+            lock.acquire()
+            self._lock = lock
+            text = f"cannot fetch {self._address} ({error})"
+            self._cache._outage_file.write_text(text, "utf-8")
+            _log.warning("%s; trying again for data.fetch_timeout = %g s", text, self._cache.patience)
 
 
 class Prefetcher:
-    """Does what is wanted next in a thread of its own, in order; wanting something else replaces what is left."""
+    """Runs calls in a thread of its own, in order; new ones replace those that have not begun."""
 
     def __init__(self) -> None:
         self._wanted: deque[Callable[[], None]] = deque()
@@ -183,7 +251,7 @@ class Prefetcher:
         threading.Thread(target=self._run, daemon=True).start()
 
     def want(self, calls: Iterable[Callable[[], None]]) -> None:
-        """Do `calls` next; what goes wrong in one is left to whoever needs it to find out."""
+        """Run `calls` next; their errors are dropped, as the same read fails again where its file is needed."""
         self._wanted = deque(calls)
         self._changed.release()
 
@@ -195,70 +263,33 @@ class Prefetcher:
 
 
 def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:
-    """Fetch `url` to `path` and check what has arrived; try again a few times where it is not all there."""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-        try:
-            _transfer(url, path)
-        except FileNotFoundError:
-            raise DataError(f"missing file: {_shown(url)} does not exist; restore it, or correct data.path") from None
-        except ConfigError:
-            raise
-        except Exception as error:  # each transport has exceptions of its own, and all mean the same here
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            reason = _OPTIONS.sub("", reason)
-            continue
-        arrived = path.stat().st_size
+    """Write the content of `url` to `path`; what differs from the manifest is fetched twice before it is refused."""
+    for _ in range(2):
+        arrived, digest = 0, hashlib.sha256()
+        with open(path, "wb") as file:
+            for block in read_blocks(url):
+                file.write(block)
+                digest.update(block)
+                arrived += len(block)
         if size is not None and arrived != size:
             reason = f"{arrived} bytes arrived, the manifest says {size}"
-        elif sha256 is not None and sha256_of_file(path) != sha256:
+        elif sha256 is not None and digest.hexdigest() != sha256:
             reason = "its content differs from the manifest (SHA-256)"
         else:
             return
-    raise DataError(
-        f"{_name(url)} could not be fetched from {_shown(url)} in {TRIES} tries: {reason}; "
-        "check the connection and the file there"
-    )
+    raise DataError(f"damaged file: {shown(url)}: {reason}; restore it there")
+
+
+def _open(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    _stamp(descriptor)
+    return descriptor
 
 
 def _stamp(descriptor: int) -> None:
-    """Let a file's time say when it was last opened; the system's own stamps are milliseconds apart."""
+    """Set a file's time to now, as that of its last use; the system's own stamps are milliseconds apart."""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))
-
-
-def _name(url: str) -> str:
-    return os.path.basename(_shown(url)).strip("'")
-
-
-def _shown(url: str) -> str:
-    """Return the part of `url` that messages may name: a signed address has its secrets among its options."""
-    return url if url.startswith("pipe:") else without_options(url)
-
-
-def _transfer(url: str, path: Path) -> None:
-    if url.startswith("pipe:"):
-        _run(shlex.split(url.removeprefix("pipe:")), path)
-    elif url.startswith("http"):
-        import aiohttp
-        import fsspec
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
-        fsspec.filesystem("http", client_kwargs={"timeout": timeout}).get_file(url, str(path))
-    else:
-        storage, source = open_storage(url, "data.path")
-        with storage.open_input_stream(source) as stream, open(path, "wb") as file:
-            shutil.copyfileobj(stream, file, _BLOCK)
-
-
-def _run(command: list[str], path: Path) -> None:
-    """Write the standard output of `command` to `path`; no shell has a part in it."""
-    with open(path, "wb") as file:
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, check=False)
-        except (FileNotFoundError, PermissionError):
-            raise ConfigError(f"pipe: the command {command[0]!r} cannot be run; correct data.path") from None
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise OSError(f"{shlex.join(command)} ended with status {done.returncode}{': ' + said[-1] if said else ''}")

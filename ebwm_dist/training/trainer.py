@@ -63,7 +63,7 @@ def train(config: Config, stop: StopSignal | None = None, tell: Callable[[str], 
     stop = stop or StopSignal()
     world = setup_distributed(config.training.startup_timeout)
     timeouts = config.training.startup_timeout, config.training.step_timeout
-    watchdog = Watchdog(world, heartbeat_store(), *timeouts, tell)
+    watchdog = Watchdog(world, heartbeat_store(), *timeouts, tell, data.outage)
     failure = None
     try:
         return Trainer(config, data, world, stop, watchdog).run()

@@ -70,9 +70,13 @@ class Watchdog:
         startup_timeout: float,
         step_timeout: float,
         tell: Callable[[str], None] | None = None,
+        outage: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Begin to watch; `tell` is told, besides the console, why the process is about to be ended."""
-        self.world, self._tell = world, tell
+        """Begin to watch; `tell` is told, besides the console, why the process is about to be ended.
+
+        `outage` returns what the data are waiting for, if the network is away.
+        """
+        self.world, self._tell, self._outage = world, tell, outage
         self.store = store if world.world_size > 1 else None
         self.step_timeout = step_timeout
         self._timeout = startup_timeout
@@ -143,12 +147,15 @@ class Watchdog:
     def _give_up(self) -> None:
         self._giving_up = True
         what = f"no progress for {self._silence:.0f} s in {_point(self._current())}"
+        outage = self._outage()
+        reason = f": {outage}" if outage else ""
+        what += reason
         verdict = self._verdict()
         told = f"{self._here()}: {what}. {verdict}"
         print(told, file=sys.stderr, flush=True)
         if self._tell is not None:
             self._tell(told)
-        self._publish_end("it made no progress", verdict)
+        self._publish_end(f"it made no progress{reason}", verdict)
         self._wait_for_readers()
         sys.stdout.flush()
         os._exit(EXIT_CODE)

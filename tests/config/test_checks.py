@@ -48,6 +48,10 @@ def test_defaults_pass() -> None:
             "model.num_heads = 5: must divide model.dim = 96 into even head widths; "
             "allowed are 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48",
         ),
+        (
+            {"data__path": "s3://bucket/text", "data__fetch_timeout": 600.0},
+            "data.fetch_timeout = 600: must be less than training.step_timeout = 600",
+        ),
         ({"model__dim": 6, "model__num_heads": 2}, "model.num_heads = 2: .* allowed are 1 or 3"),
         ({"model__dim": 7, "model__num_heads": 7}, "model.num_heads = 7: .* model.dim must be even"),
         (

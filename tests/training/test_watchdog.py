@@ -203,3 +203,18 @@ time.sleep(60)
     assert process.returncode == EXIT_CODE
     line = program.splitlines().index("time.sleep(60)") + 1
     assert f"in step 1 (phase data, <string>:{line}). If it may take this long, raise training.step_timeout." in text
+
+
+def test_a_rank_that_waits_for_the_network_is_ended_with_the_reason() -> None:
+    program = """
+import time, torch
+from ebwm_dist.training.distributed import World
+from ebwm_dist.training.watchdog import Watchdog
+world = World(0, 0, 1, torch.device("cpu"), "h")
+watchdog = Watchdog(world, None, 60, 0.5, outage=lambda: "cannot fetch s3://bucket/a.tar (timed out)")
+watchdog.first_step_done()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_CODE
+    assert "): cannot fetch s3://bucket/a.tar (timed out). If it may take this long, raise" in done.stderr

@@ -68,9 +68,13 @@ def write_index(folder: Path, shard: Shard, records: Sequence[Record], checksums
 
 def read_index(manifest: Manifest, shard: Shard) -> Index:
     """Read the index beside a shard and check it against the shard's entry in the manifest."""
-    path = manifest.folder / shard.index_path
+    path = f"{manifest.name}/{shard.index_path}"
     try:
-        content = json.loads(manifest.read(shard.index_path, shard.sha256))
+        raw = manifest.read(shard.index_path, shard.sha256)
+    except FileNotFoundError:
+        raise DataError(f"missing shard: the index {path} does not exist; {manifest.how_to_repair}") from None
+    try:
+        content = json.loads(raw)
         owner = (str(content["shard"]), str(content["sha256"]))
         records = tuple(
             Record(
@@ -79,8 +83,6 @@ def read_index(manifest: Manifest, shard: Shard) -> Index:
             for r in content["records"]
         )
         checksums = np.array([crc for r in content["records"] for crc in r["crc32"]], dtype=np.uint32)
-    except FileNotFoundError:
-        raise DataError(f"missing shard: the index {path} does not exist; {manifest.how_to_repair}") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"index {path} is damaged ({type(error).__name__}: {error}); {manifest.how_to_repair}"

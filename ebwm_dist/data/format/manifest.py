@@ -149,11 +149,13 @@ class Manifest:
         elif not folder.is_dir():
             raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE}")
         try:
-            content = json.loads(remote.read(FILE_NAME, None) if remote else (folder / FILE_NAME).read_bytes())
+            raw = remote.read_uncached(FILE_NAME) if remote else (folder / FILE_NAME).read_bytes()
         except FileNotFoundError:
             raise DataError(
                 f"data folder {path} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
             ) from None
+        try:
+            content = json.loads(raw)
         except ValueError as error:
             raise DataError(f"{file} is not valid JSON ({error}); {MAKE_AGAIN}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:

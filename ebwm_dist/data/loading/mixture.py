@@ -60,7 +60,7 @@ class Mixture:
     def load(data: DataConfig) -> Mixture:
         """Read the manifests of the configured data sets, and check that these fit together."""
         weights = data.mixture or {data.path: 1.0}
-        cache = Cache(Path(data.cache_dir), int(data.cache_gib * 2**30))
+        cache = Cache(Path(data.cache_dir), int(data.cache_gib * 2**30), data.fetch_timeout)
         return Mixture.of({name: Manifest.load(name, cache) for name in weights}, weights)
 
     @staticmethod
@@ -136,6 +136,11 @@ class Mixture:
                 f"data.cache_gib = {limit / 2**30:g}: two windows of data.shuffle_window = {window} shards take "
                 f"{needed / 2**30:.3g} GiB; use at least that, or a smaller window"
             )
+
+    def outage(self) -> str | None:
+        """Return what a process on this machine logged when it began to wait for these data's storage, or None."""
+        remotes = [source.manifest.remote for source in self.sources if source.manifest.remote is not None]
+        return remotes[0].cache.outage() if remotes else None
 
     def order(self, seed: int, window: int, batch_size: int) -> MixtureOrder:
         """Return the order of the run's samples.

@@ -36,7 +36,7 @@ from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.mixture import Mixture, MixtureReader, as_mixture, check_same_data
-from ebwm_dist.errors import ConfigError, DataError
+from ebwm_dist.errors import ConfigError, DataError, UserError
 
 RawBatch = tuple[np.ndarray, list[str], list[str]]
 """Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), keys, and reasons
@@ -93,7 +93,7 @@ class _MicroBatches(IterableDataset):
         self._skip = skip
         self._first = first
 
-    def __iter__(self) -> Iterator[RawBatch | DataError]:
+    def __iter__(self) -> Iterator[RawBatch | UserError]:
         reader = MixtureReader(self._mixture, "train", max_open=2 * self._window)
         order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size)
         worker = get_worker_info()
@@ -104,7 +104,7 @@ class _MicroBatches(IterableDataset):
                 reader.fetch_ahead(order, int(numbers[0]))
             try:
                 yield read_intact(reader.read, order, numbers) if self._skip else (*reader.read(*order[numbers]), [])
-            except DataError as error:
+            except UserError as error:
                 # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
                 yield error
                 return
@@ -180,7 +180,7 @@ class SampleStream:
         self._plan = Plan(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
         self._order = mixture.order(seed, self._window, global_batch_size)
         self._micro = 0  # number of the next micro-batch of this rank
-        self._raw: Iterator[RawBatch | DataError] | None = None
+        self._raw: Iterator[RawBatch | UserError] | None = None
         if self._num_workers:
             _start_fork_server()  # it imports torch while the model is being built
 
@@ -211,7 +211,7 @@ class SampleStream:
         if self._raw is None:
             self._raw = iter(self._loader())
         item = next(self._raw)
-        if isinstance(item, DataError):
+        if isinstance(item, UserError):
             self.close()
             raise item
         rows, keys, skipped = item
@@ -219,7 +219,7 @@ class SampleStream:
         self._micro += 1
         return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), skipped)
 
-    def _loader(self) -> DataLoader[RawBatch | DataError]:
+    def _loader(self) -> DataLoader[RawBatch | UserError]:
         dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._skip, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
