@@ -47,7 +47,7 @@ def losses(model: EnergyBasedTransformer, state: Tensor, targets: Tensor) -> Ten
 def thought(
     model: EnergyBasedTransformer, part: list[tuple[Tensor, list[int]]], thinking: Thinking
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield losses [N], energies [K + 1, N], steps [N] and passes [N] of the positions that count."""
+    """Yield losses [N], energies [K + 1, N], steps [N] and energy evaluations [N] of the positions that count."""
     for tokens, seeds in part:
         for start, stop, result in think_sequences(model, tokens[:, :-1], thinking, seeds):
             targets = tokens[:, start + 1 : stop + 1]
@@ -56,7 +56,7 @@ def thought(
                 losses(model, result.state, targets),
                 result.energies.flatten(1)[:, counted],
                 result.steps.flatten()[counted],
-                result.passes.flatten()[counted],
+                result.nfe.flatten()[counted],
             )
 
 
@@ -120,7 +120,7 @@ def main() -> int:
                 "standard_error": (difference.std() / len(difference) ** 0.5).item(),
                 "mean_steps": early[2].mean().item(),
                 "steps_saved": 1 - early[2].mean().item() / steps,
-                "passes_saved": 1 - (early[3].sum() / fixed[3].sum()).item(),
+                "nfe_saved": 1 - (early[3].sum() / fixed[3].sum()).item(),
             }
         records.append(record)
         print(json.dumps(record), file=sys.stderr, flush=True)

@@ -46,8 +46,8 @@ def main() -> int:
     thinking.add_argument(
         "--energy-tolerance", type=float, help="stop when a step changes the energy by no more than this"
     )
-    thinking.add_argument("--accept", action="store_true", help="take only steps that lower the energy")
-    thinking.add_argument("--budget", type=int, help="most candidate passes for a token")
+    thinking.add_argument("--accept-only-decrease", action="store_true", help="take only steps that lower the energy")
+    thinking.add_argument("--max-nfe", type=int, help="most energy evaluations for a token")
     thinking.add_argument("--langevin-noise", type=float)
     thinking.add_argument("--step-size", type=float, help="alpha")
     args = parser.parse_args()
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
         select=args.select,
         langevin_noise=args.langevin_noise,
         step_size=args.step_size,
-        accept=args.accept,
+        accept_only_decrease=args.accept_only_decrease,
         energy_tolerance=args.energy_tolerance,
-        budget=args.budget,
+        max_nfe=args.max_nfe,
     )
     opened = Run(args.checkpoint, default_device())
     if opened.config.model.embedding_dim is not None:

@@ -42,8 +42,8 @@ class Table:
     """Energy of the state that truly comes next; None without an energy."""
     steps: Tensor
     """MCMC steps that the prediction has taken; 0 without an energy."""
-    passes: Tensor
-    """Candidate passes that it has cost."""
+    nfe: Tensor
+    """Energy evaluations that it has cost."""
 
     def mean(self, numbers: Tensor) -> float:
         """Return the mean over all counted positions."""
@@ -104,7 +104,7 @@ def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) 
                 add("correct", thought.state.argmax(-1) == targets[:, start:stop])
             add("energies", thought.energy)
             add("steps", thought.steps)
-            add("passes", thought.passes)
+            add("nfe", thought.nfe)
         add("observed", model.energies(observed))
     else:
         counted = model.counted(targets)
@@ -113,7 +113,7 @@ def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) 
         if targets.ndim == 2:
             add("entropies", _entropy(predicted))
             add("correct", predicted.argmax(-1) == targets)
-        for name in ("steps", "passes"):
+        for name in ("steps", "nfe"):
             add(name, torch.zeros_like(counted))
     return {"counted": counted} | {name: torch.cat(values, 1) for name, values in parts.items()}
 

@@ -89,7 +89,7 @@ def _steps(result: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     left.legend()
     right.plot(steps["flops_per_prediction"], steps["loss"], "o-", color=BLUE, label="MCMC steps")
     for row in result.get("thinking", []):
-        if row["candidates"] > 1 or row["energy_tolerance"] is not None or row["accept"]:
+        if row["candidates"] > 1 or row["energy_tolerance"] is not None or row["accept_only_decrease"]:
             right.plot(row["flops_per_prediction"], row["loss"], "^", label=_way(row))
     if baseline is not None:
         other = baseline["by_steps"]
@@ -118,12 +118,12 @@ def _thinking(result: dict[str, Any]) -> str:
             _plus_minus(*row["change"]),
             row["energy"],
             row["mean_steps"],
-            row["mean_passes"],
+            row["mean_nfe"],
             f"{row['flops_per_prediction']:.3g}",
         ]
         for row in result["thinking"]
     ]
-    head = ["thinking", "loss", "change (± standard error)", "energy", "steps taken", "passes", "FLOPs"]
+    head = ["thinking", "loss", "change (± standard error)", "energy", "steps taken", "nfe", "FLOPs"]
     return (
         "<h2>Thinking</h2><p>Ways to think about each prediction, against that of training. Noise is drawn anew for "
         "these, so that losses differ a little from those above.</p>" + _table(head, rows)
@@ -136,7 +136,7 @@ def _way(row: dict[str, Any]) -> str:
         parts.append(f"best of {row['candidates']}")
     if row["energy_tolerance"] is not None:
         parts.append(f"stop at {row['energy_tolerance']:g}")
-    if row["accept"]:
+    if row["accept_only_decrease"]:
         parts.append("only downhill")
     return ", ".join(parts)
 

@@ -127,26 +127,26 @@ class Suite:
             ways += [Thinking(candidates=number) for number in self.options.candidates if number > 1]
         ways += [Thinking(steps=most)]
         ways += [Thinking(steps=most, energy_tolerance=threshold) for threshold in self.options.energy_tolerances]
-        ways += [Thinking(steps=most, accept=True)]
+        ways += [Thinking(steps=most, accept_only_decrease=True)]
         rows = [self._thought(Thinking(), usual, usual)]
         return rows + [self._thought(way, self.tabulate(self.batches(), way), usual) for way in ways]
 
     def _thought(self, way: Thinking, table: Table, usual: Table) -> dict[str, Any]:
         assert table.energies is not None
-        steps, passes = table.mean(table.steps), table.mean(table.passes)
+        steps, nfe = table.mean(table.steps), table.mean(table.nfe)
         change, error = table.change(usual)
         return {
             "steps": way.steps or self.trained_steps,
             "candidates": way.candidates,
             "energy_tolerance": way.energy_tolerance,
-            "accept": way.accept,
+            "accept_only_decrease": way.accept_only_decrease,
             "loss": table.mean(table.losses),
             "change": [change, error],
             "energy": table.mean(table.energies),
             "mean_steps": steps,
-            "mean_passes": passes,
-            # Each candidate ends with a pass that only measures.
-            "flops_per_prediction": self.flops(passes - way.candidates, way.candidates, way.steps),
+            "mean_nfe": nfe,
+            # Each candidate ends with an evaluation that only measures.
+            "flops_per_prediction": self.flops(nfe - way.candidates, way.candidates, way.steps),
         }
 
     def flops(self, steps: float, measured: int, max_mcmc_steps: int | None = None) -> float:

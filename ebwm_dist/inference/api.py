@@ -53,7 +53,7 @@ class Predictor:
         thinking: Thinking = AS_TRAINED,
         seeds: Sequence[int] | None = None,
     ) -> Prediction:
-        """Return the next state after each context: logits [R, V] or embeddings [R, E], energies, steps and passes."""
+        """Return the next state after each context: logits [R, V] or embeddings [R, E], energies, steps, NFE."""
         observed = self._observed(contexts)
         seeds = [0] * len(observed) if seeds is None else seeds
         for states in observed:

@@ -72,8 +72,8 @@ class Prediction(NamedTuple):
     """Energy before the first and after every step [R, K + 1]; None without an energy."""
     steps: Tensor | None = None
     """MCMC steps taken [R]."""
-    passes: Tensor | None = None
-    """Candidate passes spent [R]."""
+    nfe: Tensor | None = None
+    """Energy evaluations spent [R]."""
 
 
 class Sequences:
@@ -101,7 +101,7 @@ class Sequences:
         self.model, self.thinking, self.max_context, self.slide = model, thinking, max_context, slide
         self.seeds = list(seeds)
         if not isinstance(model, EnergyBasedTransformer) and thinking != Thinking():
-            raise UserError("an autoregressive model does not think: leave out what tells it how to")
+            raise UserError("an autoregressive model takes no MCMC steps: leave out the options of thinking")
         longest = max(len(states) for states in observed)
         if longest > max_context and not slide:
             raise UserError(f"a context of {longest} states: the model was trained with {max_context} at most")
@@ -118,7 +118,7 @@ class Sequences:
         if not isinstance(self.model, EnergyBasedTransformer):
             return Prediction(self.model.extend(newest, contexts[0], last - 1)[:, 0])
         thought = think(self.model, contexts, last, newest, self.thinking, self.seeds, add_observed=True)
-        return Prediction(thought.state[:, 0], thought.energies[:, :, 0].T, thought.steps[:, 0], thought.passes[:, 0])
+        return Prediction(thought.state[:, 0], thought.energies[:, :, 0].T, thought.steps[:, 0], thought.nfe[:, 0])
 
     def append(self, states: Tensor) -> None:
         """Observe one more state of each sequence [R, ...]."""

@@ -46,16 +46,16 @@ class Continuation:
     """For each token, the end token included, the energy of its prediction before and after every step taken."""
     steps: list[int] = field(default_factory=list)
     """MCMC steps taken for each of them."""
-    passes: int = 0
-    """Candidate passes spent on all of them."""
+    nfe: int = 0
+    """Energy evaluations spent on all of them."""
 
     def note(self, prediction: Prediction, row: int) -> None:
         """Keep what the prediction of one more token has taken."""
-        if prediction.energies is not None and prediction.steps is not None and prediction.passes is not None:
+        if prediction.energies is not None and prediction.steps is not None and prediction.nfe is not None:
             steps = int(prediction.steps[row])
             self.steps.append(steps)
             self.energies.append(prediction.energies[row, : steps + 1].tolist())
-            self.passes += int(prediction.passes[row])
+            self.nfe += int(prediction.nfe[row])
 
     def add(self, token: int, decoder: Decoder, stop: Sequence[str]) -> None:
         """Add a token, unless it is the end; see whether a stop string is complete."""

@@ -43,16 +43,18 @@ class Thinking:
     """Standard deviation of the noise added to the state before every step."""
     step_size: float | None = None
     """Alpha."""
-    accept: bool = False
+    accept_only_decrease: bool = False
     """Take only steps that lower the energy; without noise the first other one ends a refinement."""
     energy_tolerance: float | None = None
-    """Stop a candidate when a step changes its energy by no more than this; None: never."""
-    budget: int | None = None
-    """Most candidate passes spent on one position, by all its candidates together; K steps are K + 1 passes."""
+    """Stop a candidate when a step changes its energy by no more than this; None: never.
+
+    Early stopping helps only models trained with a variable number of steps on one landscape."""
+    max_nfe: int | None = None
+    """Most energy evaluations of one position, by all its candidates together; K steps are K + 1 of them."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        for name, low in (("steps", 1), ("candidates", 1), ("budget", 2)):
+        for name, low in (("steps", 1), ("candidates", 1), ("max_nfe", 2)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} = {value}: must be at least {low}")
@@ -74,8 +76,8 @@ class Thought:
     """Its energy before the first and after every step [K + 1, B, C]; once it has stopped, the last one again."""
     steps: Tensor
     """MCMC steps that it has taken [B, C]."""
-    passes: Tensor
-    """Candidate passes that the position has cost, over all its candidates [B, C]."""
+    nfe: Tensor
+    """Energy evaluations that the position has cost, over all its candidates [B, C]."""
 
     @property
     def energy(self) -> Tensor:
@@ -141,17 +143,17 @@ def has_noise(model: EnergyBasedTransformer, thinking: Thinking) -> bool:
 
 
 def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
-    """Refuse candidates that would all be the same, and a budget that ends before the last landscape."""
+    """Refuse candidates that would all be the same, and a limit that ends before the last landscape."""
     if thinking.candidates > 1 and not has_noise(model, thinking):
         raise UserError(
             f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
             f"({model.space.initial_state}); set langevin_noise, or use 1"
         )
     fewest = thinking.candidates * max(2, len(landscapes(model, thinking)))
-    if thinking.budget is not None and thinking.budget < fewest:
+    if thinking.max_nfe is not None and thinking.max_nfe < fewest:
         raise UserError(
-            f"budget = {thinking.budget}: {thinking.candidates} candidate{'s' * (thinking.candidates > 1)} of this "
-            f"model need at least {fewest} passes"
+            f"max_nfe = {thinking.max_nfe}: {thinking.candidates} candidate{'s' * (thinking.candidates > 1)} of this "
+            f"model need at least {fewest} energy evaluations"
         )
 
 
@@ -192,7 +194,7 @@ class _Refinement:
         self.state = model.space.start(self.ids, model.seed, 0, 1, observed)
         self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
-        self.steps, self.passes = (torch.zeros_like(self.index) for _ in range(2))
+        self.steps, self.nfe = (torch.zeros_like(self.index) for _ in range(2))
         self.done: list[tuple[Tensor, Tensor]] = []
         self.newest: Tensor | None = None  # embedded observed states [B, 1, D] that the contexts still lack
 
@@ -207,7 +209,7 @@ class _Refinement:
             change = energy - self.before[1]
             if thinking.energy_tolerance is not None:
                 finished |= change.abs() <= thinking.energy_tolerance
-            if thinking.accept:
+            if thinking.accept_only_decrease:
                 worse = ~(change <= 0)  # an energy that is no number is not accepted
                 state, energy, gradient = (
                     torch.where(worse.view(-1, *[1] * (old.ndim - 1)), old, new)
@@ -216,15 +218,16 @@ class _Refinement:
                 finished = finished & ~worse | last | worse & (self._noise() == 0)
         self.energies[step:, self.index] = energy
         self.steps[self.index] = step
-        self.passes[self.index] += 1
-        if thinking.budget is not None:
-            finished |= self._over_budget(energy, thinking.budget)
+        self.nfe[self.index] += 1
+        if thinking.max_nfe is not None:
+            finished |= self._over_max_nfe(energy, thinking.max_nfe)
         if last or (self._may_stop() and finished.any()):
             self.done.append((self.index[finished], state[finished] if not last else state))
             state, energy, gradient = self._leave(~finished, state, energy, gradient)
         if len(self.index):
-            if thinking.accept or thinking.energy_tolerance is not None:
-                self.before = (state if thinking.accept else energy, energy, gradient if thinking.accept else energy)
+            if thinking.accept_only_decrease or thinking.energy_tolerance is not None:
+                kept = (state, gradient) if thinking.accept_only_decrease else (energy, energy)
+                self.before = (kept[0], energy, kept[1])
             self.state = model.space.update(state, gradient * self._factor())
 
     def chosen(self) -> Thought:
@@ -241,7 +244,7 @@ class _Refinement:
             state=state.view(rows, positions, *state.shape[2:]),
             energies=self.energies[:, best].unflatten(1, (rows, positions)),
             steps=self.steps[best].view(rows, positions),
-            passes=self.passes.view(rows, positions, group).sum(-1),
+            nfe=self.nfe.view(rows, positions, group).sum(-1),
         )
 
     def _measure(self, step: int, landscape: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,13 +265,13 @@ class _Refinement:
             energy, gradient = energy_and_gradient(model.transformer, embedded, *where, newest)
         return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
 
-    def _over_budget(self, energy: Tensor, budget: int) -> Tensor:
-        """Return which candidates have no pass left: those of the highest energies, where it is enough for some."""
+    def _over_max_nfe(self, energy: Tensor, max_nfe: int) -> Tensor:
+        """Return which candidates have no evaluation left: those of the highest energies first."""
         group = self.shape[-1]
         of_all = energy.new_full((len(self.ids),), math.inf)
         of_all[self.index] = energy
         rank = of_all.view(-1, group).argsort(stable=True, dim=-1).argsort(-1).flatten()[self.index]
-        left = budget - self.passes.view(-1, group).sum(-1)
+        left = max_nfe - self.nfe.view(-1, group).sum(-1)
         return rank >= left[self.index // group]
 
     def _leave(self, going: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -295,10 +298,10 @@ class _Refinement:
 
     def _may_stop(self) -> bool:
         thinking = self.thinking
-        return thinking.accept or thinking.energy_tolerance is not None or thinking.budget is not None
+        return thinking.accept_only_decrease or thinking.energy_tolerance is not None or thinking.max_nfe is not None
 
     def _factor(self) -> Tensor | float:
-        """Return what to scale gradients by so that a step has the size asked for."""
+        """Return the factor of the gradients for which steps have the size `thinking.step_size`."""
         return 1.0 if self.thinking.step_size is None else self.thinking.step_size / self.model.space.step_size()
 
 

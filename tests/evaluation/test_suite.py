@@ -76,8 +76,8 @@ def test_figures(models: Path) -> None:
     assert by_steps["bits_per_byte"][0] == pytest.approx(by_steps["loss"][0] / math.log(2) / bytes_per_token)
 
     usual, best, most, stopped, downhill = model["thinking"]
-    assert usual["change"] == [0, 0] and usual["mean_steps"] == 2 and usual["mean_passes"] == 3
-    assert best["candidates"] == 2 and best["mean_passes"] == 6 and best["energy"] < usual["energy"]
+    assert usual["change"] == [0, 0] and usual["mean_steps"] == 2 and usual["mean_nfe"] == 3
+    assert best["candidates"] == 2 and best["mean_nfe"] == 6 and best["energy"] < usual["energy"]
     assert most["mean_steps"] == 3 and stopped["mean_steps"] <= 3 and downhill["energy"] <= most["energy"] + 1e-6
     # Other noise, the same model: the same loss but for its spread.
     assert usual["loss"] == pytest.approx(by_steps["loss"][1], rel=0.02)

@@ -1,4 +1,4 @@
-"""A loaded model predicts, tells energies and generates; the command does the same; what is wrong is told in a line."""
+"""A loaded model predicts, tells energies and generates; the command does the same; errors are one line."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def test_the_command_says_what_the_object_does(
         (["--checkpoint", "{ebt}", "--prompt", "ka", "--tokens", "40"], "new ones; ask for no more, or let"),
         (["--checkpoint", "{ebt}", "--think-steps", "0"], "steps = 0: must be at least 1"),
         (["--checkpoint", "{ebt}", "--top-p", "2"], "top_p = 2.0: must be more than 0 and at most 1"),
-        (["--checkpoint", "{ar}", "--candidates", "2", "--tokens", "1"], "an autoregressive model does not think"),
-        (["--checkpoint", "{ebt}", "--candidates", "4", "--budget", "5"], "need at least 8 passes"),
+        (["--checkpoint", "{ar}", "--candidates", "2", "--tokens", "1"], "an autoregressive model takes no MCMC steps"),
+        (["--checkpoint", "{ebt}", "--candidates", "4", "--max-nfe", "5"], "need at least 8 energy evaluations"),
     ],
 )
 def test_bad_input_is_one_line(

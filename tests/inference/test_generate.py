@@ -91,7 +91,7 @@ def test_cached_equals_running_the_prefix_again(name: str, dtype: torch.dtype, t
             assert list(map(len, text.energies)) == list(map(len, energies))
             for found, expected in zip(text.energies, energies, strict=True):
                 assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
-            assert text.steps == [len(e) - 1 for e in energies] and text.passes >= sum(map(len, energies))
+            assert text.steps == [len(e) - 1 for e in energies] and text.nfe >= sum(map(len, energies))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_the_context_is_refused() -> None:
     with pytest.raises(UserError, match="has room for 3 new ones; ask for no more, or let the context slide"):
         continued(model, [[5] * 12], [0], num_tokens=4)
     assert len(continued(model, [[5] * 12], [0], num_tokens=3)[0].tokens) == 3
-    with pytest.raises(UserError, match="an autoregressive model does not think"):
+    with pytest.raises(UserError, match="an autoregressive model takes no MCMC steps"):
         continued(twin(), PROMPTS, SEEDS, thinking=THINKING)
 
 
@@ -225,7 +225,10 @@ def test_a_gpu_generates_what_the_cpu_does(variant: str) -> None:
     texts = []
     for device in ("cpu", "cuda"):
         model.to(device)
-        for thinking in (Thinking(steps=4, energy_tolerance=0.05), Thinking(steps=4, accept=True, budget=3)):
+        for thinking in (
+            Thinking(steps=4, energy_tolerance=0.05),
+            Thinking(steps=4, accept_only_decrease=True, max_nfe=3),
+        ):
             for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
                 texts.append(
                     generate(

@@ -36,14 +36,14 @@ def whole(model: EnergyBasedTransformer, states: Tensor, thinking: Thinking, see
         torch.cat([t.state for t in slices], 1),
         torch.cat([t.energies for t in slices], 2),
         torch.cat([t.steps for t in slices], 1),
-        torch.cat([t.passes for t in slices], 1),
+        torch.cat([t.nfe for t in slices], 1),
     )
 
 
 def alone(
     model: EnergyBasedTransformer, states: Tensor, thinking: Thinking, seed: int
 ) -> tuple[Tensor, list[float], int, int]:
-    """Think about what follows `states` [1, S, ...], candidate by candidate, with a decision after every pass."""
+    """Think about what follows `states` [1, S, ...], candidate by candidate, with a decision after every evaluation."""
     steps = thinking.steps or model.mcmc.max_mcmc_steps
     noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
     alpha = model.space.step_size() if thinking.step_size is None else torch.tensor([thinking.step_size]).double()
@@ -53,7 +53,7 @@ def alone(
     energies: list[list[float]] = [[] for _ in ids]
     kept: list[Any] = [None] * len(ids)
     contexts = {landscape: model.context_stream(states, landscape) for landscape in range(number(steps - 1) + 1)}
-    going, passes = list(range(len(ids))), 0
+    going, nfe = list(range(len(ids))), 0
     for step in range(steps + 1):
         landscape = number(min(step, steps - 1))
         finished = []
@@ -61,19 +61,19 @@ def alone(
             x = state[g] if step == steps else model.space.perturb(state[g], model.seed, ids[g], step, 0, noise)
             _, energy, gradient = model.descend(x, contexts[landscape], landscape, last)
             energies[g].append(energy.item())
-            passes += 1
+            nfe += 1
             if step and landscape == number(step - 1):
                 before, now = energies[g][-2:]
-                if thinking.accept and not now <= before:
+                if thinking.accept_only_decrease and not now <= before:
                     energies[g][-1] = before
                     x, gradient = kept[g]
                     finished += [g] if noise == 0 else []
                 elif thinking.energy_tolerance is not None and abs(now - before) <= thinking.energy_tolerance:
                     finished.append(g)
             kept[g] = (x, gradient)
-        if thinking.budget is not None:
+        if thinking.max_nfe is not None:
             ranked = sorted(range(len(ids)), key=lambda g: energies[g][-1] if g in going else math.inf)
-            finished += [g for g in ranked[max(0, thinking.budget - passes) :] if g in going]
+            finished += [g for g in ranked[max(0, thinking.max_nfe - nfe) :] if g in going]
         going = [g for g in going if g not in finished]
         for g in going:
             x, gradient = kept[g]
@@ -81,7 +81,7 @@ def alone(
     first = number(steps - 1)
     scores = [e[-1] if thinking.select == "energy" else e[-1] - e[first] for e in energies]
     best = min(range(len(ids)), key=scores.__getitem__)
-    return kept[best][0][0, 0], energies[best], len(energies[best]) - 1, passes
+    return kept[best][0][0, 0], energies[best], len(energies[best]) - 1, nfe
 
 
 WAYS = {
@@ -91,10 +91,12 @@ WAYS = {
     "largest drop": Thinking(steps=3, candidates=4, select="drop"),
     "noise and alpha": Thinking(steps=4, langevin_noise=0.3, step_size=1.5),
     "stop": Thinking(steps=6, energy_tolerance=0.05),
-    "accept": Thinking(steps=6, accept=True, step_size=2.0),
-    "accept noise": Thinking(steps=6, accept=True, langevin_noise=0.5),
-    "budget": Thinking(steps=6, candidates=3, budget=11),
-    "all": Thinking(steps=6, candidates=3, accept=True, energy_tolerance=0.02, budget=14, langevin_noise=0.1),
+    "accept": Thinking(steps=6, accept_only_decrease=True, step_size=2.0),
+    "accept noise": Thinking(steps=6, accept_only_decrease=True, langevin_noise=0.5),
+    "max_nfe": Thinking(steps=6, candidates=3, max_nfe=11),
+    "all": Thinking(
+        steps=6, candidates=3, accept_only_decrease=True, energy_tolerance=0.02, max_nfe=14, langevin_noise=0.1
+    ),
 }
 
 
@@ -107,13 +109,13 @@ def test_together_is_as_alone(way: str, variant: str) -> None:
     found = whole(model, states, WAYS[way])
     for row, seed in enumerate(SEEDS):
         for position in range(SIZE):
-            state, energies, steps, passes = alone(model, states[row : row + 1, : position + 1], WAYS[way], seed)
+            state, energies, steps, nfe = alone(model, states[row : row + 1, : position + 1], WAYS[way], seed)
             assert torch.allclose(found.state[row, position], state, rtol=1e-9, atol=1e-10)
-            assert (found.steps[row, position], found.passes[row, position]) == (steps, passes)
+            assert (found.steps[row, position], found.nfe[row, position]) == (steps, nfe)
             rest = [energies[-1]] * (len(found.energies) - len(energies))
             assert torch.allclose(found.energies[:, row, position], torch.tensor(energies + rest, dtype=torch.float64))
-    if way in ("stop", "accept", "budget", "all"):  # the cases are what they are meant to be
-        assert len(found.steps.unique()) > 1 or way == "budget"
+    if way in ("stop", "accept", "max_nfe", "all"):  # the cases are what they are meant to be
+        assert len(found.steps.unique()) > 1 or way == "max_nfe"
         assert found.steps.min() < WAYS[way].steps
 
 
@@ -141,12 +143,14 @@ def test_more_candidates_reach_lower_energies() -> None:
     model, states = build(settings("mirror")), observed()
     one, four = (whole(model, states, Thinking(steps=2, candidates=n)) for n in (1, 4))
     assert (four.energy <= one.energy).all() and (four.energy < one.energy).any()
-    assert (four.passes == 4 * one.passes).all()
+    assert (four.nfe == 4 * one.nfe).all()
 
 
 def test_accepted_energies_never_rise() -> None:
     model, states = build(settings("mirror")), observed()
-    free, accepted = (whole(model, states, Thinking(steps=6, step_size=30.0, accept=a)) for a in (False, True))
+    free, accepted = (
+        whole(model, states, Thinking(steps=6, step_size=30.0, accept_only_decrease=only)) for only in (False, True)
+    )
     assert (free.energies.diff(dim=0) > 0).any()
     assert (accepted.energies.diff(dim=0) <= 0).all()
 
@@ -172,12 +176,13 @@ def test_compute_falls_with_what_has_stopped(monkeypatch: pytest.MonkeyPatch) ->
     found = whole(model, states, Thinking(steps=8, energy_tolerance=0.02))
     going = [[int((row >= step).sum()) for row in found.steps] for step in range(int(found.steps.max()) + 1)]
     assert sizes == [(sum(n > 0 for n in rows), max(rows)) for rows in going]
-    assert sizes[-1] < sizes[0] and found.passes.sum() == sum(map(sum, going))
+    assert sizes[-1] < sizes[0] and found.nfe.sum() == sum(map(sum, going))
 
 
 @pytest.mark.parametrize("embedding_dim", [None, 24])
 @pytest.mark.parametrize(
-    "thinking", [Thinking(steps=3), Thinking(steps=3, energy_tolerance=0.2), Thinking(steps=3, accept=True)]
+    "thinking",
+    [Thinking(steps=3), Thinking(steps=3, energy_tolerance=0.2), Thinking(steps=3, accept_only_decrease=True)],
 )
 def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim: int | None) -> None:
     """No graph of parameters or of second order: thinking and validation hold what one first-order pass holds."""
@@ -209,7 +214,7 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
         ({"step_size": 0.0}, "step_size = 0.0: must be more than 0"),
         ({"energy_tolerance": -1.0}, "energy_tolerance = -1.0: must be at least 0"),
         ({"langevin_noise": math.nan}, "langevin_noise = nan: must be at least 0"),
-        ({"budget": 1}, "budget = 1: must be at least 2"),
+        ({"max_nfe": 1}, "max_nfe = 1: must be at least 2"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
@@ -222,5 +227,5 @@ def test_what_the_model_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="all would be the same, as this model starts without noise"):
         whole(zeros, observed(), Thinking(candidates=2))
     whole(zeros, observed(), Thinking(candidates=2, langevin_noise=1.0))
-    with pytest.raises(UserError, match="3 candidates of this model need at least 6 passes"):
-        whole(build(variant="adaln"), observed(), replace(WAYS["budget"], budget=5))
+    with pytest.raises(UserError, match="3 candidates of this model need at least 6 energy evaluations"):
+        whole(build(variant="adaln"), observed(), replace(WAYS["max_nfe"], max_nfe=5))
