@@ -23,6 +23,7 @@ from typing import Any
 
 from ebwm_dist.checkpoint.leases import is_leased
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.files import flush_folder, rename, write_atomically
 
 MARKER = "COMMITTED.json"
 FORMAT_VERSION = 2
@@ -176,14 +177,9 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     step = step_of(staging)
     marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
     text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
-    draft = staging / f"{MARKER}.tmp"
-    with open(draft, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
     for folder in {path.parent for path in _files(staging)} | {staging}:
-        _flush(folder)
-    _rename(draft, staging / MARKER)
+        flush_folder(folder)
+    write_atomically(staging / MARKER, text.encode())
     return _take_place(staging)
 
 
@@ -199,10 +195,10 @@ def _take_place(staging: Path) -> Path:
     if (final / MARKER).exists():
         if old.exists():
             shutil.rmtree(old)
-        _rename(final, old)
+        rename(final, old)
     elif final.exists():
         shutil.rmtree(final)
-    _rename(staging, final)
+    rename(staging, final)
     if old.exists():
         _delete(old)
     return final
@@ -236,11 +232,11 @@ def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
             aside = path.with_name(f"{path.name}.incomplete")
             if aside.exists():
                 shutil.rmtree(aside)
-            _rename(path, aside)
+            rename(path, aside)
             warn(f"checkpoint passed over: {path} has no {MARKER}, so it is not complete; moved to {aside.name}")
     for path in committed:
         if path.name.endswith(".old"):
-            _rename(path, path.with_suffix(""))
+            rename(path, path.with_suffix(""))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -274,11 +270,6 @@ def _checksum(marker: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
-def _rename(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    _flush(target.parent)
-
-
 def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:
     """Delete a folder under another name. `unless` is asked once it has that name: then it gets its own back."""
     doomed = folder
@@ -286,16 +277,8 @@ def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -
         doomed = folder.parent / f"{folder.name.removesuffix('.old')}.tmp"
         if doomed.exists():
             shutil.rmtree(doomed)
-        _rename(folder, doomed)
+        rename(folder, doomed)
         if unless(folder):
-            _rename(doomed, folder)
+            rename(doomed, folder)
             return
     shutil.rmtree(doomed)
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ fetched is only used if size and SHA-256 of every file are those of the marker.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from ebwm_dist.checkpoint.folder import MARKER, checkpoint_path, install, prepare_staging, read_marker, step_of
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.errors import CheckpointError
+from ebwm_dist.files import merge_lines, replacing
 from ebwm_dist.storage import open_storage, without_options
 
 _BLOCK = 1 << 23
@@ -106,7 +107,11 @@ class CheckpointMirror:
         path = install(staging)
         for info in self._storage.get_file_info(FileSelector(str(self._path))):
             if info.is_file:
-                self._get(PurePosixPath(info.path), self.run_dir / info.base_name)
+                source, target = PurePosixPath(info.path), self.run_dir / info.base_name
+                if target.suffix == ".jsonl":  # of which this machine may have lines of its own
+                    merge_lines(target, self._read(source) or b"")
+                else:
+                    self._get(source, target)
         return path
 
     def _checkpoint(self, step: int) -> PurePosixPath:
@@ -141,12 +146,8 @@ class CheckpointMirror:
             raise OSError(f"{target} has {found} bytes instead of {size}")
 
     def _get(self, source: PurePosixPath, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.tmp")
-        with self._storage.open_input_stream(str(source)) as stream, open(partial, "wb") as file:
-            while block := stream.read(_BLOCK):
-                file.write(block)
-        os.replace(partial, target)
+        with self._storage.open_input_stream(str(source)) as stream, replacing(target) as file:
+            shutil.copyfileobj(stream, file, _BLOCK)
 
 
 class Uploader:

@@ -30,7 +30,7 @@ from ebwm_dist.cluster.run_status import EVENTS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
-from ebwm_dist.files import METRICS_FILE, to_line
+from ebwm_dist.files import METRICS_FILE, append_record
 
 _LOG_LAG = 2.0
 """Seconds after which lines of workers have come to the driver."""
@@ -67,11 +67,9 @@ class Driver:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.events = (self.run_dir / EVENTS_FILE).open("a", buffering=1)
 
     def close(self) -> None:
         """Leave the cluster."""
-        self.events.close()
         ray.shutdown()
 
     def run(self) -> int:
@@ -163,7 +161,8 @@ class Driver:
         return int(records[-1]["step"]) if records else 0
 
     def _record(self, event: str, **more: Any) -> None:
-        self.events.write(to_line({"time": time.time(), "event": event, "step": self._step(), **more}))
+        event_record = {"time": time.time(), "event": event, "step": self._step(), **more}
+        append_record(self.run_dir / EVENTS_FILE, event_record)
 
     def _say(self, text: str, stream: Any = None) -> None:
         print(f"driver: {text}", file=stream or sys.stdout, flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.files import read_records, to_line
+from ebwm_dist.files import append_record, read_records
 
 FILE = "evaluations.jsonl"
 Record = dict[str, Any]
@@ -31,13 +31,11 @@ class Results:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._path = run_dir / FILE
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            self._append("\n")
         self._wandb = _Wandb(config, run_dir) if config.wandb.mode != "disabled" else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the record of an evaluation; numbers that JSON cannot hold become null."""
-        self._append(to_line(record))
+        append_record(self._path, record)
         if self._wandb is not None:
             self._wandb.write(record)
 
@@ -45,10 +43,6 @@ class Results:
         """Finish what other services hold open."""
         if self._wandb is not None:
             self._wandb.close()
-
-    def _append(self, text: str) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
 
 
 def follow_command(config: Config) -> str:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ebwm_dist.config.checks import check_config, check_value
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
+from ebwm_dist.files import write_atomically
 
 COMMAND_LINE = "command line"
 
@@ -50,17 +51,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the whole tree as YAML that `load_config` reads back; readers see the old file or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:

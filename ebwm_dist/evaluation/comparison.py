@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +18,7 @@ from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.unigram import unigram_perplexity
+from ebwm_dist.files import write_json
 from ebwm_dist.inference.generate import generate
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.mcmc.build import Model
@@ -133,9 +132,7 @@ def compare(ebt_folder: Path, ar_folder: Path) -> dict[str, Any]:
     for prompt, continuation in ebt.sample(3):
         print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
     plot(ebt, ar, thinking, baseline, unigram, ebt_folder / "thinking.png")
-    partial = ebt_folder / "summary.json.tmp"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, ebt_folder / "summary.json")
+    write_json(ebt_folder / "summary.json", summary)
     print(f"\nsummary: {ebt_folder / 'summary.json'}, plots: {ebt_folder / 'thinking.png'}")
     return summary
 

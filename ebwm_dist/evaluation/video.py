@@ -5,9 +5,7 @@ Shapes: N clips, B batch, S predicted frames of a clip, E width of an embedding,
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from ebwm_dist.devices import use_cuda
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.video_plot import Strip, plot
+from ebwm_dist.files import write_json
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
@@ -177,9 +176,7 @@ def compare(ebwm_folder: Path, ar_folder: Path) -> dict[str, Any]:
     print(table(summary))
     strips.sort(key=lambda strip: -strip.motion)
     plot(strips[:: max(1, len(strips) // (4 * STRIPS))][:STRIPS], summary, ebwm_folder / "video.png")
-    partial = ebwm_folder / "summary.json.tmp"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, ebwm_folder / "summary.json")
+    write_json(ebwm_folder / "summary.json", summary)
     print(f"\nsummary: {ebwm_folder / 'summary.json'}, pictures: {ebwm_folder / 'video.png'}")
     return summary
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 import uuid
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
-from ebwm_dist.files import METRICS_FILE, to_line
+from ebwm_dist.files import METRICS_FILE, append_lines, parse, to_line, write_atomically
 
 Record = Mapping[str, Any]
 
@@ -27,15 +26,21 @@ class MetricsLog:
     name = METRICS_FILE
 
     def __init__(self, run_dir: Path, resumed_step: int):
-        """Open the log and drop what a previous process recorded after `resumed_step`, torn lines included."""
+        """Open the log; what an earlier process recorded after `resumed_step` moves to metrics.replaced.jsonl."""
         self.path = run_dir / self.name
+        self.replaced = self.path.with_suffix(".replaced.jsonl")
         self._seen: set[tuple[str | None, int]] = set()
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if self._keep(line, resumed_step)]
-            partial = self.path.with_suffix(".jsonl.tmp")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, self.path)
-        self._file = self.path.open("a", buffering=1)
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        kept: list[bytes] = []
+        dropped: list[bytes] = []
+        for line in lines:
+            (kept if self._keep(line, resumed_step) else dropped).append(line)
+        self.dropped = len(parse(dropped))
+        """Number of records that were moved."""
+        if dropped:
+            append_lines(self.replaced, dropped)
+            write_atomically(self.path, b"".join(line + b"\n" for line in kept))
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append `record`, numbers that JSON cannot hold as null; nothing stays in this process's buffers."""
@@ -50,7 +55,7 @@ class MetricsLog:
         """Close the file."""
         self._file.close()
 
-    def _keep(self, line: str, last_step: int) -> bool:
+    def _keep(self, line: bytes, last_step: int) -> bool:
         """Return whether `line` is whole, new, and not from after `last_step`."""
         try:
             record = json.loads(line)
@@ -106,7 +111,7 @@ class Console:
 
     def __init__(self, log_file: Path, enabled: bool):
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log_file.open("a", buffering=1)
+        self._log = log_file.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self._enabled = enabled
         self._bar: tqdm[NoReturn] | None = None
 

@@ -140,7 +140,13 @@ class Trainer:
         if world.rank == 0:
             if config.data.log_sample_ids:
                 self.samples = SampleLog(self.run_dir, self.state.step)
-            self.logs.append(MetricsLog(self.run_dir, self.state.step))
+            metrics = MetricsLog(self.run_dir, self.state.step)
+            self.logs.append(metrics)
+            if metrics.dropped:
+                self._say(
+                    f"training goes on from step {self.state.step}: {metrics.dropped} records of later steps "
+                    f"are kept in {metrics.replaced}"
+                )
             if config.wandb.mode != "disabled":
                 self.logs.append(WandbLog(config, self.run_dir))
         self.console.start_bar(config.training.max_steps, self.state.step)

@@ -18,6 +18,7 @@ from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError, ConfigError
+from ebwm_dist.files import append_record, read_records
 from ebwm_dist.training.checkpointing import Checkpointer
 from ebwm_dist.training.distributed import World
 from tests.distributed import run_distributed_test
@@ -79,6 +80,19 @@ def test_another_machine_goes_on(run: CheckpointMirror, tmp_path: Path) -> None:
     assert (path / "shards" / "b.pt").read_text() == "b 3 " * 1000
     assert (other.run_dir / "metrics.jsonl").read_text() == "1\n"
     assert other.fetch(3, fail) is None
+
+
+def test_what_another_machine_has_recorded_before_it_fetches_is_not_lost(run: CheckpointMirror, tmp_path: Path) -> None:
+    """Events of its driver, and steps after its own last checkpoint."""
+    (run.run_dir / "cluster.jsonl").write_text('{"event": "first"}\n')
+    run.upload(add(run.run_dir, 2), keep=2)
+    other = elsewhere(run, tmp_path / "other")
+    append_record(other.run_dir / "cluster.jsonl", {"event": "start"})
+    append_record(other.run_dir / "metrics.jsonl", {"step": 3})
+    assert other.fetch(0, fail) is not None
+    append_record(other.run_dir / "cluster.jsonl", {"event": "end"})
+    assert [record["event"] for record in read_records(other.run_dir / "cluster.jsonl")] == ["first", "start", "end"]
+    assert (other.run_dir / "metrics.jsonl").read_text() == '1\n{"step": 3}\n'
 
 
 def test_a_step_saved_again_replaces_the_copy(run: CheckpointMirror, tmp_path: Path) -> None:

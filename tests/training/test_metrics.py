@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ebwm_dist.files import read_records
 from ebwm_dist.training.metrics import MetricsLog, train_line, val_line
 
 TRAIN = {
@@ -29,17 +30,27 @@ def test_after_a_resume_each_step_is_there_once(tmp_path: Path) -> None:
         log.write({"kind": "train", "step": step, "loss": float(step)})
     log.write({"kind": "val", "step": 5, "loss": 1.0})
     log.close()
-    with log.path.open("a") as file:
-        file.write('{"kind": "train", "st')  # killed in the middle of a line
+    with log.path.open("ab") as file:
+        file.write(b'{"kind": "\xff", "step": 3}\n{"kind": "train", "st')  # no UTF-8; killed in the middle of a line
 
     log = MetricsLog(tmp_path, 5)
-    assert log.has("val", 5) and not log.has("val", 6)
+    assert log.has("val", 5) and not log.has("val", 6) and log.dropped == 2
     for step in (6, 7):
         log.write({"kind": "train", "step": step, "loss": -float(step)})
     log.close()
     records = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
     assert [r["loss"] for r in records if r["step"] > 5] == [-6.0, -7.0]
+
+
+def test_no_record_is_lost_when_training_starts_again(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0, 3.0):  # its checkpoints are deleted each time
+        log = MetricsLog(tmp_path, 0)
+        for step in (1, 2):
+            log.write({"kind": "train", "step": step, "loss": loss})
+        log.close()
+    assert [record["loss"] for record in read_records(log.path)] == [3.0, 3.0]
+    assert [record["loss"] for record in read_records(tmp_path / "metrics.replaced.jsonl")] == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_what_json_cannot_hold_is_null(tmp_path: Path) -> None:
