@@ -142,7 +142,7 @@ def test_without_noise_it_is_what_validation_does(variant: str) -> None:
 def test_more_candidates_reach_lower_energies() -> None:
     model, states = build(settings("mirror")), observed()
     one, four = (whole(model, states, Thinking(steps=2, candidates=n)) for n in (1, 4))
-    assert (four.energy <= one.energy).all() and (four.energy < one.energy).any()
+    assert (four.energy <= one.energy + 1e-9).all() and (four.energy < one.energy - 1e-3).any()
     assert (four.nfe == 4 * one.nfe).all()
 
 
