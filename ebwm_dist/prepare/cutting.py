@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ebwm_dist.data.format.video_codec import VideoInfo, frames_at, probe
 from ebwm_dist.errors import UserError
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import is_held_out
 from ebwm_dist.prepare.listing import InputFile, list_inputs
+from ebwm_dist.prepare.video_files import VideoInfo, frames_at, probe
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 
@@ -51,17 +51,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Video(InputFile):
-    """A video file and its size, length and number of frames."""
+    """A video file and its length."""
 
     info: VideoInfo
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of the video `name`, from `start` seconds after its first frame on."""
+    """A clip of a video, from `start` seconds after its first frame on."""
 
-    name: str
-    path: Path
+    video: Video
     start: float
 
 
@@ -96,7 +95,7 @@ def plan_clips(videos: Iterable[Video], cut: Cut) -> tuple[dict[str, list[Clip]]
         made = 0
         for split, (start, end) in parts.items() if last >= cut.min_length else ():
             starts = _starts(start, end, cut)
-            clips[split] += [Clip(video.name, video.path, start) for start in starts]
+            clips[split] += [Clip(video, start) for start in starts]
             made += len(starts)
         if not made:
             short.append(video.name)
@@ -115,15 +114,15 @@ def _starts(start: float, end: float, cut: Cut) -> list[float]:
     return [round(start + number * cut.stride, _DIGITS) for number in range(count)]
 
 
-def read_frames(path: Path, starts: Sequence[float], cut: Cut) -> tuple[np.ndarray, np.ndarray]:
+def read_frames(video: Video, starts: Sequence[float], cut: Cut) -> tuple[np.ndarray, np.ndarray]:
     """Read the clips of a video that begin at the ascending `starts`, each frame once.
 
     Returns the different frames `[U, H, W, 3]`, and for each clip which of them are its own, `[C, F]`.
     """
     times = np.round(np.asarray(starts)[:, None] + np.arange(cut.frames) * cut.frame_interval, _DIGITS)
     different, index = np.unique(times, return_inverse=True)
-    frames = [resize(frame, cut.height, cut.width, cut.crop) for frame in frames_at(path, different.tolist())]
-    return np.stack(frames), index.reshape(times.shape)
+    read = frames_at(video.path, different.tolist(), video.info)
+    return np.stack([resize(frame, cut.height, cut.width, cut.crop) for frame in read]), index.reshape(times.shape)
 
 
 def resize(frame: np.ndarray, height: int, width: int, crop: str) -> np.ndarray:

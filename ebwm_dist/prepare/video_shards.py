@@ -106,10 +106,10 @@ class VideoFiles:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the clips of one video after the other."""
-        for path, group in groupby(self.clips, key=lambda clip: clip.path):
-            clips = list(group)
-            told = [{"video": c.name, "start": c.start, "frame_interval": self.cut.frame_interval} for c in clips]
-            yield *read_frames(path, [clip.start for clip in clips], self.cut), told
+        for video, group in groupby(self.clips, key=lambda clip: clip.video):
+            starts = [clip.start for clip in group]
+            told = [{"video": video.name, "start": s, "frame_interval": self.cut.frame_interval} for s in starts]
+            yield *read_frames(video, starts, self.cut), told
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ def cut_clips(
     clips, short = plan_clips(videos, cut)
     tasks, totals = [], {}
     for split in SPLITS:
-        names = {clip.name for clip in clips[split]}
+        names = {clip.video.name for clip in clips[split]}
         totals[split] = Split((), len(names), {"videos": len(names), "frames": len(clips[split]) * cut.frames})
         for number, first in enumerate(range(0, len(clips[split]), clips_per_shard)):
             source = VideoFiles(tuple(clips[split][first : first + clips_per_shard]), cut)
             tasks.append(ShardTask(out.resolve(), split, number, clips_per_shard, content, source, encoding))
     settings = {"inputs": describe_inputs(videos), "cut": asdict(cut), "clips_per_shard": clips_per_shard}
-    held_out = {clip.name for clip in clips["val"]} - {clip.name for clip in clips["train"]}
+    held_out = {clip.video.name for clip in clips["val"]} - {clip.video.name for clip in clips["train"]}
     manifest = Manifest(out, content, totals, tuple(sorted(held_out)), settings)
     made, up_to_date = _make(manifest, tasks, encoding, work)
     return VideoReport(made, up_to_date, time.monotonic() - start, tuple(short))

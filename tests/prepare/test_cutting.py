@@ -9,10 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ebwm_dist.data.format.video_codec import VideoInfo, encode_clip, frames_at
+from ebwm_dist.data.format.video_codec import encode_clip
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.prepare.cutting import Cut, Video, find_videos, plan_clips, read_frames, resize
 from ebwm_dist.prepare.moving_shapes import moving_shapes
+from ebwm_dist.prepare.video_files import VideoInfo, frames_at
 
 
 def cut(**changes: object) -> Cut:
@@ -22,16 +23,16 @@ def cut(**changes: object) -> Cut:
 
 def videos(*lengths: float) -> list[Video]:
     """Return videos that last as long."""
-    return [Video(f"v{i}.mp4", Path(f"v{i}.mp4"), VideoInfo(48, 64, 10, last)) for i, last in enumerate(lengths)]
+    return [Video(f"v{i}.mp4", Path(f"v{i}.mp4"), VideoInfo(10, last)) for i, last in enumerate(lengths)]
 
 
 def test_clips_of_a_video_are_a_stride_apart_and_end_within_it() -> None:
     clips, short = plan_clips(videos(0.5, 1.0, 0.15), cut(holdout=("v0.mp4",), stride=0.3))
-    assert [(c.name, c.start) for c in clips["train"]] == [("v1.mp4", 0.0), ("v1.mp4", 0.3), ("v1.mp4", 0.6)]
-    assert [(c.name, c.start) for c in clips["val"]] == [("v0.mp4", 0.0), ("v0.mp4", 0.3)]
+    assert [(c.video.name, c.start) for c in clips["train"]] == [("v1.mp4", 0.0), ("v1.mp4", 0.3), ("v1.mp4", 0.6)]
+    assert [(c.video.name, c.start) for c in clips["val"]] == [("v0.mp4", 0.0), ("v0.mp4", 0.3)]
     assert short == ["v2.mp4"]
     clips, short = plan_clips(videos(0.5, 1.0, 0.8), cut(holdout=("v1.mp4",), min_length=0.7))
-    assert {c.name for c in clips["train"]} == {"v2.mp4"} and short == ["v0.mp4"]
+    assert {c.video.name for c in clips["train"]} == {"v2.mp4"} and short == ["v0.mp4"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -52,7 +53,7 @@ def test_held_out_ends_are_a_gap_away_from_all_that_is_trained_on(
     except UserError:
         assume(False)
     for video in given_videos:
-        starts = {split: [c.start for c in clips[split] if c.name == video.name] for split in clips}
+        starts = {split: [c.start for c in clips[split] if c.video.name == video.name] for split in clips}
         ends = [start + chosen.span for start in [*starts["train"], *starts["val"]]]
         assert all(0 <= end <= video.info.last + 1e-5 for end in ends)
         assert (not ends) == (video.name in short)
@@ -78,9 +79,10 @@ def test_frames_are_those_of_the_file_each_read_once(tmp_path: Path) -> None:
     path.write_bytes(encode_clip(moving_shapes(0, 25, 48, 64), 0.04))
     settings = cut(frame_interval=0.08, stride=0.04, height=24, width=32)
     starts = [0.2, 0.24, 0.28]
-    frames, index = read_frames(path, starts, settings)
+    (video,) = find_videos([path])
+    frames, index = read_frames(video, starts, settings)
     assert frames.shape == (7, 24, 32, 3) and index.shape == (3, 3)  # two of the nine are shared
-    expected = list(frames_at(path, [i * 0.04 for i in range(25)]))
+    expected = list(frames_at(path, [i * 0.04 for i in range(25)], video.info))
     for start, chosen in zip(starts, index, strict=True):
         numbers = [round(start / 0.04) + 2 * i for i in range(3)]
         assert (frames[chosen] == [resize(expected[n], 24, 32, "center") for n in numbers]).all()
@@ -103,7 +105,7 @@ def test_inputs_are_found_in_order_and_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "in" / "notes.txt").touch()
     found = find_videos([tmp_path / "in"])
     assert [video.name for video in found] == ["a.mp4", "b/x.mp4", "b/y.MP4", "other/a.mp4"]
-    assert found[0].info == VideoInfo(16, 16, 5, pytest.approx(0.16))
+    assert found[0].info == VideoInfo(5, pytest.approx(0.16))
     (tmp_path / "empty").mkdir()
     for inputs, message in (
         (["gone.mp4"], "gone.mp4 does not exist"),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from data_tools import fetch_video
-from ebwm_dist.data.format.video_codec import frames_at, probe
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.prepare import sample_data as packages
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.sample_data import read_members
+from ebwm_dist.prepare.video_files import frames_at, probe
 
 ROOT = Path(__file__).parents[2]
 CONTENTS = {"data/a.txt": b"first", "data/b.txt": b"second"}
@@ -77,7 +77,7 @@ def test_the_real_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     fetch_video.main(arguments)
     found = {path.name: probe(path).frames for path in sorted(tmp_path.iterdir())}
     assert found == {"bigbuckbunny.mp4": 132, "bikes.mp4": 250, "carphone_pristine.mp4": 120}
-    (last,) = frames_at(tmp_path / "bikes.mp4", [9.96])
+    (last,) = frames_at(tmp_path / "bikes.mp4", [9.96], probe(tmp_path / "bikes.mp4"))
     assert last.shape == (272, 640, 3)
     capsys.readouterr()
     fetch_video.main(arguments)

@@ -27,7 +27,7 @@ from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.prepare import video_shards
-from ebwm_dist.prepare.cutting import Cut, read_frames
+from ebwm_dist.prepare.cutting import Cut, find_videos, read_frames
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.video_shards import Encoding, VideoReport, cut_clips, encode_clips
 from ebwm_dist.workers.executors import Work
@@ -50,6 +50,11 @@ def make(folder: Path, out: Path, **changes: object) -> VideoReport:
     return cut_clips([folder], out, CUT, clips_per_shard=20, **changes)  # type: ignore[arg-type]
 
 
+def frames_of(path: Path, starts: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    (video,) = find_videos([path])
+    return read_frames(video, starts, CUT)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -68,7 +73,7 @@ def test_shards_hold_the_clips_that_were_planned(folder: Path, tmp_path: Path, s
     assert manifest.train.counts == (20, 20, 20, 6)
     assert manifest.train.totals == {"videos": 2, "frames": 66 * 3}
     starts = [round(i * 0.04, 6) for i in range(33)]
-    frames, index = read_frames(folder / "0.mp4", starts, CUT)
+    frames, index = frames_of(folder / "0.mp4", starts)
     found = all_samples(manifest, "train")
     assert np.abs(found[:33].astype(int) - frames[index]).mean() < 8
     assert np.abs(found[33:].astype(int) - frames[index]).mean() > 20  # those of the other video
@@ -81,9 +86,9 @@ def test_shards_hold_the_clips_that_were_planned(folder: Path, tmp_path: Path, s
     media = plain[34]["mp4"] if storage == "mp4" else plain[34]["001.jpg"]
     if storage == "jpeg":
         assert np.asarray(Image.open(io.BytesIO(media))).shape == (16, 24, 3)
-        assert media == encode_jpeg(read_frames(folder / "1.mp4", [0.04], CUT)[0][1])
+        assert media == encode_jpeg(frames_of(folder / "1.mp4", [0.04])[0][1])
     else:
-        assert media == encode_clip(read_frames(folder / "1.mp4", [0.04], CUT)[0], 0.08)
+        assert media == encode_clip(frames_of(folder / "1.mp4", [0.04])[0], 0.08)
     assert verify.main([str(tmp_path / "out"), "--deep"]) == 0
 
 
@@ -91,7 +96,7 @@ def test_latents_are_those_of_the_frames_normalised_over_the_training_split(fold
     direct = make(folder, tmp_path / "direct", encoding=PIXELS).manifest
     assert isinstance(direct.sample_format, LatentFormat) and direct.sample_format.embedding_dim == 48
     encoder = build_encoder("pixels:4", height=16, width=24)
-    frames, index = read_frames(folder / "0.mp4", [round(i * 0.04, 6) for i in range(33)], CUT)
+    frames, index = frames_of(folder / "0.mp4", [round(i * 0.04, 6) for i in range(33)])
     expected = encoder.encode(torch.from_numpy(frames)).numpy()[index]
     mean, std = direct.sample_format.mean, direct.sample_format.std
     train, val = (all_samples(direct, split) for split in ("train", "val"))

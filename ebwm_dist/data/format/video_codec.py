@@ -1,60 +1,58 @@
-"""Decode the clips of shards, and video files at given times; encode clips so that equal frames give equal bytes.
+"""Decode the clips of shards; encode clips so that equal frames give equal bytes.
 
-All frames are 8-bit RGB. F: frames of a clip; H, W: height and width. Whole clips are decoded: seeking inside a video
-costs more than all the rest, so it is done once, when clips are cut (`cutting.py`). What cannot be decoded raises a
-DataError that begins with the name the caller gave.
+All frames are 8-bit RGB. F: frames of a clip; H, W: height and width. Clips are decoded whole: seeking in a video costs
+more than all the rest, so it is done once, when clips are cut. What cannot be decoded raises a DataError that begins
+with the name the caller gave.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.stream import Disposition
 
 from ebwm_dist.errors import DataError, UserError
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
 BACKENDS = ("auto", "pyav", "torchcodec")
 
-_TOLERANCE = 1e-3  # seconds by which a wanted time may lie before the frame that is meant
 _QUALITY = 90  # of JPEG
+_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _X264 = {"crf": "18", "preset": "medium", "x264-params": "threads=1:bframes=0:keyint=infinite:scenecut=0"}
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What the packets of a video file say: size in pixels, number of frames, and seconds until its last one."""
-
-    height: int
-    width: int
-    frames: int
-    last: float
 
 
 def decode_clip(data: bytes, name: str, backend: str = "auto") -> np.ndarray:
     """Return all frames `[F, H, W, 3]` of an encoded clip; `auto` is torchcodec where it can be imported."""
-    decoder = _torchcodec() if backend == "torchcodec" or (backend == "auto" and _has_torchcodec()) else None
+    torchcodec = None if backend == "pyav" else _optional("torchcodec.decoders")
+    if torchcodec is None and backend == "torchcodec":
+        raise UserError("torchcodec cannot be imported (it needs FFmpeg's libraries); use pyav, which needs nothing")
+    if torchcodec is not None and not data.startswith(b"RIFF"):  # AVI, which it sorts by times that are not reliable
+        with suppress(RuntimeError, ValueError, IndexError):  # of a trimmed clip, or a damaged one, which PyAV names
+            decoder = torchcodec.VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1)
+            if not decoder.metadata.rotation:  # which does not tell turned frames from mirrored ones
+                return np.stack([frame.numpy() for frame in decoder])
     try:
-        if decoder is not None:
-            frames = list(decoder(data, dimension_order="NHWC", num_ffmpeg_threads=1))
-            return np.stack([frame.numpy() for frame in frames])
         with av.open(io.BytesIO(data)) as container:
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             stream.codec_context.thread_count = 1  # a clip is too short to share; loaders have processes instead
             decoded = list(container.decode(stream))
         if any(frame.is_corrupt for frame in decoded):  # FFmpeg fills damaged parts in with their surroundings
             raise ValueError("a damaged frame")
-        return np.stack([_rgb(frame) for frame in decoded])
+        return np.stack([to_rgb(frame) for frame in decoded])
     except (FFmpegError, RuntimeError, IndexError, ValueError) as error:
-        raise DataError(f"{name}: unreadable video ({_one_line(error)})") from None
+        raise DataError(f"{name}: unreadable video ({one_line(error)})") from None
 
 
 def decode_jpegs(images: Sequence[bytes], name: str) -> np.ndarray:
@@ -64,7 +62,7 @@ def decode_jpegs(images: Sequence[bytes], name: str) -> np.ndarray:
         try:
             frames.append(_decode_jpeg(image))
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{name}: unreadable JPEG image {number} ({_one_line(error)})") from None
+            raise DataError(f"{name}: unreadable JPEG image {number} ({one_line(error)})") from None
         if frames[-1].shape != frames[0].shape:
             raise DataError(f"{name}: image {number} is not of the size of the first")
     return np.stack(frames)
@@ -96,82 +94,34 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def probe(path: Path) -> VideoInfo:
-    """Read size and length of a video file from its packets, which needs no decoding and trusts no header."""
-    try:
-        with av.open(str(path)) as container:
-            stream: Any = container.streams.video[0]
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            last = float((max(times) - min(times)) * stream.time_base)
-            return VideoInfo(stream.codec_context.height, stream.codec_context.width, len(times), last)
-    except (FFmpegError, OSError, ValueError, IndexError) as error:
-        raise DataError(f"{path}: unreadable video ({_one_line(error)})") from None
+def video_stream(container: InputContainer) -> VideoStream:
+    """Return the video stream that a player would show, never a cover picture or thumbnails."""
+    streams = [s for s in container.streams.video if not s.disposition & _PICTURES]
+    if not streams:
+        raise ValueError("no video stream")
+    best = container.streams.best("video")
+    return next((stream for stream in streams if best is not None and stream.index == best.index), streams[0])
 
 
-def frames_at(path: Path, times: Sequence[float]) -> Iterator[np.ndarray]:
-    """Yield the frame `[H, W, 3]` that is shown at each of the ascending `times`, in seconds from the first frame.
+def to_rgb(frame: av.VideoFrame, pixel_aspect: float = 1.0) -> np.ndarray:
+    """Return a frame `[H, W, 3]` turned and mirrored as its display matrix says.
 
-    The file is read once, from the last key frame before the first time on.
+    `pixel_aspect` is width / height of its pixels; the shorter side is stretched until they are square.
     """
-    try:
-        yield from _pick(path, _spans(path, times[0] if times else 0.0), times)
-    except DataError:
-        raise
-    except (FFmpegError, OSError, IndexError, ValueError) as error:
-        raise DataError(f"{path}: unreadable video ({_one_line(error)})") from None
-
-
-def _pick(path: Path, spans: Iterator[tuple[av.VideoFrame, float]], times: Sequence[float]) -> Iterator[np.ndarray]:
-    """Yield a picture for each time: that of the frame whose span it lies in."""
-    wanted = iter(times)
-    time = next(wanted, None)
-    until = -1.0
-    for frame, until in spans:
-        picture: np.ndarray | None = None
-        while time is not None and time + _TOLERANCE < until:
-            if frame.is_corrupt:
-                raise DataError(f"{path}: damaged video, the frame at {time:.3f} s is corrupt")
-            picture = _rgb(frame) if picture is None else picture
-            yield picture
-            time = next(wanted, None)
-        if time is None:
-            return
-    if time is not None:
-        raise DataError(f"{path}: no frame at {time:.3f} s, the last one is before {max(until, 0.0):.3f} s")
-
-
-def _spans(path: Path, start: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Yield the frames, from that at `start` or an earlier one on, each with the time of the next in seconds."""
-    with av.open(str(path)) as container:
-        stream: Any = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        if start > 0:
-            container.seek(int((start + _TOLERANCE) / stream.time_base) + (stream.start_time or 0), stream=stream)
-        shown = None
-        for frame in container.decode(stream):
-            time = _seconds(frame, stream)
-            if shown is not None:
-                yield shown, time
-            elif 0 < start < time - _TOLERANCE:
-                break  # too far: some files have no index to seek by
-            shown = frame
-        if shown is not None:
-            yield shown, _seconds(shown, stream) + 2 * _TOLERANCE
-            return
-    if start > 0:
-        yield from _spans(path, 0.0)
-
-
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    array: np.ndarray = frame.to_ndarray(format="rgb24")
-    return array
-
-
-def _seconds(frame: av.VideoFrame, stream: Any) -> float:
-    """Return when a frame is shown, in seconds from the first."""
-    if frame.pts is None:
-        raise ValueError("a frame without a time")
-    return float((frame.pts - (stream.start_time or 0)) * stream.time_base)
+    size: dict[str, Any] = {}
+    if pixel_aspect != 1:
+        width, height = round(frame.width * max(pixel_aspect, 1.0)), round(frame.height / min(pixel_aspect, 1.0))
+        size = {"width": width, "height": height, "interpolation": "BICUBIC"}
+    array: np.ndarray = frame.to_ndarray(format="rgb24", **size)
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        # A stored pixel (x, y) is displayed at (a x + c y, b x + d y), up to a shift.
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
+        turned = abs(a) < abs(b)
+        across, down = (c, b) if turned else (a, d)
+        array = array.swapaxes(0, 1) if turned else array
+        array = array[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    return np.ascontiguousarray(array)
 
 
 def _decode_jpeg(image: bytes) -> np.ndarray:
@@ -193,15 +143,6 @@ def _optional(name: str) -> Any:
         return None
 
 
-def _has_torchcodec() -> bool:
-    return _optional("torchcodec.decoders") is not None
-
-
-def _torchcodec() -> Any:
-    if not _has_torchcodec():
-        raise UserError("torchcodec cannot be imported (it needs FFmpeg's libraries); use pyav, which needs nothing")
-    return _optional("torchcodec.decoders").VideoDecoder
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the message of an error, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
