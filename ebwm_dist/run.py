@@ -71,7 +71,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """The configuration it was trained with."""
-        return load_config(self.folder / CONFIG_FILE)
+        return load_config(self.folder / CONFIG_FILE, stored=True)
 
     @cached_property
     def checkpoint(self) -> Path:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from ebwm_dist.config.checks import check_world
-from ebwm_dist.config.passthrough import check_passthrough
+from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
 from ebwm_dist.config.schema import Config
 from ebwm_dist.devices import use_cuda
 
@@ -22,7 +22,7 @@ _NEVER = 1_000_000_000
 def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     """Return the dictionary for `deepspeed.initialize` on `world_size` ranks."""
     check_world(config, world_size)
-    check_passthrough(config.deepspeed)
+    check_deepspeed_keys(config.deepspeed)
     training, stage = config.training, config.zero.stage
     derived: dict[str, Any] = {
         # A step is as many backwards as the trainer does before it steps. Told of more than one micro-batch, DeepSpeed

@@ -1,47 +1,90 @@
 """Read a configuration from YAML files and `key=value` overrides, and write it back.
 
-A file may name another one with `extends: other.yaml`, relative to itself; its own keys win over that file's. Every
-value is checked where it was given, so that an error can name the file (or the command line) it came from.
+A file may extend another one with `extends: other.yaml`, relative to itself. A later value of a key replaces an earlier
+one; so does a mapping with names of its own (`data.mixture`, `deepspeed`), as a whole. Strings keep the characters that
+were written: where a string is declared, `0012`, `off` and `2024_10_05` are one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import math
 import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, fields, is_dataclass
-from functools import cache
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ebwm_dist.config.checks import check_config, check_value
+from ebwm_dist.config.checks import check_config
+from ebwm_dist.config.renames import RENAMED_KEYS, translate
 from ebwm_dist.config.schema import Config
+from ebwm_dist.config.values import FLOAT, KEYS, SECTIONS, Plain, typed
 from ebwm_dist.errors import ConfigError
 from ebwm_dist.files import write_atomically
 
 COMMAND_LINE = "command line"
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read the file at `path` and all that it extends, apply `key=value` overrides and check the result."""
-    tree: Any = OmegaConf.structured(Config)
-    for origin, values in [*_read_chain(Path(path)), *(_read_override(text) for text in overrides)]:
-        tree = OmegaConf.merge(tree, _checked_section(values, Config, "", origin))
-    try:
-        resolved = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from None
-    # Interpolations (`${...}`) have a value, and so a type, only now.
-    checked = _checked_section(resolved, Config, "", str(path))
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), checked))
-    assert isinstance(config, Config)
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars are all strings, and `Plain` where they have no quotes; a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found duplicate key {name}", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # `<<: *other`
+_Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: node.value if node.style else Plain(node.value))
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which strings that a reader could take for numbers are quoted, `1e5` among them."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+
+class _Given(NamedTuple):
+    value: Any
+    layer: int
+    origin: str
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), stored: bool = False) -> Config:
+    """Read the file at `path` and all that it extends, apply `key=value` overrides and check the result.
+
+    Args:
+        path: of a YAML file.
+        overrides: later ones win.
+        stored: the file belongs to a run or an export: names of earlier versions are translated instead of refused.
+
+    Raises:
+        ConfigError: names the file (or the command line), the key, its value and what is allowed.
+    """
+    given: dict[str, _Given] = {}
+    chain = _read_chain(Path(path))
+    for layer, (origin, tree) in enumerate(chain):
+        given |= {key: _Given(value, layer, origin) for key, value in _flatten(tree, "", origin, stored).items()}
+    for layer, text in enumerate(overrides, len(chain)):
+        given |= {key: _Given(value, layer, COMMAND_LINE) for key, value in _read_override(text, given).items()}
+    _check_path_is_used(given)
+    config = Config()
+    for key, (value, _, origin) in _interpolated(given).items():
+        section, _, name = key.rpartition(".")
+        try:
+            setattr(getattr(config, section) if section else config, name, typed(key, value))
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
     try:
         check_config(config)
     except ConfigError as error:
@@ -51,31 +94,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the whole tree as YAML that `load_config` reads back; readers see the old file or the new, never a part."""
-    write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    values = dataclasses.asdict(config)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+    write_atomically(Path(path), text.encode("utf-8"))
 
 
-def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (file, values) of `path` and the files it extends, the most basic one first."""
-    chain: list[tuple[str, dict[str, Any]]] = []
-    visited: list[Path] = []
-    current, named_by = path, ""
-    while True:
-        if current.resolve() in visited:
-            cycle = " -> ".join([*(name for name, _ in reversed(chain)), str(current)])
-            raise ConfigError(f"{named_by}files extend each other: {cycle}")
-        visited.append(current.resolve())
-        values = _read_yaml(current, named_by)
-        base = values.pop("extends", None)
-        chain.insert(0, (str(current), values))
-        if base is None:
-            return chain
-        if not isinstance(base, str):
-            raise ConfigError(f"{current}: extends = {base!r}: expected the name of one YAML file")
-        named_by = f"{current}: extends = {base!r}: "
-        current = current.parent / base
-
-
-def _read_yaml(path: Path, named_by: str) -> dict[str, Any]:
+def _read_chain(path: Path, named_by: str = "", above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Return (file, content) of `path` and the files it extends, the most basic one first."""
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"{named_by}files extend each other: {' -> '.join(map(str, (*above, path)))}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -83,138 +110,112 @@ def _read_yaml(path: Path, named_by: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{named_by}{path}: cannot be read: {_first_line(error)}") from None
     with _yaml_errors(str(path), in_file=True):
-        # OmegaConf's YAML reads `1e-3` as a number and refuses a key given twice; plain PyYAML does neither.
-        values = OmegaConf.to_container(OmegaConf.create(text))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, got a list")
-    return {str(key): value for key, value in values.items()}
+        tree = yaml.load(text, _Loader)
+    if not isinstance(tree, (dict, type(None))):
+        raise ConfigError(f"{path}: expected `key: value` lines")
+    tree = tree or {}
+    base = tree.pop("extends", None)
+    if base is None:
+        return [(str(path), tree)]
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: extends = {base!r}: expected the name of one YAML file")
+    below = _read_chain(path.parent / base, f"{path}: extends = {str(base)!r}: ", (*above, path))
+    return [*below, (str(path), tree)]
 
 
-def _read_override(text: str) -> tuple[str, dict[str, Any]]:
+def _read_override(text: str, given: Mapping[str, _Given]) -> dict[str, Any]:
+    """Return the values that an override sets, by key; one inside a mapping keeps the rest of what is `given`."""
     expected = "expected key=value, as in optimizer.lr=1e-3"
-    key, equals, _ = text.partition("=")
+    name, equals, written = text.partition("=")
     if not equals:
         raise ConfigError(f"{COMMAND_LINE}: no '=' in {text!r}; {expected}")
-    if not all(key.split(".")):
+    names = name.split(".")
+    if not all(names):
         raise ConfigError(f"{COMMAND_LINE}: empty name in the key of {text!r}; {expected}")
-    with _yaml_errors(f"{COMMAND_LINE}: {text}", in_file=False):
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    assert isinstance(tree, dict)
-    return COMMAND_LINE, {str(name): value for name, value in tree.items()}
+    if name in KEYS and KEYS[name].type is str and not written.startswith(("'", '"')):
+        return {name: Plain(written)}  # whatever is in it, also where YAML would need quotes
+    with _yaml_errors(f"{COMMAND_LINE}: {text}"):
+        value = yaml.load(written, _Loader)
+    for key in (".".join(names[:end]) for end in range(1, len(names))):
+        if key in KEYS:
+            return {key: _changed(key, given.get(key), name[len(key) + 1 :], value)}
+    for part in reversed(names):
+        value = {part: value}
+    return _flatten(value, "", COMMAND_LINE)
+
+
+def _changed(key: str, before: _Given | None, name: str, value: Any) -> dict[str, Any]:
+    """Return the mapping at `key` with another value at `name` in it."""
+    type_ = KEYS[key].type
+    mapping: dict[str, Any] = deepcopy(before.value) if before is not None and get_origin(type_) is dict else {}
+    # Names in data.mixture are those of folders and may have dots.
+    *sections, last = [name] if float in get_args(type_) else name.split(".")
+    inner = mapping
+    for section in sections:
+        if not isinstance(inner.get(section), dict):
+            inner[section] = {}
+        inner = inner[section]
+    inner[last] = value
+    return mapping
 
 
 @contextmanager
-def _yaml_errors(origin: str, in_file: bool) -> Iterator[None]:
+def _yaml_errors(origin: str, in_file: bool = False) -> Iterator[None]:
     try:
         yield
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if in_file and error.problem_mark else ""
         raise ConfigError(f"{origin}:{line} not valid YAML: {error.problem}") from None
-    except AssertionError:  # What OmegaConf says of a document that is a mere number.
-        raise ConfigError(f"{origin}: expected `key: value` lines") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {_first_line(error)}") from None
 
 
-def _checked_section(values: Any, section: type, prefix: str, origin: str) -> dict[str, Any]:
-    """Check `values` against the dataclass `section`, and return them converted to the types declared there."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{origin}: {prefix} = {values!r}: expected a section with the keys {_listed(section)}")
-    known = {field.name: field for field in fields(section)}
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if name not in known:
-            raise ConfigError(f"{origin}: {key} = {value!r}: unknown key; {_suggestion(str(name), section, prefix)}")
-        hint = _type_hints(section)[name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            result[name] = _checked_section(value, hint, key, origin)
-        elif isinstance(value, str) and "${" in value:
-            result[name] = value
+def _flatten(tree: Any, section: str, origin: str, stored: bool = False) -> dict[str, Any]:
+    """Return the values of a section by their dotted keys, every one of which must exist."""
+    names = [key.rpartition(".")[2] for key in SECTIONS[section]]
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: {section} = {tree!r}: expected a section with the keys {', '.join(names)}")
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{section}.{name}".lstrip(".")
+        new = RENAMED_KEYS.get(key, key)
+        if key in SECTIONS:
+            values |= _flatten(value, key, origin, stored)
+        elif new not in KEYS:
+            close = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean {close[0]!r}? " if close else ""
+            known = f"{section or 'the top level'} has {', '.join(names)}"
+            raise ConfigError(f"{origin}: {key} = {value!r}: unknown key; {meant}{known}")
+        elif new != key and not stored:
+            raise ConfigError(f"{origin}: {key} = {value!r}: this key is now {new}")
         else:
-            result[name] = _checked_value(value, hint, known[name], key, origin)
+            values |= dict([translate(key, value) if stored else (key, value)])
+    return values
+
+
+def _check_path_is_used(given: Mapping[str, _Given]) -> None:
+    path, mixture = given.get("data.path"), given.get("data.mixture")
+    if path is not None and mixture is not None and mixture.value and path.layer > mixture.layer:
+        raise ConfigError(
+            f"{path.origin}: data.path = {path.value!r}: would not be read, as {mixture.origin} sets data.mixture; "
+            "to train on data.path alone, set data.mixture={} too"
+        )
+
+
+def _interpolated(given: Mapping[str, _Given]) -> dict[str, _Given]:
+    """Return the values with those of other keys in place of `${key}`."""
+    written = {key for key, (value, _, _) in given.items() if isinstance(value, str) and "${" in value}
+    result, tree = dict(given), OmegaConf.create()
+    for name in KEYS if written else ():
+        value = given[name].value if name in given else KEYS[name].default
+        if isinstance(value, (str, int, float, type(None))):
+            OmegaConf.update(tree, name, str(value) if isinstance(value, str) else value)
+    for key in written:
+        try:
+            result[key] = given[key]._replace(value=Plain(OmegaConf.select(tree, key)))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{given[key].origin}: {key}: {_first_line(error)}") from None
     return result
-
-
-def _checked_value(value: Any, hint: Any, field: Field[Any], key: str, origin: str) -> Any:
-    choices = field.metadata.get("choices")
-    expectation = f"allowed are {', '.join(map(repr, choices))}" if choices else f"expected {_expectation(hint)}"
-    try:
-        converted = _converted(value, hint)
-    except TypeError:
-        raise ConfigError(f"{origin}: {key} = {value!r}: {expectation}") from None
-    if choices and converted not in choices:
-        raise ConfigError(f"{origin}: {key} = {value!r}: {expectation}")
-    try:
-        check_value(key, converted)
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from None
-    return converted
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """Convert `value` to the type `hint`, where nothing is lost by it; raise TypeError otherwise."""
-    if _is_union(hint):
-        if value is None:
-            return None
-        return _converted(value, _without_none(hint))
-    if get_origin(hint) is tuple:
-        items = get_args(hint)
-        if isinstance(value, (list, tuple)) and len(value) == len(items):
-            return [_converted(item, type_) for item, type_ in zip(value, items, strict=True)]
-    elif get_origin(hint) is dict:
-        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-            of = get_args(hint)[1]
-            return value if of is Any else {name: _converted(item, of) for name, item in value.items()}
-    elif isinstance(value, bool):
-        if hint is bool:
-            return value
-    elif hint is int:
-        # `1e6` is a float in YAML, and a natural way to write a number of steps.
-        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-            return int(value)
-    elif hint is float:
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return float(value)
-    elif hint is str and isinstance(value, (str, int)):
-        return str(value)
-    raise TypeError
-
-
-def _expectation(hint: Any) -> str:
-    if _is_union(hint):
-        return f"{_expectation(_without_none(hint))} or null"
-    if get_origin(hint) is tuple:
-        return f"a list of {len(get_args(hint))} numbers"
-    if get_origin(hint) is dict:
-        of = get_args(hint)[1]
-        return "a section" if of is Any else f"names, and {_expectation(of)} for each"
-    return {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}[hint]
-
-
-def _suggestion(name: str, section: type, prefix: str) -> str:
-    names = [field.name for field in fields(section)]
-    close = difflib.get_close_matches(name, names, n=1)
-    meant = f"did you mean {close[0]!r}? " if close else ""
-    return f"{meant}{prefix or 'the top level'} has {_listed(section)}"
-
-
-def _listed(section: type) -> str:
-    return ", ".join(field.name for field in fields(section))
-
-
-@cache
-def _type_hints(section: type) -> dict[str, Any]:
-    return get_type_hints(section)
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
-def _without_none(hint: Any) -> Any:
-    (inner,) = (item for item in get_args(hint) if item is not type(None))
-    return inner
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,18 @@
 """The whole configuration as one typed tree of plain dataclasses.
 
 Only the standard library is imported here, so that models and MCMC can use their sections without OmegaConf.
-Reading files and overrides is `loading.py`, conditions that span several keys are `checks.py`, and the
-dictionary handed to DeepSpeed is `deepspeed.py`.
+What a single key accepts is declared here; conditions that span several keys are in `checks.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def number(default: Any, **limits: float) -> Any:
+    """Declare a number, or a tuple of them, within limits: `at_least`, `above`, `at_most`, `below`."""
+    return field(default=default, metadata={"limits": limits})
 
 
 def choice(default: str, *others: str) -> Any:
@@ -24,23 +28,23 @@ class ModelConfig:
     """`ebt`: energy-based transformer; `ar`: autoregressive Transformer++ built from the same blocks."""
     variant: str = choice("default", "time_embed", "adaln")
     """How the energy knows the MCMC step: not at all, by a learned token before the context, or by modulation."""
-    num_landscapes: int = 1
+    num_landscapes: int = number(1, at_least=1)
     """Number of trained step conditionings; later steps repeat the last one. Always 1 for `default`."""
-    embedding_dim: int | None = None
+    embedding_dim: int | None = number(None, at_least=1)
     """Width E of the frame embeddings that are predicted; null: the tokens of a vocabulary are."""
-    vocab_size: int = 50277
+    vocab_size: int = number(50277, at_least=2)
     """Size of the vocabulary; must equal that of the tokenizer the data was made with. Unused with `embedding_dim`."""
-    dim: int = 384
+    dim: int = number(384, at_least=1)
     """Width D of the residual stream."""
-    num_layers: int = 6
+    num_layers: int = number(6, at_least=1)
     """Number of transformer blocks."""
-    num_heads: int = 6
+    num_heads: int = number(6, at_least=1)
     """Number of attention heads; must divide `dim` into even head widths."""
-    ffn_multiplier: float = 1.0
+    ffn_multiplier: float = number(1.0, above=0)
     """Hidden width of the SwiGLU feed-forward as a multiple of `dim` (the published recipes use 1)."""
-    norm_eps: float = 1e-5
+    norm_eps: float = number(1e-5, above=0)
     """Epsilon of RMSNorm."""
-    rope_base: float = 10000.0
+    rope_base: float = number(10000.0, above=1)
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
     """Read predictions in and out with the token embedding of the context, instead of a matrix of their own."""
@@ -55,23 +59,23 @@ class ModelConfig:
 class MCMCConfig:
     """Refinement of a prediction by gradient descent on its energy."""
 
-    num_steps: int = 2
+    num_steps: int = number(2, at_least=1)
     """Number of MCMC steps in training; the fewest, where `max_num_steps` is set."""
-    max_num_steps: int | None = None
+    max_num_steps: int | None = number(None, at_least=1)
     """Draw the number of steps from `num_steps` to this for every micro-batch, the same on all ranks; null: no draw."""
-    num_steps_warmup: int = 0
+    num_steps_warmup: int = number(0, at_least=0)
     """Optimizer steps over which the number of MCMC steps grows from 1."""
-    step_size: float = 500.0
+    step_size: float = number(500.0, above=0)
     """Initial value of the step size alpha. It has to be set from width and vocabulary."""
     learn_step_size: bool = True
     """Whether alpha is trained."""
-    step_size_lr_multiplier: float | None = None
+    step_size_lr_multiplier: float | None = number(None, at_least=0)
     """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
-    step_size_warmup: int = 0
+    step_size_warmup: int = number(0, at_least=0)
     """Optimizer steps over which the steps taken grow to their full size."""
-    step_size_jitter: float = 1.0
+    step_size_jitter: float = number(1.0, at_least=1)
     """Multiply alpha by a factor drawn from [1 / this, this] for every sample and position in training."""
-    langevin_noise: float = 0.0
+    langevin_noise: float = number(0.0, at_least=0)
     """Standard deviation of the noise added to the state before every step, in training and evaluation."""
     loss: str = choice("mean", "last")
     """Train on the mean of the losses after all steps, or on that after the last one (truncated)."""
@@ -83,9 +87,9 @@ class MCMCConfig:
     Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
     initial_state: str = choice("random_noise", "zeros", "most_recent_embedding")
     """Where a prediction starts: numbers drawn from N(0, 1), all zero, or a copy of the last observed embedding."""
-    replay_size: int = 0
+    replay_size: int = number(0, at_least=0)
     """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
-    replay_fraction: float = 0.5
+    replay_fraction: float = number(0.5, above=0, at_most=1)
     """Replayed sequences added to a micro-batch, as a fraction of its size."""
 
     @property
@@ -102,25 +106,25 @@ class MCMCConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule, in optimizer steps."""
 
-    lr: float = 1.2e-3
+    lr: float = number(1.2e-3, above=0)
     """Peak learning rate of the model; alpha's is `mcmc.step_size_lr_multiplier` times this."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)
     """AdamW's moment decays."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0)
     """AdamW's epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: float = number(0.01, at_least=0)
     """Decoupled weight decay of every parameter but alpha."""
-    grad_clip: float = 1.0
+    grad_clip: float = number(1.0, at_least=0)
     """Largest global gradient norm; 0 does not clip."""
     schedule: str = choice("cosine", "wsd")
     """After the warm-up: cosine to `final_lr_ratio`, or stable and then linear to it (WSD)."""
-    warmup_steps: int = 10_000
+    warmup_steps: int = number(10_000, at_least=0)
     """Steps of linear warm-up from 0."""
-    decay_steps: int | None = None
+    decay_steps: int | None = number(None, at_least=1)
     """Cosine: the step at which the decay ends; WSD: the length of the final decay.
 
     null: `training.max_steps`, and a tenth of it."""
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: float = number(0.1, at_least=0, at_most=1)
     """Learning rate at the end as a fraction of the peak."""
 
 
@@ -128,29 +132,29 @@ class OptimizerConfig:
 class TrainingConfig:
     """The training loop."""
 
-    max_steps: int = 1_000_000
+    max_steps: int = number(1_000_000, at_least=1)
     """Optimizer steps of the whole run."""
-    stop_after: int | None = None
+    stop_after: int | None = number(None, at_least=1)
     """Save and leave cleanly after this step; the same command without it goes on."""
-    global_batch_size: int = 256
+    global_batch_size: int = number(256, at_least=1)
     """Sequences per optimizer step over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = number(8, at_least=1)
     """Sequences per forward pass of one rank; the rest is gradient accumulation."""
     precision: str = choice("fp32", "bf16")
     """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
-    position_chunk: int = 128
+    position_chunk: int = number(128, at_least=1)
     """Positions of a sequence that are refined together: less takes less memory, more makes larger matrices."""
     activation_checkpointing: str = choice("none", "block")
     """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: int = number(10, at_least=1)
     """Stop after this many skipped (non-finite) steps in a row."""
-    log_interval: int = 10
+    log_interval: int = number(10, at_least=1)
     """Steps between two log lines; every step is in metrics.jsonl."""
-    startup_timeout: float = 1800.0
+    startup_timeout: float = number(1800.0, above=0)
     """Seconds until the first step must be done, loading and compiling included."""
-    step_timeout: float = 600.0
+    step_timeout: float = number(600.0, above=0)
     """Seconds without progress after which a rank is taken to hang, once the first step is done."""
 
     @property
@@ -166,27 +170,27 @@ class DataConfig:
     path: str = "data/text"
     """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
     or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, float] = field(default_factory=dict, metadata={"limits": {"above": 0}})
     """Several such folders and their weights, instead of `path`: of every 10,000 samples each gets its exact share."""
     cache_dir: str = ".cache/shards"
     """Where copies of remote files are kept; all processes of a machine may share it."""
-    cache_gib: float = 64.0
+    cache_gib: float = number(64.0, above=0)
     """Most GiB that these copies take; the ones opened longest ago go first."""
-    fetch_timeout: float = 300.0
+    fetch_timeout: float = number(300.0, at_least=0)
     """Seconds that a run waits for remote files while their storage cannot be reached, before it ends."""
-    sequence_length: int = 256
+    sequence_length: int = number(256, at_least=1)
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None
     """What makes embeddings of the frames of clips, as they are read: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or
     torchvision:MODEL. Latents have been encoded before: null."""
     encoder_weights: str | None = None
     """Local file or folder of the encoder's weights; `pixels` has none."""
-    min_crop_scale: float = 1.0
+    min_crop_scale: float = number(1.0, above=0, at_most=1)
     """Train on a random square of every clip, its side drawn from this share of the frame to all of it, and mirrored
     half of the time: few videos then go further. 1: on whole frames as they are."""
-    shuffle_window: int = 8
+    shuffle_window: int = number(8, at_least=1)
     """Shards whose samples are shuffled together; their index is what is held in memory."""
-    num_workers: int = 0
+    num_workers: int = number(0, at_least=0)
     """Loader processes per rank; 0 reads in the training process. Does not change the order."""
     on_error: str = choice("fail", "skip")
     """A damaged training sample: stop and name it, or let the next intact one take its place and count it."""
@@ -198,9 +202,9 @@ class DataConfig:
 class ValidationConfig:
     """Validation on the held-out split."""
 
-    interval: int = 1000
+    interval: int = number(1000, at_least=1)
     """Steps between two validations; the last step is always validated."""
-    max_sequences: int = 2048
+    max_sequences: int = number(2048, at_least=1)
     """At most this many held-out sequences, always the same ones."""
 
 
@@ -208,21 +212,21 @@ class ValidationConfig:
 class EvaluationConfig:
     """Evaluation of every checkpoint by processes of their own, on a Ray cluster, while the training goes on."""
 
-    workers: int = 0
+    workers: int = number(0, at_least=0)
     """Processes that share the held-out data of each checkpoint; 0: checkpoints are not evaluated by themselves."""
-    cpus_per_worker: int = 1
+    cpus_per_worker: int = number(1, at_least=1)
     """CPUs of each of them, which are also its threads."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = number(0.0, at_least=0, at_most=1)
     """GPU of each of them, or its share of one; 0: evaluate on the CPU."""
-    max_mcmc_steps: int = 8
+    max_mcmc_steps: int = number(8, at_least=1)
     """Losses are measured after every number of MCMC steps up to this."""
-    max_sequences: int = 512
+    max_sequences: int = number(512, at_least=1)
     """At most this many held-out sequences, always the same ones."""
-    batch_size: int = 16
+    batch_size: int = number(16, at_least=1)
     """Sequences at a time on each worker."""
-    timeout: float = 3600.0
+    timeout: float = number(3600.0, above=0)
     """Seconds after which a worker that is still at its part of a checkpoint is taken to hang, and replaced."""
-    drain_timeout: float = 600.0
+    drain_timeout: float = number(600.0, at_least=0)
     """Seconds after the end of the training in which the checkpoints that are left are still evaluated."""
 
 
@@ -230,9 +234,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Sharded checkpoints of the whole training state."""
 
-    interval: int = 1000
+    interval: int = number(1000, at_least=1)
     """Steps between two checkpoints; the last step is always saved."""
-    keep: int = 3
+    keep: int = number(3, at_least=1)
     """Number of newest checkpoints kept."""
     resume: str = choice("auto", "never")
     """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
@@ -269,17 +273,17 @@ class WandbConfig:
 class ClusterConfig:
     """What a run takes of a Ray cluster: one worker for each accelerator. Other launchers do not look at it."""
 
-    num_nodes: int = 1
+    num_nodes: int = number(1, at_least=1)
     """Number of nodes."""
-    min_nodes: int | None = None
+    min_nodes: int | None = number(None, at_least=1)
     """Go on with as few nodes as this while others are missing; null: `num_nodes`."""
-    gpus_per_node: int = 0
+    gpus_per_node: int = number(0, at_least=0)
     """GPUs of each node, and so workers; 0: the workers compute on CPUs."""
-    cpus_per_node: int = 1
+    cpus_per_node: int = number(1, at_least=1)
     """Workers of each node where there are no GPUs; each is given one CPU."""
-    max_restarts: int = 5
+    max_restarts: int = number(5, at_least=0)
     """Restarts in a row that may come to nothing: a newer checkpoint lets the count begin anew."""
-    capacity_timeout: float = 1800.0
+    capacity_timeout: float = number(1800.0, above=0)
     """Seconds to wait for `min_nodes` before giving up."""
 
     @property
@@ -294,7 +298,7 @@ class Config:
 
     run_dir: str = "runs/default"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs/."""
-    seed: int = 0
+    seed: int = number(0, at_least=0, at_most=2**63 - 1)
     """Seed of the weights, the data order and the MCMC noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     mcmc: MCMCConfig = field(default_factory=MCMCConfig)

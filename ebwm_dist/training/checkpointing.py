@@ -23,6 +23,7 @@ from ebwm_dist.checkpoint import folder as checkpoints
 from ebwm_dist.checkpoint import universal
 from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState, open_zero_state
+from ebwm_dist.config.renames import translate_section
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.noise import mix_seed
@@ -281,10 +282,11 @@ class Checkpointer:
                     f"{path} has model.{key} = {before}, the configuration has {now}: "
                     f"set model.{key}={before}, or start a new run_dir"
                 )
+        mcmc = translate_section("mcmc", saved["mcmc"])
         for key, now in current["mcmc"].items():
-            if saved["mcmc"].get(key) != now:
+            if mcmc.get(key) != now:
                 note = " (the initial value only: alpha goes on from the checkpoint)" if key == "step_size" else ""
-                warn(f"mcmc.{key} was {saved['mcmc'].get(key)} when {path} was written, now it is {now}{note}")
+                warn(f"mcmc.{key} was {mcmc.get(key)} when {path} was written, now it is {now}{note}")
         before, now = saved["precision"], current["precision"]
         if before != now:
             raise CheckpointError(

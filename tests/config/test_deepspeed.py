@@ -6,7 +6,7 @@ import deepspeed
 import pytest
 
 from ebwm_dist.config.deepspeed import deepspeed_dict, micro_steps
-from ebwm_dist.config.passthrough import check_passthrough
+from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
 from ebwm_dist.config.schema import Config, OptimizerConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.errors import ConfigError
 
@@ -88,7 +88,7 @@ def test_further_keys_are_merged_deeply() -> None:
 )
 def test_owned_keys_name_the_key_to_use_instead(extra: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_passthrough(extra)
+        check_deepspeed_keys(extra)
     assert str(caught.value) == f"deepspeed.{message}"
 
 
@@ -97,11 +97,11 @@ def test_every_owned_key_is_refused() -> None:
     for name, value in deepspeed_dict(config_of(2, "bf16"), 1).items():
         if name not in ("zero_optimization", "wall_clock_breakdown"):
             with pytest.raises(ConfigError, match="cannot be set here"):
-                check_passthrough({name: value})
+                check_deepspeed_keys({name: value})
 
 
 def test_unknown_key_gets_a_suggestion() -> None:
     with pytest.raises(
         ConfigError, match=r"deepspeed.flop_profiler = \{\}: did you mean 'flops_profiler'\? allowed are"
     ):
-        check_passthrough({"flop_profiler": {}})
+        check_deepspeed_keys({"flop_profiler": {}})

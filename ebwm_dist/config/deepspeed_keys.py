@@ -8,7 +8,8 @@ from typing import Any
 
 from ebwm_dist.errors import ConfigError
 
-# Keys of DeepSpeed that follow from the rest of the configuration, and those that cannot work with it.
+_PRECISION = "set training.precision to 'fp32' or 'bf16'"
+# Keys that follow from the rest of the configuration, and those that cannot work with it.
 _OWNED = {
     "train_batch_size": "set training.global_batch_size",
     "train_micro_batch_size_per_gpu": "set training.micro_batch_size",
@@ -22,9 +23,9 @@ _OWNED = {
     "zero_force_ds_cpu_optimizer": "always false, because the optimizer is not one of DeepSpeed's; set optimizer.*",
     "bf16": "set training.precision",
     "bfloat16": "set training.precision",
-    "fp16": "half precision is not supported; set training.precision to 'fp32' or 'bf16'",
-    "amp": "mixed precision by amp is not supported; set training.precision to 'fp32' or 'bf16'",
-    "torch_autocast": "autocast is not supported; set training.precision to 'fp32' or 'bf16'",
+    "fp16": f"half precision is not supported; {_PRECISION}",
+    "amp": f"mixed precision by amp is not supported; {_PRECISION}",
+    "torch_autocast": f"autocast is not supported; {_PRECISION}",
     "zero_optimization.stage": "set zero.stage",
     "zero_optimization.offload_optimizer": "set zero.offload_optimizer",
     "zero_optimization.offload_param": "set zero.offload_parameters",
@@ -39,7 +40,6 @@ _OWNED = {
     "steps_per_print": "set training.log_interval",
     "wandb": "set wandb.*",
 }
-
 # Everything else that may be passed on. DeepSpeed silently ignores top-level keys that it does not know, so a
 # misspelt one would go unnoticed; inside the sections it checks the names itself.
 _PASSED_ON = (
@@ -59,7 +59,7 @@ _PASSED_ON = (
 )
 
 
-def check_passthrough(extra: Mapping[str, Any]) -> None:
+def check_deepspeed_keys(extra: Mapping[str, Any]) -> None:
     """Refuse keys of the `deepspeed` section that are set by other keys, cannot work, or do not exist."""
     for path, value in _paths(extra):
         if path in _OWNED:

@@ -1,0 +1,146 @@
+"""The keys of the configuration, and the values that each of them takes: its type, its choices and its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
+from ebwm_dist.config.renames import RENAMED_VALUES
+from ebwm_dist.config.schema import Config
+from ebwm_dist.errors import ConfigError
+
+_LIMITS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+_WORDS = {
+    **dict.fromkeys(("", "~", "null"), None),
+    **dict.fromkeys(("true", "yes", "on"), True),
+    **dict.fromkeys(("false", "no", "off"), False),
+}
+_DIGITS = r"(?:0|[1-9]\d*|[1-9]\d{0,2}(?:_\d{3})+)"
+_INTEGER = re.compile(rf"[-+]?{_DIGITS}$", re.ASCII)
+FLOAT = re.compile(rf"[-+]?(?:{_DIGITS}\.\d*|\.\d+|{_DIGITS}(?=[eE]))(?:[eE][-+]?\d+)?$", re.ASCII)
+
+
+class Plain(str):
+    """A scalar without quotes, as it was written: what it means depends on the type of its key."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class Key(NamedTuple):
+    """The type of a value, whether it may be null, and the default, `choices` and `limits` of its field."""
+
+    type: Any
+    optional: bool
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
+    hints, default = get_type_hints(section), section()
+    keys = {}
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        optional = get_origin(hint) in (Union, types.UnionType)
+        inner = get_args(hint)[0] if optional else hint
+        keys[prefix + field.name] = Key(inner, optional, getattr(default, field.name), field.metadata)
+    return keys
+
+
+_TOP = _keys(Config)
+SECTIONS: dict[str, dict[str, Key]] = {"": _TOP} | {
+    name: _keys(key.type, f"{name}.") for name, key in _TOP.items() if dataclasses.is_dataclass(key.type)
+}
+"""The keys of every section by their dotted names; `""` is the top level."""
+KEYS = {name: key for section in SECTIONS.values() for name, key in section.items() if name not in SECTIONS}
+"""All keys that hold a value."""
+
+
+def typed(name: str, value: Any) -> Any:
+    """Return `value` in the type of the key `name`.
+
+    Raises:
+        ConfigError: something would be lost by that, or the value is not allowed; names what is.
+    """
+    key = KEYS[name]
+    choices, limits = key.metadata.get("choices"), key.metadata.get("limits", {})
+    try:
+        null = key.optional and (value is None or (isinstance(value, Plain) and _scalar(value) is None))
+        converted: Any = None if null else _converted(value, key.type)
+        if choices and converted not in choices:
+            raise TypeError
+    except TypeError:
+        expected = f"expected {_expectation(key.type)}{' or null' if key.optional else ''}"
+        if choices:
+            expected = f"allowed are {', '.join(map(repr, choices))}"
+        if isinstance(value, str) and value in RENAMED_VALUES.get(name, ()):
+            expected = f"this value is now {RENAMED_VALUES[name][value]!r}"
+        raise ConfigError(f"{name} = {value!r}: {expected}") from None
+    numbers = list(converted.values()) if isinstance(converted, dict) else converted
+    for number in numbers if isinstance(numbers, (list, tuple)) else [numbers]:
+        if number is not None and not all(_LIMITS[limit][0](number, bound) for limit, bound in limits.items()):
+            allowed = " and ".join(f"{_LIMITS[limit][1]} {bound:g}" for limit, bound in limits.items())
+            raise ConfigError(f"{name} = {value!r}: must be {allowed}")
+    if name == "deepspeed":
+        check_deepspeed_keys(converted)
+    return converted
+
+
+def _converted(value: Any, type_: Any) -> Any:
+    """Convert `value`, where nothing is lost by it; raise TypeError otherwise."""
+    if type_ is str:
+        if isinstance(value, str) and value:
+            return str(value)
+    elif isinstance(value, Plain):
+        scalar = _scalar(value)
+        return scalar if type_ is Any else _converted(scalar, type_)
+    elif type_ is Any:
+        if isinstance(value, list):
+            return [_converted(item, Any) for item in value]
+        return _converted(value, dict[str, Any]) if isinstance(value, dict) else value
+    elif get_origin(type_) is dict:
+        if isinstance(value, Mapping):
+            return {str(name): _converted(item, get_args(type_)[1]) for name, item in value.items()}
+    elif get_origin(type_) is tuple:
+        items = get_args(type_)
+        if isinstance(value, (list, tuple)) and len(value) == len(items):
+            return tuple(_converted(item, of) for item, of in zip(value, items, strict=True))
+    elif type_ is bool or isinstance(value, bool):
+        if type_ is bool and isinstance(value, bool):
+            return value
+    elif type_ is int:
+        # `1e6` is a natural way to write a number of steps.
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            return int(value)
+    elif isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise TypeError
+
+
+def _scalar(text: str) -> Any:
+    """Return the meaning of a plain scalar where no string is declared. Octals, base 60 and dates have none."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INTEGER.match(text):
+        return int(text.replace("_", ""))
+    return float(text) if FLOAT.match(text) else str(text)
+
+
+def _expectation(type_: Any) -> str:
+    if get_origin(type_) is tuple:
+        return f"a list of {len(get_args(type_))} numbers"
+    if get_origin(type_) is dict:
+        of = get_args(type_)[1]
+        return "a section" if of is Any else f"names, and {_expectation(of)} for each"
+    return {bool: "true or false", int: "an integer", float: "a finite number", str: "a non-empty string"}[type_]
