@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest, Shard, Split
 from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
-from ebwm_dist.data.loading.mixture import BLOCK, Mixture, MixtureOrder, quotas
+from ebwm_dist.data.loading.mixture import BLOCK, Mixture, MixtureOrder, MixtureReader, quotas
 from ebwm_dist.data.loading.order import EndlessOrder
 from ebwm_dist.data.loading.stream import Plan, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
@@ -118,6 +118,25 @@ def test_the_order_of_a_mixture_stays_what_it_was_in_earlier_releases() -> None:
         == "0010110011000100010000010"
     )
     assert places(order, np.arange(5)) == [(0, 0, 26), (1, 0, 26), (1, 0, 46), (1, 0, 34), (0, 0, 8)]
+    keyed = EndlessOrder([30, 30], 3, 1, 60, key=(2, 2**64 - 1))[np.arange(4)]
+    assert np.stack(keyed, axis=1).tolist() == [[1, 21], [1, 17], [1, 10], [1, 5]]
+
+
+def test_data_sets_of_equal_shards_are_shuffled_differently(tiny: Manifest) -> None:
+    first = tiny.train.shards[0]
+    twin = replace(
+        tiny,
+        splits={
+            **tiny.splits,
+            "train": replace(tiny.train, shards=(replace(first, sha256="0" * 64), *tiny.train.shards[1:])),
+        },
+    )
+    order = Mixture.of({"one": tiny, "two": twin}, {"one": 1, "two": 1}).order(seed=5, window=2, batch_size=G)
+    found = places(order, np.arange(BLOCK))
+    one, two = ([(shard, row) for source, shard, row in found if source == number] for number in range(2))
+    samples = tiny.train.samples
+    assert sorted(one[:samples]) == sorted(two[:samples])  # a whole epoch of both
+    assert np.mean([a == b for a, b in zip(one, two, strict=True)]) < 0.1
 
 
 def test_weights_that_mean_nothing_are_refused() -> None:
@@ -190,6 +209,22 @@ def test_a_mixture_resumes_on_other_ranks_workers_and_micro_batches(tiny: Manife
     last.load_state_dict(third.state_dict())
     assert keys(last, 3, micro=3) == whole[4 * G :]
     last.close()
+
+
+def test_a_mixture_of_an_earlier_release_continues_in_its_order(tiny: Manifest, second: Manifest) -> None:
+    config = mixed((tiny, 3.0), (second, 1.0))
+    samples = stream(config)
+    first = {**samples.state_dict(), "samples_consumed": 2 * G}
+    del first["order_version"]
+    old = Mixture.load(config).order(seed=5, window=2, batch_size=G, version=1)
+    _, expected = MixtureReader(Mixture.load(config), "train", 4).read(*old[np.arange(2 * G, 4 * G)])
+    samples.load_state_dict(first)
+    assert keys(samples, 1) == expected[:G]
+    third = stream(config)
+    third.load_state_dict(samples.state_dict())
+    assert keys(third, 1) == expected[G:] != keys(stream(config), 4)[3 * G :]
+    with pytest.raises(DataError, match="the order of its samples has version 99"):
+        stream(config).load_state_dict({**samples.state_dict(), "order_version": 99})
 
 
 def test_a_changed_mixture_is_refused_by_name(tiny: Manifest, second: Manifest, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ from ebwm_dist.errors import ConfigError, DataError
 BLOCK = 10_000
 """Samples over which the shares are exact; a weight can be no finer than one of them."""
 
+ORDER_VERSION = 2
+"""Version of `Mixture.order`; a run that began with an earlier one continues with it."""
+
 _MAY_DIFFER = ("tokenizer", "dtype", "storage", "mean", "std")
 """What may differ between data sets because their readers return the same: names of files, how values are stored."""
 
@@ -142,17 +145,20 @@ class Mixture:
         remotes = [source.manifest.remote for source in self.sources if source.manifest.remote is not None]
         return remotes[0].cache.outage() if remotes else None
 
-    def order(self, seed: int, window: int, batch_size: int) -> MixtureOrder:
+    def order(self, seed: int, window: int, batch_size: int, version: int = ORDER_VERSION) -> MixtureOrder:
         """Return the order of the run's samples.
 
         A single data set leaves out what does not fill a batch at the end of an epoch, so that epochs are made of whole
-        batches. In a mixture, whose batches belong to no epoch, every data set goes through all of its samples.
+        batches. In a mixture, whose batches belong to no epoch, every data set goes through all of its samples, in an
+        order of its own. (In version 1 those with shards of equal sizes have the same order.)
         """
-        orders = []
+        alone, orders = len(self.sources) == 1, []
         for source in self.sources:
-            samples = source.manifest.train.samples
-            length = samples - samples % batch_size if len(self.sources) == 1 else samples
-            orders.append(EndlessOrder(source.manifest.train.counts, seed, window, length))
+            counts, samples = source.manifest.train.counts, source.manifest.train.samples
+            length = samples - samples % batch_size if alone else samples
+            # The 2 tells these keys from those of blocks, which have a 1 there.
+            key = () if alone or version == 1 else (2, int(source.fingerprint[:16], 16))
+            orders.append(EndlessOrder(counts, seed, window, length, key))
         return MixtureOrder(orders, [source.quota for source in self.sources], seed)
 
     def held_out(self, limit: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""The order of the samples of a data set: in an epoch a pure function of (shard sizes, seed, epoch, window).
+"""The order of the samples of a data set: in an epoch a pure function of (shard sizes, seed, epoch, window, key).
 
 Shards are permuted, then samples are permuted within windows of `window` consecutive shards of that order. The
 number of ranks and workers plays no part, which is why a run can go on with another number of either.
@@ -25,14 +25,17 @@ def permutation(length: int, *key: int) -> np.ndarray:
 
 
 class EpochOrder:
-    """Map positions in an epoch to (shard, row), working out only the windows that are asked for."""
+    """Map positions in an epoch to (shard, row), computing only the windows that are read.
 
-    def __init__(self, counts: Sequence[int], seed: int, epoch: int, window: int) -> None:
+    `key` distinguishes data sets of a mixture, which may have shards of equal sizes.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, epoch: int, window: int, key: Sequence[int] = ()) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        self._key = (seed, epoch)
+        self._key = seed, epoch, tuple(key)
         self._window = window
-        self._shards = permutation(len(counts), *self._key, 0)
+        self._shards = self._permutation(len(counts), 0)
         sizes = np.asarray(counts, dtype=np.int64)[self._shards]
         self._shard_starts = np.concatenate([[0], np.cumsum(sizes)])  # position of each permuted shard, unshuffled
         self._starts = np.append(self._shard_starts[:-1:window], self._shard_starts[-1])  # of each window, and the end
@@ -71,9 +74,13 @@ class EpochOrder:
             if len(self._orders) == _KEPT:
                 self._orders.popitem(last=False)
             length = int(self._starts[window + 1] - self._starts[window])
-            self._orders[window] = permutation(length, *self._key, 1 + window)
+            self._orders[window] = self._permutation(length, 1 + window)
         self._orders.move_to_end(window)
         return self._orders[window]
+
+    def _permutation(self, length: int, number: int) -> np.ndarray:
+        seed, epoch, key = self._key
+        return permutation(length, seed, epoch, number, *key)
 
     def shards_from(self, position: int) -> list[int]:
         """Return the shards that are read from `position` on: those of its window first."""
@@ -87,9 +94,9 @@ class EndlessOrder:
     `length` may be less than there are samples; those left at the end of an epoch's order are left out of that epoch.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, window: int, length: int) -> None:
+    def __init__(self, counts: Sequence[int], seed: int, window: int, length: int, key: Sequence[int] = ()) -> None:
         self.length = length
-        self._arguments = (tuple(counts), seed, window)
+        self._counts, self._seed, self._window, self._key = tuple(counts), seed, window, tuple(key)
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
 
     def __getitem__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +111,7 @@ class EndlessOrder:
     def coming(self, number: int) -> list[int]:
         """Return the shards of the two windows that are read next from sample `number` on."""
         epoch, position = divmod(number, self.length)
-        most = 2 * self._arguments[2]
+        most = 2 * self._window
         shards = self.epoch(epoch).shards_from(position)[:most]
         return shards if len(shards) == most else shards + self.epoch(epoch + 1).shards_from(0)[: most - len(shards)]
 
@@ -121,7 +128,6 @@ class EndlessOrder:
         if epoch not in self._epochs:
             if len(self._epochs) == _KEPT:
                 self._epochs.popitem(last=False)
-            counts, seed, window = self._arguments
-            self._epochs[epoch] = EpochOrder(counts, seed, epoch, window)
+            self._epochs[epoch] = EpochOrder(self._counts, self._seed, epoch, self._window, self._key)
         self._epochs.move_to_end(epoch)
         return self._epochs[epoch]

@@ -35,7 +35,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.damage import read_intact
-from ebwm_dist.data.loading.mixture import Mixture, MixtureReader, as_mixture, check_same_data
+from ebwm_dist.data.loading.mixture import (
+    ORDER_VERSION,
+    Mixture,
+    MixtureOrder,
+    MixtureReader,
+    as_mixture,
+    check_same_data,
+)
 from ebwm_dist.errors import ConfigError, DataError, UserError
 
 RawBatch = tuple[np.ndarray, list[str], list[str]]
@@ -85,17 +92,14 @@ class Plan:
 class _MicroBatches(IterableDataset):
     """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
 
-    def __init__(self, mixture: Mixture, plan: Plan, seed: int, window: int, skip: bool, first: int) -> None:
-        self._mixture = mixture
-        self._plan = plan
-        self._seed = seed
-        self._window = window
-        self._skip = skip
-        self._first = first
+    def __init__(
+        self, mixture: Mixture, order: MixtureOrder, plan: Plan, max_open: int, skip: bool, first: int
+    ) -> None:
+        self._mixture, self._order, self._plan = mixture, order, plan
+        self._max_open, self._skip, self._first = max_open, skip, first
 
     def __iter__(self) -> Iterator[RawBatch | UserError]:
-        reader = MixtureReader(self._mixture, "train", max_open=2 * self._window)
-        order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size)
+        reader, order = MixtureReader(self._mixture, "train", self._max_open), self._order
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for micro in itertools.count(self._first + index, workers):
@@ -178,7 +182,7 @@ class SampleStream:
         self._num_workers = data.num_workers
         self._seed, self._window = seed, data.shuffle_window
         self._plan = Plan(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
-        self._order = mixture.order(seed, self._window, global_batch_size)
+        self._set_order(ORDER_VERSION)
         self._micro = 0  # number of the next micro-batch of this rank
         self._raw: Iterator[RawBatch | UserError] | None = None
         if self._num_workers:
@@ -220,7 +224,7 @@ class SampleStream:
         return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), skipped)
 
     def _loader(self) -> DataLoader[RawBatch | UserError]:
-        dataset = _MicroBatches(self._mixture, self._plan, self._seed, self._window, self._skip, self._micro)
+        dataset = _MicroBatches(self._mixture, self._order, self._plan, 2 * self._window, self._skip, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         if self._num_workers == 0:
             return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
@@ -238,7 +242,8 @@ class SampleStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: how many samples of whole global batches were handed out, and of which data."""
         assert self._micro % self._plan.micro_batches == 0, "the position is defined between global batches only"
-        return {"samples_consumed": self._consumed, "epoch": self.epoch, **self._identity()}
+        position = {"samples_consumed": self._consumed, "epoch": self.epoch, "order_version": self._order_version}
+        return {**position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken, on any number of ranks and workers."""
@@ -250,7 +255,17 @@ class SampleStream:
                     "restore what it was, or start a new run"
                 )
         self.close()
+        self._set_order(state.get("order_version", 1))
         self._micro = state["samples_consumed"] // self._plan.global_batch_size * self._plan.micro_batches
+
+    def _set_order(self, version: int) -> None:
+        if version > ORDER_VERSION:
+            raise DataError(
+                f"cannot resume the data stream: the order of its samples has version {version}, this program knows "
+                f"{ORDER_VERSION}; update it"
+            )
+        self._order_version = version
+        self._order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size, version)
 
     def _identity(self) -> dict[str, Any]:
         """Return what the sequence of global batches depends on."""
