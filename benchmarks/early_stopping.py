@@ -41,7 +41,7 @@ def batches(path: str, sequence_length: int, sequences: int) -> list[tuple[Tenso
 def losses(model: EnergyBasedTransformer, state: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of every position [B, C] that counts, as [N]."""
     each = model.space.sequence_losses(state.flatten(0, 1)[:, None], targets.flatten()[:, None])
-    return each[model.space.counted(targets).flatten()]
+    return each[model.space.target_mask(targets).flatten()]
 
 
 def thought(
@@ -51,7 +51,7 @@ def thought(
     for tokens, seeds in part:
         for start, stop, result in think_sequences(model, tokens[:, :-1], thinking, seeds):
             targets = tokens[:, start + 1 : stop + 1]
-            counted = model.space.counted(targets).flatten()
+            counted = model.space.target_mask(targets).flatten()
             yield (
                 losses(model, result.state, targets),
                 result.energies.flatten(1)[:, counted],

@@ -26,7 +26,7 @@ class Refined(NamedTuple):
     step_losses: Tensor
     """Loss after each step [K]."""
     step_energies: Tensor
-    """Mean energy of the state that enters each step [K]."""
+    """Mean energy over the targets of the state that enters each step [K]."""
     step_gradient_norms: Tensor
     """Mean norm of the energy's gradient with respect to the embedded candidate at each step [K]."""
     state: Tensor
@@ -102,6 +102,7 @@ class DenseOracle:
         loss: str = "mean",
         factor: Tensor | float = 1.0,
         noise: Tensor | None = None,
+        num_targets: float | None = None,
     ) -> Refined:
         """Refine `state` [B, S, V or E] after each of `observed` [B, S+1(, E)] but the last.
 
@@ -112,10 +113,13 @@ class DenseOracle:
             update, gradient, loss: as in the package's configuration.
             factor: what alpha is multiplied by [B, S, 1].
             noise: what is added to the state before each step [K, B, S, V or E].
+            num_targets: what sums over targets are divided by; unset, the number of targets that are not padding.
         """
         context, targets = self.embed_context(observed[:, :-1]), observed[:, 1:]
         alpha = self.w["space.step_size.alpha"].clamp(min=1e-4) * factor
         losses, energies, norms = [], [], []
+        mask = targets != self.pad_id if self.text else torch.ones(targets.shape[:2], dtype=torch.bool)
+        divisor = mask.sum() if num_targets is None else num_targets
         for step in range(num_steps):
             if gradient == "truncated" or step == 0:
                 state = state.detach().requires_grad_()
@@ -128,20 +132,19 @@ class DenseOracle:
             embedded_slope, slope = torch.autograd.grad(energy.sum(), (candidate, wrt), create_graph=True)
             # Every rule steps from the state, but for the published one, which steps from its probabilities.
             state = (prediction if update == "probabilities" else state) - alpha * slope
-            losses.append(self._loss(state, targets))
-            energies.append(energy.mean())
-            norms.append(embedded_slope.norm(dim=-1).mean())
+            losses.append(self._losses(state, targets)[mask].sum() / divisor)
+            energies.append(energy[mask].sum() / divisor)
+            norms.append(embedded_slope.norm(dim=-1)[mask].sum() / divisor)
         step_losses = torch.stack(losses)
         objective = step_losses.mean() if loss == "mean" else step_losses[-1]
         return Refined(objective, step_losses, torch.stack(energies), torch.stack(norms), state)
 
-    def _loss(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy over all targets, padding counting as 0, or the smooth L1 loss."""
+    def _losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy or the smooth L1 loss [B, S]."""
         if self.text:
-            summed = F.cross_entropy(state.mT, targets, ignore_index=self.pad_id, reduction="sum")
-            return summed / targets.numel()
+            return F.cross_entropy(state.mT, targets, reduction="none")
         error = (state - targets).abs()
-        return torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+        return torch.where(error < 1, error.square() / 2, error - 0.5).mean(-1)
 
     def _project(self, x: Tensor) -> Tensor:
         if "space.projection.weight" not in self.w:

@@ -96,7 +96,7 @@ def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) 
 
     if isinstance(model, EnergyBasedTransformer):
         space = model.space
-        counted = space.counted(targets)
+        counted = space.target_mask(targets)
         for start, stop, thought in think_sequences(model, context, thinking, seeds):
             add("losses", space.losses(thought.state, targets[:, start:stop]))
             if targets.ndim == 2:
@@ -107,7 +107,7 @@ def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) 
             add("nfe", thought.nfe)
         add("observed", model.energies(observed))
     else:
-        counted = model.counted(targets)
+        counted = model.target_mask(targets)
         predicted = model.predict(context)
         add("losses", model.losses(predicted, targets))
         if targets.ndim == 2:

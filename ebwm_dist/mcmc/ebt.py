@@ -64,13 +64,17 @@ class EnergyBasedTransformer(PassModule):
         """Return this rank's part of the records in the replay buffers of all ranks of the run so far."""
         return {} if self.replay is None else {"replay": deal([s.get("replay", {}) for s in states], rank, world_size)}
 
+    def target_mask(self, targets: Tensor) -> Tensor:
+        """Return which of the targets [B, S, ...] are not padding [B, S]."""
+        return self.space.target_mask(targets)
+
     def training_step(
         self,
         observed: Tensor,
         sample_ids: Tensor,
         plan: StepPlan,
         *,
-        weight: float = 1.0,
+        num_targets: float | Tensor | None = None,
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
@@ -80,7 +84,9 @@ class EnergyBasedTransformer(PassModule):
             observed: observed states [B, S+1, ...]: each is the target of those before it.
             sample_ids: ids [B] on the CPU, which seed each sample's noise.
             plan: its MCMC steps.
-            weight: factor of the loss, 1 / number of micro-batches whose gradients are added up.
+            num_targets: number of targets, without padding, that the summed losses are divided by: those of all
+                micro-batches whose gradients are added up; unset, those of this one. A replayed row adds to it what a
+                row of the micro-batch has on average.
             forward: what runs a pass by name; unset, this module.
             backward: what adds the gradients of a scalar to those of the parameters, unscaled: some of them enter
                 later passes of the same step.
@@ -91,6 +97,8 @@ class EnergyBasedTransformer(PassModule):
             observed = torch.cat((observed, replayed[0].to(observed.device)))
             sample_ids = torch.cat((sample_ids, replayed[1]))
         context, targets = observed[:, :-1], observed[:, 1:]
+        if num_targets is None:
+            num_targets = self.target_mask(targets[:fresh]).sum().clamp(min=1)
         refinement = Refinement(
             self.transformer,
             self.space,
@@ -100,7 +108,7 @@ class EnergyBasedTransformer(PassModule):
             targets,
             sample_ids,
             self.seed,
-            weight,
+            num_targets * (len(observed) / fresh),
             forward or self,
             backward,
         )
@@ -166,16 +174,16 @@ class EnergyBasedTransformer(PassModule):
     def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
         """Return summed losses and energies of `observed` [B, S+1, ...] over `num_steps` steps."""
         context, targets = observed[:, :-1], observed[:, 1:]
-        contexts, counted = self._contexts(context, num_steps), self.space.counted(targets)
+        contexts, mask = self._contexts(context, num_steps), self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
         for start, stop in self._slices(context.shape[1]):
             initial = self.space.start(sample_ids, self.seed, start, stop, context)
             for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, start)):
-                energies[step] += (energy * counted[:, start:stop]).sum(-1)
+                energies[step] += (energy * mask[:, start:stop]).sum(-1)
                 if step:
                     losses[step - 1] += self.space.sequence_losses(state, targets[:, start:stop])
-        return Evaluation(losses, energies, counted.sum(-1))
+        return Evaluation(losses, energies, mask.sum(-1))
 
     @torch.no_grad()
     def energies(self, observed: Tensor, landscape: int | None = None) -> Tensor:

@@ -60,7 +60,7 @@ class EmbeddingSpace(Space):
         gradient: Tensor,
         factor: Tensor | float,
         targets: Tensor,
-        weight: float,
+        weight: float | Tensor,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return weight x summed SmoothL1 + <next state, upstream>, the next state and the loss."""
@@ -83,7 +83,7 @@ class EmbeddingSpace(Space):
         move = self.step_size() * factor * gradient
         return state - (move if self.projection is None else self.projection(move, read_out=True)).to(state.dtype)
 
-    def counted(self, targets: Tensor) -> Tensor:
+    def target_mask(self, targets: Tensor) -> Tensor:
         """Return true for all positions [B, S]."""
         return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
 

@@ -69,7 +69,7 @@ class Refinement:
         context: observed states [B, S, ...].
         targets: true next states [B, S, ...].
         sample_ids: ids [B] on the CPU, which with `seed` determine all noise.
-        weight: factor of the loss.
+        num_targets: number of targets that summed losses are divided by.
         forward: runs the passes of `EnergyBasedTransformer` by name.
         backward: adds the gradients of a scalar to those of the parameters, unscaled. Both may be a distributed
             engine's.
@@ -85,7 +85,7 @@ class Refinement:
         targets: Tensor,
         sample_ids: Tensor,
         seed: int,
-        weight: float,
+        num_targets: float | Tensor,
         forward: Forward,
         backward: Backward,
     ):
@@ -93,19 +93,16 @@ class Refinement:
         self.targets, self.sample_ids, self.seed = targets, sample_ids, seed
         self.forward, self.backward = forward, backward
         steps, self.chained = plan.num_steps, mcmc.gradient == "full"
-        objective = [0.0] * (steps - 1) + [1.0] if mcmc.loss == "last" else [1 / steps] * steps
-        # Padding counts as a loss of 0, so that ranks and micro-batches average to the whole batch.
-        self.mean = 1 / (targets.shape[0] * targets.shape[1])
-        self.loss_weights = [weight * self.mean * share for share in objective]
+        self.loss_steps = range(steps - 1 if mcmc.loss == "last" else 0, steps)
         zero = torch.zeros((), device=context.device, dtype=space.state_dtype)
-        self.objective = zero.new_tensor(objective)
+        scale = zero.new_ones((), dtype=torch.float64) / num_targets
+        self.scale, self.loss_weight = scale.to(zero.dtype), (scale / len(self.loss_steps)).to(zero.dtype)
+        self.target_mask = space.target_mask(targets)
         self.losses, self.energies, self.norms, self.nonfinite = zero.new_zeros(4, steps).unbind()
         self.landscapes = [transformer.landscape(step) for step in range(steps)]
         self.contexts: dict[int, KeysValues] = {}
         self.gathered: dict[int, KeysValues] = {}
-        trained = {
-            landscape for landscape, share in zip(self.landscapes, objective, strict=True) if share or self.chained
-        }
+        trained = {self.landscapes[step] for step in range(steps) if self.chained or step in self.loss_steps}
         for landscape in sorted(set(self.landscapes)):
             with torch.set_grad_enabled(landscape in trained):
                 pairs = forward("context_stream", context, landscape)
@@ -129,10 +126,10 @@ class Refinement:
             state = self.space.perturb(state, self.seed, self.sample_ids, step, start)
             context = _detached(self.transformer.slice_context(self.contexts[landscape], stop))
             embedded, energy, gradient = self.forward("descend", state, context, landscape, start)
-            self._observe(step, energy, gradient)
+            self._observe(step, energy, gradient, self.target_mask[:, start:stop])
             if self.chained:
                 visited.append((state, embedded, gradient))
-            if self.chained or not self.loss_weights[step]:
+            if self.chained or step not in self.loss_steps:
                 state, loss = self.forward("advance", state, gradient, factor, targets)
             else:
                 _, state, loss = self._differentiate(step, state, embedded, gradient, factor, start, None)
@@ -160,8 +157,9 @@ class Refinement:
         stop, landscape = start + state.shape[1], self.landscapes[step]
         state = state.detach().requires_grad_(self.chained and step > 0)
         gradient = gradient.detach().requires_grad_()
+        weight = self.loss_weight if step in self.loss_steps else 0.0
         objective, after, loss = self.forward(
-            "objective", state, gradient, factor, self.targets[:, start:stop], self.loss_weights[step], upstream
+            "objective", state, gradient, factor, self.targets[:, start:stop], weight, upstream
         )
         self.backward(objective)
 
@@ -180,19 +178,19 @@ class Refinement:
             pairs = zip(self.contexts.pop(landscape), gathered, strict=True)
             # A scalar whose gradient with respect to the keys and values is what they have gathered.
             self.backward(torch.stack([(x * dx).sum() for pair in pairs for x, dx in zip(*pair, strict=True)]).sum())
-        losses = self.losses * self.mean
+        losses = self.losses * self.scale
         return TrainingOutput(
-            loss=(losses * self.objective).sum(),
+            loss=losses[self.loss_steps.start :].mean(),
             step_losses=losses,
-            step_energies=self.energies * self.mean,
-            step_gradient_norms=self.norms * self.mean,
+            step_energies=self.energies * self.scale,
+            step_gradient_norms=self.norms * self.scale,
             step_nonfinite=self.nonfinite,
         )
 
-    def _observe(self, step: int, energy: Tensor, gradient: Tensor) -> None:
+    def _observe(self, step: int, energy: Tensor, gradient: Tensor, mask: Tensor) -> None:
         norms = gradient.to(energy.dtype).norm(dim=-1)
-        self.energies[step] += energy.sum()
-        self.norms[step] += norms.sum()
+        self.energies[step] += energy.where(mask, 0).sum()
+        self.norms[step] += norms.where(mask, 0).sum()
         self.nonfinite[step] += (energy + norms).isfinite().logical_not().sum()
 
 

@@ -112,7 +112,7 @@ class Space(nn.Module, ABC):
         gradient: Tensor,
         factor: Tensor | float,
         targets: Tensor,
-        weight: float,
+        weight: float | Tensor,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take the same step, with the gradients of what it is good for.
@@ -131,15 +131,15 @@ class Space(nn.Module, ABC):
         """Return the next state only."""
 
     @abstractmethod
-    def counted(self, targets: Tensor) -> Tensor:
-        """Return which of the positions [B, S] count."""
+    def target_mask(self, targets: Tensor) -> Tensor:
+        """Return which of the targets [B, S, ...] are not padding [B, S]."""
 
     @abstractmethod
     def losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B, C] of a state at every position, 0 where it does not count."""
+        """Return the loss [B, C] of a state at every position, 0 where its target is padding."""
 
     def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B] of a state, summed over the positions that count."""
+        """Return the loss [B] of a state, summed over the positions."""
         return self.losses(state, targets).sum(-1)
 
     @abstractmethod

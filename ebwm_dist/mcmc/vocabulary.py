@@ -65,7 +65,7 @@ class VocabularySpace(Space):
         gradient: Tensor,
         factor: Tensor | float,
         targets: Tensor,
-        weight: float,
+        weight: float | Tensor,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return weight x summed cross-entropy + <next logits, upstream>, the next logits and the cross-entropy."""
@@ -77,7 +77,7 @@ class VocabularySpace(Space):
         """Return the next logits [B, C, V]."""
         return self._matrix("update", state, self.step_size() * gradient, self.rule)
 
-    def counted(self, targets: Tensor) -> Tensor:
+    def target_mask(self, targets: Tensor) -> Tensor:
         """Return which targets [B, S] are not padding."""
         return targets != self.pad_id
 
@@ -191,7 +191,7 @@ class _Objective(torch.autograd.Function):
         rule: str,
         targets: Tensor,
         pad_id: int,
-        loss_weight: float,
+        loss_weight: float | Tensor,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         after, d_move = _empty_like(state), _empty_like(move)

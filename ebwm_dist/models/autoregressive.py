@@ -50,12 +50,12 @@ class AutoregressiveTransformer(PassModule, ABC):
         self.head = Linear(dim, predicted, bias=bias)
 
     @abstractmethod
-    def counted(self, targets: Tensor) -> Tensor:
-        """Return which of the positions [B, S] count."""
+    def target_mask(self, targets: Tensor) -> Tensor:
+        """Return which of the targets [B, S, ...] are not padding [B, S]."""
 
     @abstractmethod
     def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B, S] of predictions, 0 where a position does not count."""
+        """Return the loss [B, S] of predictions, 0 where a target is padding."""
 
     def embed(self, observed: Tensor) -> Tensor:
         """Return the embedding [B, S, D] of observed states."""
@@ -90,10 +90,9 @@ class AutoregressiveTransformer(PassModule, ABC):
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
-    def loss(self, observed: Tensor) -> Tensor:
-        """Return the mean loss of S+1 observed states, padding counting as 0."""
-        targets = observed[:, 1:]
-        return self.losses(self.predict(observed[:, :-1]), targets).sum() / targets.shape[:2].numel()
+    def summed_loss(self, observed: Tensor) -> Tensor:
+        """Return the loss of S+1 observed states, summed over the targets."""
+        return self.losses(self.predict(observed[:, :-1]), observed[:, 1:]).sum()
 
     def training_step(
         self,
@@ -101,13 +100,19 @@ class AutoregressiveTransformer(PassModule, ABC):
         sample_ids: Tensor,
         plan: None = None,
         *,
-        weight: float = 1.0,
+        num_targets: float | Tensor | None = None,
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Do forward and backward of S+1 observed states; nothing is drawn, and there are no MCMC steps to plan."""
-        loss = (forward or self)("loss", observed)
-        backward(loss * weight)
+        """Do forward and backward of S+1 observed states; nothing is drawn, and there are no MCMC steps to plan.
+
+        The summed loss is divided by `num_targets`, unset by the number of targets here without padding.
+        """
+        if num_targets is None:
+            num_targets = self.target_mask(observed[:, 1:]).sum().clamp(min=1)
+        loss = (forward or self)("summed_loss", observed)
+        loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
+        backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
 
     def compile_blocks(self) -> None:
@@ -122,7 +127,7 @@ class AutoregressiveTransformer(PassModule, ABC):
         """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
         targets = observed[:, 1:]
         loss = self.losses(self.predict(observed[:, :-1]), targets).sum(-1)
-        return Evaluation(loss[None], None, self.counted(targets).sum(-1))
+        return Evaluation(loss[None], None, self.target_mask(targets).sum(-1))
 
 
 class AutoregressiveTokens(AutoregressiveTransformer):
@@ -133,7 +138,7 @@ class AutoregressiveTokens(AutoregressiveTransformer):
         super().__init__(config, embeddings, config.vocab_size, False, activation_checkpointing)
         self.pad_id = pad_id
 
-    def counted(self, targets: Tensor) -> Tensor:
+    def target_mask(self, targets: Tensor) -> Tensor:
         """Return which targets [B, S] are not padding."""
         return targets != self.pad_id
 
@@ -153,7 +158,7 @@ class AutoregressiveEmbeddings(AutoregressiveTransformer):
         """Return the embedding [B, S, D] of embeddings [B, S, E], whatever their precision."""
         return super().embed(observed.to(self.norm.weight.dtype))
 
-    def counted(self, targets: Tensor) -> Tensor:
+    def target_mask(self, targets: Tensor) -> Tensor:
         """Return true for all positions [B, S]."""
         return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
 

@@ -38,16 +38,20 @@ class PassModule(nn.Module):
 
 
 class TrainingOutput(NamedTuple):
-    """Result of a training step on a micro-batch; everything is detached."""
+    """Result of a training step on a micro-batch; everything is detached.
+
+    Losses, energies and norms are sums over the targets without padding, divided by the number of targets that the step
+    was given: those of all micro-batches add up to the means over them.
+    """
 
     loss: Tensor
     """The loss that was trained on, a scalar."""
     step_losses: Tensor
     """Loss after each MCMC step [K]."""
     step_energies: Tensor | None = None
-    """Mean energy of the state that enters each MCMC step [K]; None without an energy."""
+    """Energy of the state that enters each MCMC step [K]; None without an energy."""
     step_gradient_norms: Tensor | None = None
-    """Mean over positions of the norm of the energy's gradient dE/de at each step [K]."""
+    """Norm of the energy's gradient dE/de at each step [K]."""
     step_nonfinite: Tensor | None = None
     """Number of positions whose energy or gradient was not finite at each step [K]."""
 

@@ -22,8 +22,19 @@ _MEANS = (
     "energy_last",
     "energy_gradient_first",
     "energy_gradient_last",
-    "mcmc_num_steps",
 )
+
+
+def targets_per_rank(count: int, world: World) -> float | Tensor:
+    """Return a step's number of targets over the number of ranks, which divides gradients that ranks then average.
+
+    With several ranks it stays on the device: nothing waits for it.
+    """
+    if world.world_size == 1:
+        return max(1, count)
+    total = torch.full((), float(count), dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return total.clamp(min=1) / world.world_size
 
 
 class StepStatistics:
@@ -32,6 +43,7 @@ class StepStatistics:
     def __init__(self, world: World, num_landscapes: int):
         self.world, self.num_landscapes = world, num_landscapes
         self._means: list[Tensor] = []
+        self._num_steps: list[int] = []
         self._nonfinite: list[Tensor] = []
         self._skipped: list[str] = []
 
@@ -41,17 +53,18 @@ class StepStatistics:
         ends = [output.loss, *output.step_losses[[0, -1]]]
         for values in (output.step_energies, output.step_gradient_norms):
             ends += output.loss.new_zeros(2) if values is None else values[[0, -1]]
-        self._means.append(torch.stack([*ends, output.loss.new_tensor(float(len(output.step_losses)))]))
+        self._means.append(torch.stack(ends))
+        self._num_steps.append(len(output.step_losses))
         if output.step_nonfinite is not None:
             self._nonfinite.append(output.step_nonfinite)
 
     def gather(self, stop: bool) -> tuple[dict[str, float], bool, str | None, list[str]]:
-        """Return the means over micro-batches and ranks, whether any rank is to stop, and what went wrong.
+        """Return the means over all targets of the step, whether any rank is to stop, and what went wrong.
 
         What was not finite is told with MCMC steps, landscapes and ranks; None if every energy and gradient was finite.
         The last are the reasons of all samples that were replaced, on any rank.
         """
-        means = torch.stack(self._means).mean(0)
+        means = torch.stack(self._means).sum(0)  # micro-batches give their part of the mean
         nonfinite = torch.stack([counts.sum() for counts in self._nonfinite]).sum() if self._nonfinite else 0.0
         packed = torch.cat(
             (means, means.new_tensor([stop, len(self._skipped)]), (means.new_zeros(()) + nonfinite)[None])
@@ -63,7 +76,9 @@ class StepStatistics:
         where = self._where() if count else None
         # As with what is not finite, the ranks tell one another only where there is something to tell.
         reasons = [r for of_rank in gather_objects(self._skipped, self.world) for r in of_rank] if skipped else []
-        return dict(zip(_MEANS, figures, strict=True)), stopped > 0, where, reasons
+        found = dict(zip(_MEANS, figures, strict=True))
+        found["mcmc_num_steps"] = sum(self._num_steps) / len(self._num_steps)
+        return found, stopped > 0, where, reasons
 
     def _where(self) -> str:
         """Say where energies or gradients were not finite; the ranks tell one another only in this case."""

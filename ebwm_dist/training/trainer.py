@@ -8,12 +8,13 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import micro_steps
@@ -46,7 +47,7 @@ from ebwm_dist.training.engine import create_engine
 from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, WandbLog, train_line, val_line
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.shutdown import StopSignal
-from ebwm_dist.training.step_statistics import StepStatistics
+from ebwm_dist.training.step_statistics import StepStatistics, targets_per_rank
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
 
 COLLECTIVE_MARGIN = 30.0
@@ -200,17 +201,13 @@ class Trainer:
         """Do one optimizer step and record it; return whether any rank was asked to stop."""
         config, state, engine = self.config, self.state, self.engine
         step = state.step + 1
-        start, data_wait = time.perf_counter(), 0.0
+        start, self.data_wait = time.perf_counter(), 0.0
         lr = set_lr(self.optimizer, config, step)
         step_size = self._step_size()
-        accumulation = micro_steps(config, self.world.world_size)
         seen = StepStatistics(self.world, config.model.num_landscapes)
         keys: list[str] = []
-        for micro_step in range(accumulation):
-            self.watchdog.beat(step, "data")
-            waited = time.perf_counter()
-            batch: Batch = next(self.stream)
-            data_wait += time.perf_counter() - waited
+        batches, num_targets = self._micro_batches(step)
+        for micro_step, batch in enumerate(batches):
             keys += batch.keys
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
@@ -218,7 +215,7 @@ class Trainer:
                 self.observer.augmented(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
                 batch.sample_ids,
                 plan,
-                weight=1 / accumulation,
+                num_targets=num_targets,
                 forward=engine,
                 backward=engine.backward,
             )
@@ -253,7 +250,7 @@ class Trainer:
                 "tokens": state.tokens,
                 "skipped_samples": state.skipped_samples,
                 "tokens_per_second": tokens_in_step / seconds,
-                "data_wait": data_wait / seconds,
+                "data_wait": self.data_wait / seconds,
                 "peak_memory_bytes": self._peak_memory(),
                 "mfu": self.flops_per_token * tokens_in_step / seconds / self.peak_flops if self.peak_flops else 0.0,
             }
@@ -263,6 +260,29 @@ class Trainer:
         self._warn_of_damage(damage)
         self._count_skipped(applied)
         return stop
+
+    def _micro_batches(self, step: int) -> tuple[Iterable[Batch], float | Tensor]:
+        """Return this rank's micro-batches of a step, and the number of targets that its summed losses are divided by.
+
+        Only text has padding, which has to be counted on all ranks before the first backward: so its micro-batches are
+        read first. Those of video are large, and are read one after the other.
+        """
+        accumulation = micro_steps(self.config, self.world.world_size)
+
+        def read() -> Iterator[Batch]:
+            for _ in range(accumulation):
+                self.watchdog.beat(step, "data")
+                waited = time.perf_counter()
+                batch = next(self.stream)
+                self.data_wait += time.perf_counter() - waited
+                yield batch
+
+        if self.unit == "frame":
+            return read(), accumulation * self.config.training.micro_batch_size * self.config.data.sequence_length
+        batches = list(read())
+        self.watchdog.beat(step, "forward/backward")
+        count = sum(int(self.model.target_mask(batch.observed[:, 1:]).sum()) for batch in batches)
+        return batches, targets_per_rank(count, self.world)
 
     def _warn_of_damage(self, damage: list[str]) -> None:
         """Say why samples were replaced, once for each damage."""

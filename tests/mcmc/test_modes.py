@@ -231,15 +231,14 @@ def test_gradients_accumulate(gradient: str, loss: str) -> None:
 
 
 @in_every_mode
-def test_the_weight_scales_every_gradient_once(gradient: str, loss: str) -> None:
-    """Neither the losses, which are told as they are, nor any part of the gradient twice."""
+def test_the_number_of_targets_divides_every_gradient_once(gradient: str, loss: str) -> None:
     model = build(settings(num_steps=3, gradient=gradient, loss=loss), "time_embed", position_chunk=4)
     plain_output = model.training_step(*batch(), StepPlan(3))
     plain = gradients(model)
-    output = model.training_step(*batch(), StepPlan(3), weight=1 / 8)
+    output = model.training_step(*batch(), StepPlan(3), num_targets=8 * 2 * LENGTH)
     compare_gradients(model, {name: gradient / 8 for name, gradient in plain.items()}, tolerance=1e-12)
-    for value, other in zip(output, plain_output, strict=True):
-        assert torch.allclose(value, other, rtol=1e-12)
+    for value, other in zip(output[:4], plain_output[:4], strict=True):
+        assert torch.allclose(value, other / 8, rtol=1e-12)
 
 
 @in_every_mode

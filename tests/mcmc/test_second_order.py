@@ -82,10 +82,12 @@ def expect(
     plan = plan or StepPlan(mcmc.num_steps)
     length = observed.shape[1] - 1
     state = model.space.start(ids, model.seed, 0, length, observed[:, :-1]).double()
+    num_targets = model.target_mask(observed[:, 1:]).sum().item()
     if model.replay is not None:
         draw = model.replay.sample(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
         if draw is not None:
             replayed = (draw[0], draw[1], model.space.expand(draw[2]))
+            num_targets *= 1 + len(draw[1]) / len(ids)
             observed, ids, state = (torch.cat(pair) for pair in zip((observed, ids, state), replayed, strict=True))
     factor: Tensor | float = plan.step_size_scale
     spread = mcmc.step_size_jitter
@@ -106,6 +108,7 @@ def expect(
         loss=mcmc.loss,
         factor=factor,
         noise=langevin,
+        num_targets=num_targets,
     )
 
 
@@ -173,14 +176,36 @@ def test_gradients_of_the_second_order_part_matter() -> None:
 
 
 def test_padding_counts_as_nothing() -> None:
-    """Padded targets add neither loss nor gradient, and the rest is divided by the same count."""
+    """A row of padding changes neither the means nor the gradient; with nothing but padding all are 0."""
     model, (tokens, ids) = build(), batch()
-    alone = model.training_step(tokens[:1], ids[:1], StepPlan(2)).loss
+    alone = model.training_step(tokens[:1], ids[:1], StepPlan(2))
     of_alone = gradients(model)
     tokens[1, 1:] = PAD
-    padded = model.training_step(tokens, ids, StepPlan(2)).loss
-    assert padded.item() == pytest.approx(alone.item() / 2, rel=1e-12)
-    compare_gradients(model, {name: gradient / 2 for name, gradient in of_alone.items()}, tolerance=1e-12)
+    padded = model.training_step(tokens, ids, StepPlan(2))
+    for value, expected in zip(padded, alone, strict=True):
+        assert torch.allclose(value, expected, rtol=1e-12)
+    compare_gradients(model, of_alone, tolerance=1e-12)
+    model.zero_grad()
+    assert model.training_step(tokens[1:], ids[1:], StepPlan(2)).loss == 0
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_micro_batches_of_unequal_padding_add_up_to_the_whole() -> None:
+    """30 % padding: one micro-batch, and two of one row each, have the gradient of the mean over all targets."""
+    model, (tokens, ids) = build(), batch()
+    tokens[0, -6:] = PAD
+    tokens[1, -1:] = PAD
+    mask = tokens[:, 1:] != PAD
+    assert 0.68 < mask.double().mean() < 0.72
+    oracle = check_training_step(model, settings(), tokens, ids)
+    whole = model.training_step(tokens, ids, StepPlan(2))
+    model.zero_grad()
+    parts = [
+        model.training_step(tokens[i : i + 1], ids[i : i + 1], StepPlan(2), num_targets=mask.sum()) for i in range(2)
+    ]
+    compare_gradients(model, {name: leaf.grad for name, leaf in oracle.w.items()})
+    for value, *of_parts in zip(whole, *parts, strict=True):
+        assert torch.allclose(sum(of_parts), value, rtol=1e-12)
 
 
 def test_noise_belongs_to_the_sample() -> None:

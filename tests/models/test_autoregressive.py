@@ -34,18 +34,21 @@ def test_the_loss_is_smooth_l1_on_the_next_embedding(width: int) -> None:
     error = (model.predict(observed[:, :-1]) - observed[:, 1:]).abs()
     assert (error < 1).any() and (error > 1).any()
     losses = torch.where(error < 1, error.square() / 2, error - 0.5)
-    assert torch.allclose(model.loss(observed), losses.mean())
+    assert torch.allclose(model.summed_loss(observed) / losses[..., 0].numel(), losses.mean())
     result = model.evaluate(observed, torch.arange(3), num_steps=5)
     assert torch.allclose(result.step_losses, losses.mean(-1).sum(-1)[None])
     assert result.energies is None and result.tokens.tolist() == [LENGTH] * 3
 
 
-def test_the_loss_of_tokens_is_the_mean_cross_entropy_over_the_targets() -> None:
+@pytest.mark.parametrize("padding", [0, 6])
+def test_the_loss_of_tokens_is_the_mean_cross_entropy_over_the_targets(padding: int) -> None:
     torch.manual_seed(0)
     config = Config(model=ModelConfig(kind="ar", vocab_size=41, dim=DIM, num_heads=2, num_layers=2))
     model = build_model(config, pad_id=3).double()
     tokens = torch.randint(4, 41, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    expected = F.cross_entropy(model.predict(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    tokens[0, LENGTH + 1 - padding :] = 3
+    logits, targets = model.predict(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    expected = F.cross_entropy(logits, targets, ignore_index=3)
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     output = model.training_step(tokens, torch.arange(3))
     assert torch.allclose(output.loss, expected) and torch.allclose(output.step_losses, expected)
@@ -56,7 +59,7 @@ def test_the_loss_of_tokens_is_the_mean_cross_entropy_over_the_targets() -> None
 @WIDTHS
 def test_gradients_equal_finite_differences(width: int) -> None:
     model, observed = build(width), frames(width)
-    output = model.training_step(observed, torch.arange(3), weight=0.5)
+    output = model.training_step(observed, torch.arange(3), num_targets=50)
     assert output.loss == output.step_losses[0] and not output.loss.requires_grad
     for name, weight in model.named_parameters():
         assert weight.grad is not None, name
@@ -64,9 +67,9 @@ def test_gradients_equal_finite_differences(width: int) -> None:
         ends = []
         for sign in (1, -1):
             weight.data = start + sign * h * direction
-            ends.append(model.loss(observed).item())
+            ends.append(model.summed_loss(observed).item() / 50)
         weight.data = start
-        slope = 0.5 * (ends[0] - ends[1]) / (2 * h)
+        slope = (ends[0] - ends[1]) / (2 * h)
         assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
 
 

@@ -73,7 +73,8 @@ def take_step(engine: TrainingEngine, config: Config, world: World, step: int) -
     for micro_step in range(number):
         tokens, ids = batch(config, world.rank, step, micro_step)
         plan = model.plan(step, micro_step)
-        model.training_step(tokens, ids, plan, weight=1 / number, forward=engine, backward=engine.backward)
+        count = number * tokens[:, 1:].numel()
+        model.training_step(tokens, ids, plan, num_targets=count, forward=engine, backward=engine.backward)
     return engine.step()
 
 
@@ -94,8 +95,9 @@ def by_one_process(config: Config, world_size: int) -> tuple[dict[str, torch.Ten
         for rank in range(world_size):
             for micro_step in range(number):
                 plan = model.plan(step, micro_step)
-                weight = 1 / (number * world_size)
-                model.training_step(*batch(config, rank, step, micro_step), plan, weight=weight)
+                tokens, ids = batch(config, rank, step, micro_step)
+                count = number * world_size * tokens[:, 1:].numel()
+                model.training_step(tokens, ids, plan, num_targets=count)
         optimizer.step()
         optimizer.zero_grad()
         for p in model.parameters():
@@ -159,8 +161,10 @@ def skip_and_resume(rank: int, world_size: int, root: Path) -> None:
         before = whole(engine)
         broken: Any = engine.module
         tokens, ids = batch(config, rank, 1, 0)
-        weight = math.inf if rank == 1 else 1.0
-        broken.training_step(tokens, ids, broken.plan(1, 0), weight=weight, forward=engine, backward=engine.backward)
+        count = 0.0 if rank == 1 else None  # so that its gradient is not finite
+        broken.training_step(
+            tokens, ids, broken.plan(1, 0), num_targets=count, forward=engine, backward=engine.backward
+        )
         assert not engine.step(), (name, precision)
         assert not math.isfinite(engine.gradient_norm())
         for key, value in whole(engine).items():
