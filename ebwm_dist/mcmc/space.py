@@ -7,6 +7,7 @@ shape [B, C, ...] of the space's own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,21 @@ class StepSize(nn.Module):
 
     def forward(self) -> Tensor:
         """Return alpha [1], at least `MIN_STEP_SIZE`, in at least float32."""
-        return self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32)).clamp(min=MIN_STEP_SIZE)
+        return _AtLeast.apply(self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32)), MIN_STEP_SIZE)
+
+
+class _AtLeast(torch.autograd.Function):
+    """max(x, bound). Below the bound only gradients that raise x pass: it can come back, and does not sink further."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x >= bound)
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (above,) = upstream, ctx.saved_tensors
+        return gradient.where(above | (gradient < 0), 0), None
 
 
 class Space(nn.Module, ABC):

@@ -224,12 +224,37 @@ def test_noise_belongs_to_the_sample() -> None:
 
 
 def test_step_size_has_a_floor() -> None:
-    """Below it alpha is 1e-4, and has no gradient."""
+    """Below it alpha counts as 1e-4: every gradient but its own is that of the floor."""
     mcmc = settings()
-    model = build(mcmc)
+    model, (tokens, ids) = build(mcmc), batch()
+    model.space.step_size.alpha.data.fill_(1e-4)
+    model.training_step(tokens, ids, StepPlan(2))
+    at_floor = gradients(model)
     model.space.step_size.alpha.data.fill_(-2.0)
     assert model.space.step_size().item() == pytest.approx(1e-4)
-    check_training_step(model, mcmc, *batch())
+    model.training_step(tokens, ids, StepPlan(2))
+    compare_gradients(model, at_floor | {"space.step_size.alpha": model.space.step_size.alpha.grad})
+
+
+@pytest.mark.parametrize(("slope", "passes"), [(-3.0, True), (3.0, False)])
+def test_below_the_floor_only_gradients_that_raise_the_step_size_pass(slope: float, passes: bool) -> None:
+    step_size = build().space.step_size
+    for value in (0.5, 1e-5):
+        step_size.alpha.data.fill_(value)
+        step_size.alpha.grad = None
+        (slope * step_size()).backward()
+        assert step_size.alpha.grad.item() == (slope if passes or value == 0.5 else 0)
+
+
+def test_a_step_size_below_the_floor_comes_back() -> None:
+    model = build(settings())
+    model.space.step_size.alpha.data.fill_(-1e-3)
+    optimizer = torch.optim.Adam([model.space.step_size.alpha], lr=1e-3)
+    for _ in range(4):
+        model.training_step(*batch(), StepPlan(2))
+        optimizer.step()
+        model.zero_grad()
+    assert model.space.step_size.alpha.item() > 2e-3
 
 
 @pytest.mark.parametrize("langevin", [0.0, 0.5])
