@@ -25,7 +25,7 @@ from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState, open_zero_state
 from ebwm_dist.config.renames import translate_section
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.training.distributed import World, any_rank, gather_objects, restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
@@ -93,7 +93,7 @@ class Checkpointer:
                 shutil.rmtree(self.universal_root, ignore_errors=True)
 
         path = self._commit(self.root, state.step, write, self._metadata(), progress)
-        self._together(tidy)
+        self._write_together(tidy)
         return path
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
@@ -247,13 +247,18 @@ class Checkpointer:
         """Let all ranks `write` into a folder of `root`, and make a checkpoint of it."""
         world = self.world
         staging = checkpoints.staging_path(root, step)
-        self._together(lambda: checkpoints.prepare_staging(root, step) if world.rank == 0 else None)
-        progress()
-        self._together(lambda: write(staging))
-        progress()
-        shares = self._together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
-        progress()
-        self._together(lambda: checkpoints.commit(staging, shares, metadata) if world.rank == 0 else None)
+        try:
+            self._write_together(lambda: checkpoints.prepare_staging(root, step) if world.rank == 0 else None)
+            progress()
+            self._write_together(lambda: write(staging))
+            progress()
+            shares = self._write_together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
+            progress()
+            self._write_together(lambda: checkpoints.commit(staging, shares, metadata) if world.rank == 0 else None)
+        except Exception:
+            if world.rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)  # the room it takes may be what is missing
+            raise
         return checkpoints.checkpoint_path(root, step)
 
     def _write(self, engine: TrainingEngine, staging: Path, state: TrainingState, extra: dict[str, Any]) -> None:
@@ -294,6 +299,25 @@ class Checkpointer:
                 f"continue with {before}, or start a new run_dir"
             )
 
+    def _write_together(self, action: Callable[[], Any]) -> list[Any]:
+        """Do an action that writes checkpoints `_together`; where it cannot, the error says how to go on."""
+
+        def attempt() -> Any:
+            try:
+                return action()
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
+                    raise
+                reason = error.strerror if isinstance(error, OSError) else "a file could not be written whole"
+                saved = checkpoints.list_checkpoints(self.root)
+                raise CheckpointError(
+                    f"saving to {self.root} failed: {reason}, {shutil.disk_usage(self.root).free / 2**30:.2f} GiB are "
+                    "free there; make room or lower checkpoint.keep, then start the same command again: it goes on "
+                    f"from {saved[0].name if saved else 'the beginning'}"
+                ) from error
+
+        return self._together(attempt)
+
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Do `action` on every rank and return all results; a failure on one rank is raised on all."""
         result, failure, own = None, None, None
@@ -303,11 +327,13 @@ class Checkpointer:
             own, failure = error, f"rank {self.world.rank} ({self.world.node}): {error}"
         outcomes = gather_objects((result, failure), self.world)
         failures = [text for _, text in outcomes if text is not None]
+        if isinstance(own, UserError):
+            own.same_on_all_ranks = True  # rank 0 reports it: its own, or the first of another rank
         if own is not None:
             raise own
         if failures:
             elsewhere = CheckpointError(failures[0])
-            elsewhere.same_on_all_ranks = True  # the rank that failed tells it too
+            elsewhere.same_on_all_ranks = True
             raise elsewhere
         return [result for result, _ in outcomes]
 

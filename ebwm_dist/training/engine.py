@@ -20,7 +20,7 @@ import copy
 import io
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,28 @@ class TrainingEngine:
             return parameter.detach().clone()
 
     def save_checkpoint(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's part of model and optimizer into `folder`."""
-        self.deepspeed.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
-        )
+        """Write this rank's part of model and optimizer into `folder`.
+
+        A rank that cannot write fails once all ranks are through: DeepSpeed lets them meet at the end.
+        """
+        engine, failures = self.deepspeed, list[Exception]()
+
+        def attempt(write: Callable[..., None]) -> Callable[..., None]:
+            def wrapped(*args: Any, **kwargs: Any) -> None:
+                try:
+                    write(*args, **kwargs)
+                except Exception as error:
+                    failures.append(error)
+
+            return wrapped
+
+        with ExitStack() as patches:
+            for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+                setattr(owner, name, attempt(getattr(owner, name)))
+                patches.callback(delattr, owner, name)
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
+        if failures:
+            raise failures[0]
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Read it back, on as many ranks and at the stage that wrote it; return the client state."""

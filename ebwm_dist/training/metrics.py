@@ -8,13 +8,14 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, cast
 
 from tqdm import tqdm
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import ConfigError
+from ebwm_dist.errors import ConfigError, UserError
 from ebwm_dist.files import METRICS_FILE, append_lines, parse, to_line, write_atomically
 
 Record = Mapping[str, Any]
@@ -45,7 +46,12 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Append `record`, numbers that JSON cannot hold as null; nothing stays in this process's buffers."""
         self._seen.add((record.get("kind"), record["step"]))
-        self._file.write(to_line(record))
+        try:
+            self._file.write(to_line(record))
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): make room there, then start the same command again"
+            ) from None
 
     def has(self, kind: str, step: int) -> bool:
         """Return whether there is a record of `kind` for `step`."""
@@ -53,7 +59,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # which `write` has raised
+            self._file.close()
 
     def _keep(self, line: bytes, last_step: int) -> bool:
         """Return whether `line` is whole, new, and not from after `last_step`."""
@@ -129,8 +136,9 @@ class Console:
             stream.flush()
 
     def record(self, text: str) -> None:
-        """Write `text` to the log file only."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        """Write `text` to the log file only, unless the disk is full: what matters is said on the console as well."""
+        with suppress(OSError):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -141,7 +149,8 @@ class Console:
         """Remove the progress bar and close the log file."""
         if self._bar is not None:
             self._bar.close()
-        self._log.close()
+        with suppress(OSError):
+            self._log.close()
 
 
 def train_line(record: Record, max_steps: int, eta_seconds: float, unit: str = "tok") -> str:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
+import pytest
 import torch
 
+from ebwm_dist.checkpoint.folder import list_checkpoints, verify
+from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import setup_distributed
-from ebwm_dist.training.engine import create_engine
+from ebwm_dist.training.distributed import World, setup_distributed
+from ebwm_dist.training.engine import TrainingEngine, create_engine
 from tests.distributed import run_distributed_test
 from tests.training.test_engine import CASES, settings, take_step, whole
 
@@ -44,3 +53,75 @@ def resume_beside_a_neighbour(rank: int, world_size: int, root: Path) -> None:
 
 def test_a_path_is_never_read_as_a_pattern(tmp_path: Path) -> None:
     run_distributed_test(resume_beside_a_neighbour, 1, tmp_path, backend="", timeout=300)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+TORN = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # torch, on a full disk
+
+
+def save_on_a_full_disk(rank: int, world_size: int, root: Path) -> None:
+    """Fail on one rank or on both, in the first file, the last one, or while DeepSpeed copies its scripts."""
+    world, save = setup_distributed(60), torch.save
+    config = settings(run_dir=str(root), **CASES["1"])
+    engine, _ = create_engine(config, lambda: build_model(config, pad_id=0), world)
+    take_step(engine, config, world, 1)
+    checkpointer = Checkpointer(config, world)
+    first = checkpointer.save(engine, TrainingState(step=1))
+    for ranks, failure, file in (
+        ((1,), FULL, "optim_states.pt"),
+        ((0,), TORN, "model_states.pt"),
+        ((0, 1), FULL, "rank_"),
+    ):
+
+        def failing_save(content: Any, path: Any, *args: Any, ranks=ranks, failure=failure, file=file, **kwargs: Any):
+            if rank in ranks and file in str(path):
+                raise failure
+            save(content, path, *args, **kwargs)
+
+        torch.save = failing_save
+        with pytest.raises(CheckpointError, match=f"saving to {root}/checkpoints failed: .* GiB are free") as raised:
+            checkpointer.save(engine, TrainingState(step=2))
+        torch.save = save
+        assert "goes on from step-000001" in str(raised.value) and raised.value.same_on_all_ranks
+        assert list_checkpoints(checkpointer.root) == [first]
+        assert rank or not list(checkpointer.root.glob("*.tmp"))  # rank 0 puts the rest away
+    verify(checkpointer.save(engine, TrainingState(step=2)))
+
+
+def test_a_rank_that_cannot_save_ends_all_with_one_line(tmp_path: Path) -> None:
+    run_distributed_test(save_on_a_full_disk, 2, tmp_path, backend="", timeout=120)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Writer:
+    """Stands in for an engine, with weights of any size."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def save_checkpoint(self, folder: Path, client_state: dict[str, Any]) -> None:
+        torch.save({"module": torch.zeros(self.size)}, folder / "model.pt")
+
+
+def test_a_full_disk_costs_only_the_checkpoint_that_does_not_fit(small_disk: Path) -> None:
+    world = World(0, 0, 1, torch.device("cpu"), "here")
+    checkpointer = Checkpointer(settings(run_dir=str(small_disk)), world)
+
+    def save(step: int, size: int) -> Path:
+        return checkpointer.save(cast(TrainingEngine, Writer(size)), TrainingState(step=step))
+
+    first = save(1, 10_000)
+    with pytest.raises(CheckpointError, match=r"could not be written whole, 0.00 GiB are free .* from step-000001"):
+        save(2, 200_000)
+    gc.collect()  # the traceback has the file open, and so its room
+    assert list_checkpoints(checkpointer.root) == [first] and len(list(checkpointer.root.iterdir())) == 1
+    verify(save(2, 20_000))

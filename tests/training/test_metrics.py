@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from ebwm_dist.errors import UserError
 from ebwm_dist.files import read_records
-from ebwm_dist.training.metrics import MetricsLog, train_line, val_line
+from ebwm_dist.training.metrics import Console, MetricsLog, train_line, val_line
 
 TRAIN = {
     "kind": "train",
@@ -51,6 +54,16 @@ def test_no_record_is_lost_when_training_starts_again(tmp_path: Path) -> None:
         log.close()
     assert [record["loss"] for record in read_records(log.path)] == [3.0, 3.0]
     assert [record["loss"] for record in read_records(tmp_path / "metrics.replaced.jsonl")] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    log, console = MetricsLog(tmp_path, 0), Console(tmp_path / "log", enabled=False)
+    log._file = console._log = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\): make room"):
+        log.write({"kind": "train", "step": 1})
+    console.line("still said")
+    console.close()
+    log.close()
 
 
 def test_what_json_cannot_hold_is_null(tmp_path: Path) -> None:
