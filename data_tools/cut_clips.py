@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
+from ebwm_dist.files import printable
 from ebwm_dist.prepare.cutting import Cut
 from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, cut_clips
 from ebwm_dist.workers.executors import Work, add_arguments
@@ -46,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--holdout",
         nargs="+",
+        type=printable,
         action="extend",
         default=[],
         metavar="VIDEO",
@@ -102,7 +103,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

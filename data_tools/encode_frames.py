@@ -10,10 +10,9 @@ run is continued by the same command.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, encode_clips
 from ebwm_dist.workers.executors import Work, add_arguments
 
@@ -32,7 +31,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

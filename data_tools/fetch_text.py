@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_bytes, sha256_of_file, write_atomically
 from ebwm_dist.prepare.sample_data import download, read_members
 
@@ -35,7 +35,7 @@ SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "__pycache__"}
 
 def bible_documents(content: bytes) -> Iterator[dict[str, str]]:
     """Yield one document per chapter, grouped by book, verses on lines of their own."""
-    verses = [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    verses = [json.loads(line) for line in content.splitlines()]
     assert len(verses) == VERSES
     for (book, chapter), group in itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
         text = "\n".join(" ".join(verse["text"].split()) for verse in group)
@@ -105,7 +105,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

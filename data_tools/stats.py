@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
 from ebwm_dist.data.format.reader import open_reader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.prepare.cutting import resize
 
 ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
@@ -125,7 +124,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

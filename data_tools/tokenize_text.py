@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from ebwm_dist.data.tokenizer import Tokenizer
-from ebwm_dist.errors import UserError
-from ebwm_dist.prepare.documents import Fields
+from ebwm_dist.errors import run_tool
+from ebwm_dist.files import printable
+from ebwm_dist.prepare.documents import Fields, add_document_arguments
 from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build
 from ebwm_dist.workers.executors import Work, add_arguments
 
@@ -24,30 +25,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl or .jsonl.gz files, or folders of them"
-    )
+    add_document_arguments(parser)
     parser.add_argument("--tokenizer", required=True, type=Path, help="model made by train_tokenizer.py")
     parser.add_argument("--out", type=Path, default=Path("data/text"), help="data folder to make (default: data/text)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of context per sample (default: 256)")
     parser.add_argument("--samples-per-member", type=int, default=64, help="samples per tar member (default: 64)")
     parser.add_argument("--members-per-shard", type=int, default=64, help="tar members per shard (default: 64)")
     parser.add_argument(
-        "--holdout", nargs="+", action="extend", default=[], metavar="GROUP", help="groups held out for validation"
+        "--holdout",
+        nargs="+",
+        type=printable,
+        action="extend",
+        default=[],
+        metavar="GROUP",
+        help="groups held out for validation",
     )
     parser.add_argument(
         "--holdout-fraction",
         type=float,
         help="fraction of groups to hold out by a hash of their names (default: 0.05 without --holdout, else 0)",
-    )
-    parser.add_argument("--text-field", default="text", help="JSON field of the text (default: text)")
-    parser.add_argument("--id-field", default="id", help="JSON field of the document's name (default: id)")
-    parser.add_argument("--group-field", default="group", help="JSON field of the group (default: group)")
-    parser.add_argument(
-        "--on-error",
-        choices=("fail", "skip"),
-        default="fail",
-        help=f"malformed documents: stop at the first (default), or list them in {REJECTS_NAME} and go on",
     )
     parser.add_argument(
         "--allow-lossy", action="store_true", help="accept a tokenizer that drops or changes characters, with a warning"
@@ -92,6 +88,8 @@ def describe(report: Report) -> str:
         )
     if report.rejects:
         lines.append(f"  {report.rejects:,} malformed documents left out, listed in {manifest.folder / REJECTS_NAME}")
+    if empty := manifest.source["empty"]:
+        lines.append(f"  {empty:,} empty documents left out")
     if not report.up_to_date:
         tokens = sum(split.totals["tokens"] for split in manifest.splits.values())
         lines.append(f"  {report.seconds:.1f} s, {tokens / max(report.seconds, 1e-9):,.0f} tokens/s")
@@ -113,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         Tokenizer(options.tokenizer),
         options.out,
         layout,
-        fields=Fields(options.text_field, options.id_field, options.group_field),
+        fields=Fields.of(options),
         on_error=options.on_error,
         allow_lossy=options.allow_lossy,
         work=Work.of(options),
@@ -123,7 +121,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from ebwm_dist.data.tokenizer import train_tokenizer
-from ebwm_dist.errors import UserError
-from ebwm_dist.files import sha256_of_file, write_json
-from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
+from ebwm_dist.errors import UserError, run_tool
+from ebwm_dist.files import printable, sha256_of_file, write_json
+from ebwm_dist.prepare.documents import DocumentReader, Fields, add_document_arguments, find_documents, is_held_out
 from ebwm_dist.prepare.listing import describe_inputs
 
 
@@ -26,25 +25,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl or .jsonl.gz files, or folders of them"
-    )
+    add_document_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("data/text/tokenizer.model"), help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=1000, help="number of tokens (default: 1000)")
     parser.add_argument(
         "--model-type", choices=("unigram", "bpe"), default="unigram", help="unigram (default) encodes faster"
     )
     parser.add_argument(
-        "--exclude-group", nargs="+", action="extend", default=[], metavar="GROUP", help="groups not to learn from"
+        "--exclude-group",
+        nargs="+",
+        type=printable,
+        action="extend",
+        default=[],
+        metavar="GROUP",
+        help="groups not to learn from",
     )
     parser.add_argument(
         "--exclude-fraction", type=float, default=0.0, help="the --holdout-fraction of tokenize_text.py (default: 0)"
-    )
-    parser.add_argument("--text-field", default="text", help="JSON field of the text (default: text)")
-    parser.add_argument("--id-field", default="id", help="JSON field of the document's name (default: id)")
-    parser.add_argument("--group-field", default="group", help="JSON field of the group (default: group)")
-    parser.add_argument(
-        "--on-error", choices=("fail", "skip"), default="fail", help="malformed documents: stop (default) or leave out"
     )
     return parser.parse_args(arguments)
 
@@ -63,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     sidecar = options.out.with_name(options.out.name + ".json")
     files = find_documents(options.input, outputs=(options.out, sidecar))
-    fields = Fields(options.text_field, options.id_field, options.group_field)
+    fields = Fields.of(options)
     excluded = frozenset(options.exclude_group)
     source: dict[str, object] = {
         "inputs": describe_inputs(files),
@@ -94,11 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.unlink()  # it may have learned from the text that was meant
         raise UserError(f"excluded group {missing[0]!r} is not in the input; its groups are {sorted(groups)[:8]}")
     write_json(sidecar, {"sha256": tokenizer.sha256, "source": source})
-    print(f"{options.out}: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s")
+    left_out = f", {len(reader.rejects)} malformed documents left out" if reader.rejects else ""
+    print(f"{options.out}: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s{left_out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -6,13 +6,11 @@ python data_tools/verify.py data/text --deep
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +21,9 @@ from ebwm_dist.data.format.manifest import Manifest, Shard
 from ebwm_dist.data.format.reader import open_reader
 from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.tokenizer import load_tokenizer
-from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.errors import DataError, run_tool
 from ebwm_dist.files import sha256_of_file
+from ebwm_dist.workers.executors import LOCAL, Work, run_in_order
 
 BYTES_PER_WORKER = 256 << 20
 """Deep checks of less than this are not worth a process of their own."""
@@ -78,14 +77,17 @@ def member_problems(path: Path, index: Index) -> Iterator[str]:
         yield f"{path}: its {len(found)} members are not the {len(listed)} of its index, from {first!r} on"
 
 
-def check_shard(manifest: Manifest, deep: bool, place: tuple[str, int]) -> tuple[list[str], Counter[str]]:
-    """Return the problems of one shard, and what was counted in it."""
-    split, number = place
+def check_shards(manifest: Manifest, deep: bool, part: tuple[str, range]) -> tuple[list[str], Counter[str]]:
+    """Return the problems of some shards of a split, and the totals counted in them."""
+    split, numbers = part
+    problems: list[str] = []
     totals: Counter[str] = Counter()
-    problems = list(fast_problems(manifest, manifest.splits[split].shards[number]))
-    if deep:
-        problems += deep_problems(manifest, split, number, totals)
-    return list(dict.fromkeys(problems)), totals
+    for number in numbers:
+        found = list(fast_problems(manifest, manifest.splits[split].shards[number]))
+        if deep:
+            found += deep_problems(manifest, split, number, totals)
+        problems += dict.fromkeys(found)
+    return problems, totals
 
 
 def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]:
@@ -96,30 +98,30 @@ def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]
             load_tokenizer(manifest)
         except DataError as error:
             problems.append(str(error))
-    places = [(name, number) for name, split in manifest.splits.items() for number in range(len(split.shards))]
-    check = partial(check_shard, manifest, deep)
-    if workers:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            chunk = 1 + len(places) // (16 * workers)
-            results = _shown(pool.map(check, places, chunksize=chunk), len(places))
-    else:
-        results = _shown(map(check, places), len(places))
+    counts = {name: len(split.shards) for name, split in manifest.splits.items()}
+    size = 1 + sum(counts.values()) // (16 * max(workers, 1))  # shards per task
+    parts = [
+        (name, range(first, min(first + size, count)))
+        for name, count in counts.items()
+        for first in range(0, count, size)
+    ]
+    work = Work("process", workers) if workers else LOCAL
+    checked = run_in_order(partial(check_shards, manifest, deep), parts, work)
+    results = list(zip(parts, tqdm(checked, total=len(parts), desc="verify", disable=None), strict=True))
     for name, split in manifest.splits.items():
-        of_split = [result for place, result in zip(places, results, strict=True) if place[0] == name]
-        found = [problem for shard, _ in of_split for problem in shard]
-        problems += found
+        found: list[str] = []
+        totals: Counter[str] = Counter()
+        for of_part, counted in (result for part, result in results if part[0] == name):
+            found += of_part
+            totals.update(counted)
         if deep and not found:
-            counted = sum((totals for _, totals in of_split), Counter())
-            problems += [
+            found = [
                 f"the {name} split holds {number} {what}, the manifest says {split.totals[what]}"
-                for what, number in counted.items()
+                for what, number in totals.items()
                 if number != split.totals[what]
             ]
+        problems += found
     return problems
-
-
-def _shown(results: Iterator[tuple[list[str], Counter[str]]], total: int) -> list[tuple[list[str], Counter[str]]]:
-    return list(tqdm(results, total=total, unit=" shards", desc="verify", disable=None))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,7 +149,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

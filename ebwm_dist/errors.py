@@ -1,7 +1,10 @@
 """Errors whose message is all a user needs: launchers print it as one line, without a traceback."""
 
-from collections.abc import Iterator
+import io
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -43,3 +46,19 @@ def same_on_all_ranks() -> Iterator[None]:
     except UserError as error:
         error.same_on_all_ranks = True
         raise
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run the `main` of a command-line tool and exit with its status.
+
+    An error that the user can put right is one line, and so is one of the operating system (disk full, no permission).
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

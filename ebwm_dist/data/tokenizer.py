@@ -98,10 +98,19 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
     Small corpora can yield fewer pieces than `vocab_size`; the result's `vocab_size` is the true number.
     """
     model = io.BytesIO()
+    failures: list[BaseException] = []  # of `texts`, which sentencepiece would report as its own
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from _lines(texts)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -124,6 +133,8 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}; "

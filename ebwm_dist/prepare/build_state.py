@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.data.format.manifest import FILE_NAME, SPLITS, Manifest
-from ebwm_dist.errors import DataError
-from ebwm_dist.files import write_json
+from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.files import printable, write_json
 
 UNFINISHED = "unfinished.json"
 
@@ -31,7 +31,10 @@ def up_to_date(out: Path, source: dict[str, Any]) -> Manifest | None:
 
 def begin(out: Path, source: dict[str, Any]) -> None:
     """Make `out` ready for shards made from `source`, keeping those that an interrupted run has finished."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {printable(out)} cannot be made ({error.strerror})") from None
     (out / FILE_NAME).unlink(missing_ok=True)
     try:
         same = json.loads((out / UNFINISHED).read_text("utf-8")) == _as_read_back(source)

@@ -7,6 +7,7 @@ neighbouring passages never end up on both sides.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import gzip
 import hashlib
@@ -49,6 +50,27 @@ class Fields:
     text: str = "text"
     id: str = "id"
     group: str = "group"
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> Fields:
+        """Return the fields chosen by the arguments of `add_document_arguments`."""
+        return Fields(options.text_field, options.id_field, options.group_field)
+
+
+def add_document_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a tool that reads documents: where they are, and how to read them."""
+    help_input = ".txt or .jsonl files, also compressed (.gz), or folders of them"
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=help_input)
+    for name, what in (("text", "text"), ("id", "document's name"), ("group", "group")):
+        parser.add_argument(
+            f"--{name}-field", type=printable, default=name, help=f"JSON field of the {what} (default: {name})"
+        )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="malformed documents: stop at the first (default), or leave them out",
+    )
 
 
 def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[InputFile]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.errors import DataError
+from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import Document
 from ebwm_dist.workers.executors import Work, run_in_order
 
@@ -50,5 +52,8 @@ def _encode_batch(task: tuple[Path, str, list[str]]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, sha256: str) -> Tokenizer:
-    """Load a tokenizer once in a process; its hash is asked for because the file may be replaced meanwhile."""
-    return Tokenizer(path)
+    """Load a tokenizer once in a process, and refuse one that has been replaced since the build began."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.sha256 != sha256:
+        raise DataError(f"tokenizer {printable(path)} has changed since the build began; run the tool again")
+    return tokenizer

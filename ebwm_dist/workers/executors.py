@@ -98,12 +98,17 @@ def _ignore_interrupts() -> None:
 
 
 def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], work: Work) -> Iterator[Result]:
+    from ray.exceptions import RayError
+
     from ebwm_dist.workers.pool import Pool, connected
 
     with connected(work.workers):
         pool = Pool(work.workers, gpus=work.gpus_per_worker)
         try:
             yield from pool.map(function, ((task,) for task in tasks))
+        except RayError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"Ray's workers keep failing: {reason}; run the same command again to continue") from None
         finally:
             pool.close()
 

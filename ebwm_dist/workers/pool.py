@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from ebwm_dist.errors import UserError
+
 TRIES = 3
 """How often a call is made whose actors die, and how many actors in a row may die before they have done anything."""
 _AHEAD = 4
@@ -29,8 +31,12 @@ _TICK = 0.2
 def connected(cpus: int) -> Iterator[None]:
     """Use the Ray cluster that this process is in or RAY_ADDRESS names, or start one on this machine for the time."""
     started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
+    if started and (address := os.environ.get("RAY_ADDRESS")):
+        try:
+            ray.init(logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"there is no Ray cluster to join at RAY_ADDRESS={address}: {reason}") from None
     elif started:
         # Ray would otherwise leave a token in the home directory, which later clusters ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from ebwm_dist.data.format.reader import open_reader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
+from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding
 from ebwm_dist.prepare import text_shards as build_module
-from ebwm_dist.prepare.documents import Fields, find_documents, is_held_out
+from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
 from ebwm_dist.prepare.text_shards import Layout, Report, build
 from ebwm_dist.workers.executors import Work
@@ -194,6 +196,55 @@ def test_folders_of_text_and_gzip_files(tokenizer: Tokenizer, tmp_path: Path) ->
     rejects = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [(r["file"], r["line"]) for r in rejects] == [("bad.txt", 2), ("d.jsonl.gz", 1)]
     assert len(find_documents([folder, folder / "a.txt"])) == 5
+
+
+def test_byte_order_marks_line_separators_and_blank_lines_are_no_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first, second = (json.dumps(d, ensure_ascii=False) for d in ({**GOOD[0], "text": "ka\u2028lo\x85"}, GOOD[1]))
+    (tmp_path / "in.jsonl").write_bytes(f"\ufeff{first}\r\n\n\ufeff{second}\n\n".encode())
+    (tmp_path / "void.jsonl").touch()
+    (tmp_path / "void.txt").touch()
+    (tmp_path / "a.txt").write_bytes("\ufeffmiru\u2028".encode())
+    report = build([tmp_path], tokenizer, tmp_path / "out", LAYOUT)
+    assert texts_of(report.manifest, "train") == ["miru\u2028", "ka\u2028lo\x85"]
+    assert texts_of(report.manifest, "val") == [GOOD[1]["text"]] and report.manifest.source["empty"] == 1
+
+
+def test_file_names_that_are_not_utf8(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"gar\xe7on.txt")).write_text("kalo")
+    (folder / "b.txt").write_text("miru")
+    (folder / os.fsdecode(b"bad\xe9.jsonl")).write_bytes(b"{")
+    with pytest.raises(DataError, match=r"caf\\xe9/bad\\xe9.jsonl, line 1: invalid JSON"):
+        build([folder], tokenizer, folder / "out", LAYOUT)
+    layout = Layout(8, holdout=(printable(os.fsdecode(b"gar\xe7on")),))
+    manifest = build([folder], tokenizer, folder / "out", layout, on_error="skip").manifest
+    assert manifest.held_out_groups == (r"gar\xe7on",) and texts_of(manifest, "val") == ["kalo"]
+    assert json.loads((folder / "out" / "rejects.jsonl").read_text())["file"] == r"bad\xe9.jsonl"
+    assert build([folder], tokenizer, folder / "out", layout, on_error="skip").up_to_date
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_made_is_one_line(tokenizer: Tokenizer, tmp_path: Path, out: str) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--out .*{out} cannot be made"):
+        build([source], tokenizer, tmp_path / out, LAYOUT)
+
+
+def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    files = find_documents([source])
+    source.unlink()
+    with pytest.raises(DataError, match=r"in.jsonl cannot be read \(No such file"):
+        list(DocumentReader(files))
+
+
+def test_a_tokenizer_replaced_during_a_build_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    tokenizer.sha256 = "0" * 64  # as if the file had been another when it was opened
+    with pytest.raises(DataError, match="tokenizer.model has changed since the build began"):
+        build([source], tokenizer, tmp_path / "out", LAYOUT)
 
 
 def test_linked_compressed_and_upper_case_files_are_documents_and_hidden_ones_are_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,32 @@ def test_a_tokenizer_with_a_misspelt_exclusion_is_not_kept(tmp_path: Path) -> No
     failed = run("train_tokenizer", "--input", source, "--vocab-size", "310", "--exclude-group", "x", "--out", out)
     assert failed.returncode == 1 and "excluded group 'x' is not in the input" in failed.stderr
     assert not out.exists()
+
+
+def test_tools_with_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for document in tiny_documents(40):
+        (folder / f"{document['id']}.txt").write_text(document["text"])
+    held_out = os.fsdecode(b"th\xe9")
+    (folder / f"{held_out}.txt").write_text("kalo miru")
+    model, out = folder / os.fsdecode(b"\xe9.model"), folder / "out"
+    train = ("train_tokenizer", "--input", folder, "--vocab-size", "310", "--exclude-group", held_out, "--out", model)
+    encode = ("tokenize_text", "--input", folder, "--tokenizer", model, "--out", out, "--holdout", held_out)
+    for command in (train, encode, encode, ("verify", out), ("stats", out)):
+        done = run(*command)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert r"held out: th\xe9" in done.stdout
+    for number, (tool, *arguments) in enumerate((encode[:-1], train[:-3])):
+        failed = run(tool, *arguments, os.fsdecode(b"x\xff"), "--out", tmp_path / str(number))
+        assert failed.returncode == 1 and r"'x\\xff' is not in the input" in failed.stderr.splitlines()[-1]
+
+
+def test_a_malformed_document_is_one_line(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "fine"}\n{')
+    failed = run("train_tokenizer", "--input", source, "--out", tmp_path / "t.model")
+    assert failed.stderr.startswith(f"error: {source}, line 2: invalid JSON") and len(failed.stderr.splitlines()) == 1
 
 
 def test_without_a_network_the_docstrings_are_used_loudly(
