@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.schema import ClusterConfig, Config
 from ebwm_dist.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 SETTLE = 10.0
 """Seconds that more nodes are waited for while there are enough: lost ones may be replaced, new ones come together."""
@@ -78,6 +81,25 @@ def request(cluster: ClusterConfig, nodes: int) -> None:
     request_resources(bundles=[dict(resources_of_worker(cluster))] * (nodes * cluster.workers_per_node))
 
 
+def tolerant(look: Callable[[], T], otherwise: T, warn: Callable[[str], None]) -> Callable[[], T]:
+    """Return `look` for a loop: while it fails, its result is `otherwise`, and the first failure in a row is logged."""
+    failed = False
+
+    def attempt() -> T:
+        nonlocal failed
+        try:
+            result = look()
+        except Exception as error:  # Ray has many, and none may end what the loop stands beside
+            if not failed:
+                warn(f"WARNING: the state of the cluster cannot be read ({type(error).__name__}: {error})")
+            failed = True
+            return otherwise
+        failed = False
+        return result
+
+    return attempt
+
+
 def wait_for_nodes(
     config: Config,
     free: Callable[[], int],
@@ -93,6 +115,7 @@ def wait_for_nodes(
     allowed, limit = allowed_nodes(config), config.cluster.capacity_timeout
     start = since = clock()
     told, last = False, -1
+    free = tolerant(free, 0, tell)
     while not stopped():
         now, nodes = clock(), best(allowed, free())
         if nodes != last:

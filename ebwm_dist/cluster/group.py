@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ebwm_dist.cluster import worker
-from ebwm_dist.cluster.capacity import resources_of_worker
+from ebwm_dist.cluster.capacity import resources_of_worker, tolerant
 from ebwm_dist.config.schema import Config
 
 _POLL = 1.0
+_ANSWER = 10.0
+"""Seconds in which an actor on this node answers, or never; signals are not heard meanwhile."""
 _TorchBackend: Any = TorchConfig().backend_cls
 
 
@@ -88,7 +91,7 @@ class Group:
 
         `watch` is called about once a second; what it returns is the reason for which the group is to leave.
         """
-        trainer = self._trainer()
+        trainer, watch = self._trainer(), tolerant(watch, None, lambda text: print(text, flush=True))
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(trainer.fit)
             asked = False
@@ -101,13 +104,19 @@ class Group:
 
     def members(self) -> dict[int, str]:
         """Return on which node each rank runs, as far as they have come."""
-        members: dict[int, str] = ray.get(self._control.members.remote(), timeout=60)
-        return members
+        return self._ask(self._control.members)
 
     def last_words(self) -> dict[int, str]:
         """Return why ranks have ended their own processes."""
-        words: dict[int, str] = ray.get(self._control.last_words.remote(), timeout=60)
-        return words
+        return self._ask(self._control.last_words)
+
+    @staticmethod
+    def _ask(method: Any) -> dict[int, str]:
+        try:
+            answer: dict[int, str] = ray.get(method.remote(), timeout=_ANSWER)
+        except RayError:
+            return {}
+        return answer
 
     def close(self) -> None:
         """Let go of what has served this start."""

@@ -8,6 +8,7 @@ package needs has to be installed on the nodes.
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ import ebwm_dist
 from ebwm_dist.cluster.capacity import allowed_nodes
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
+from ebwm_dist.config.values import KEYS, locate
 from ebwm_dist.errors import UserError
 
 CONFIG_FILE = "run.yaml"
@@ -181,17 +183,19 @@ def make_package(folder: Path, config: Config, installed: bool) -> None:
 
 def with_absolute_paths(config: Config) -> Config:
     """Return `config` with paths that mean the same in another folder; all nodes must share these."""
-    data = config.data
-    return dataclasses.replace(
-        config,
-        run_dir=_absolute(config.run_dir),
-        data=dataclasses.replace(
-            data,
-            path=_absolute(data.path),
-            mixture={_absolute(path): weight for path, weight in data.mixture.items()},
-            encoder_weights=None if data.encoder_weights is None else _absolute(data.encoder_weights),
-        ),
-    )
+    config = copy.deepcopy(config)
+    for name, key in KEYS.items():
+        if key.metadata.get("location"):
+            section, attribute = locate(config, name)
+            value = getattr(section, attribute)
+            if isinstance(value, dict):
+                value = {_absolute(path): weight for path, weight in value.items()}
+            setattr(section, attribute, value if isinstance(value, dict) else value and _absolute(value))
+    for options in config.deepspeed.values():
+        for name in ("output_path", "output_file") if isinstance(options, dict) else ():
+            if options.get(name):
+                options[name] = _absolute(options[name])
+    return config
 
 
 def fingerprint(config: Config) -> str:

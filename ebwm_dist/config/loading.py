@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ebwm_dist.config.checks import check_config
 from ebwm_dist.config.renames import RENAMED_KEYS, translate
 from ebwm_dist.config.schema import Config
-from ebwm_dist.config.values import FLOAT, KEYS, SECTIONS, Plain, typed
+from ebwm_dist.config.values import FLOAT, KEYS, SECTIONS, Plain, locate, typed
 from ebwm_dist.errors import ConfigError
 from ebwm_dist.files import write_atomically
 
@@ -80,9 +80,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), sto
     _check_path_is_used(given)
     config = Config()
     for key, (value, _, origin) in _interpolated(given).items():
-        section, _, name = key.rpartition(".")
         try:
-            setattr(getattr(config, section) if section else config, name, typed(key, value))
+            setattr(*locate(config, key), typed(key, value))
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
     try:

@@ -15,6 +15,11 @@ def number(default: Any, **limits: float) -> Any:
     return field(default=default, metadata={"limits": limits})
 
 
+def location(default: str | None) -> Any:
+    """Declare the path of a file or folder, or the address of one."""
+    return field(default=default, metadata={"location": True})
+
+
 def choice(default: str, *others: str) -> Any:
     """Declare a string field that accepts `default` and `others` only."""
     return field(default=default, metadata={"choices": (default, *others)})
@@ -167,12 +172,12 @@ class TrainingConfig:
 class DataConfig:
     """The shards to train on: tokens, latents of video frames, or clips."""
 
-    path: str = "data/text"
+    path: str = location("data/text")
     """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
     or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
-    mixture: dict[str, float] = field(default_factory=dict, metadata={"limits": {"above": 0}})
+    mixture: dict[str, float] = field(default_factory=dict, metadata={"limits": {"above": 0}, "location": True})
     """Several such folders and their weights, instead of `path`: of every 10,000 samples each gets its exact share."""
-    cache_dir: str = ".cache/shards"
+    cache_dir: str = location(".cache/shards")
     """Where copies of remote files are kept; all processes of a machine may share it."""
     cache_gib: float = number(64.0, above=0)
     """Most GiB that these copies take; the ones opened longest ago go first."""
@@ -183,7 +188,7 @@ class DataConfig:
     encoder: str | None = None
     """What makes embeddings of the frames of clips, as they are read: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or
     torchvision:MODEL. Latents have been encoded before: null."""
-    encoder_weights: str | None = None
+    encoder_weights: str | None = location(None)
     """Local file or folder of the encoder's weights; `pixels` has none."""
     min_crop_scale: float = number(1.0, above=0, at_most=1)
     """Train on a random square of every clip, its side drawn from this share of the frame to all of it, and mirrored
@@ -240,7 +245,7 @@ class CheckpointConfig:
     """Number of newest checkpoints kept."""
     resume: str = choice("auto", "never")
     """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
-    remote: str | None = None
+    remote: str | None = location(None)
     """Address (s3://bucket/path, gs://, file://) where every checkpoint and the run's records are copied to while the
     training goes on; a run folder that is behind it, or empty, continues from there."""
 
@@ -296,7 +301,7 @@ class ClusterConfig:
 class Config:
     """Everything a run depends on."""
 
-    run_dir: str = "runs/default"
+    run_dir: str = location("runs/default")
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, logs/."""
     seed: int = number(0, at_least=0, at_most=2**63 - 1)
     """Seed of the weights, the data order and the MCMC noise."""

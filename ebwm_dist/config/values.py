@@ -39,7 +39,7 @@ class Plain(str):
 
 
 class Key(NamedTuple):
-    """The type of a value, whether it may be null, and the default, `choices` and `limits` of its field."""
+    """The type of a value, whether it may be null, and the default and metadata of its field."""
 
     type: Any
     optional: bool
@@ -65,6 +65,12 @@ SECTIONS: dict[str, dict[str, Key]] = {"": _TOP} | {
 """The keys of every section by their dotted names; `""` is the top level."""
 KEYS = {name: key for section in SECTIONS.values() for name, key in section.items() if name not in SECTIONS}
 """All keys that hold a value."""
+
+
+def locate(config: Config, name: str) -> tuple[Any, str]:
+    """Return the section of `config` that holds the key `name`, and its name there."""
+    section, _, attribute = name.rpartition(".")
+    return getattr(config, section) if section else config, attribute
 
 
 def typed(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,9 @@ TRIES = 3
 _AHEAD = 4
 """Calls per actor that may be done before an earlier one is: results are given in order, and memory is bounded."""
 _TICK = 0.2
+_RAY_FOLDER = "/tmp/ray"
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""A path of Ray's in its temporary folder, as long as they become; sockets have at most 107 bytes."""
 
 
 @contextmanager
@@ -40,12 +44,27 @@ def connected(cpus: int) -> Iterator[None]:
     elif started:
         # Ray would otherwise leave a token in the home directory, which later clusters ask for.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            _temp_dir=_short_folder(),
+        )
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+def _short_folder() -> str | None:
+    """Return another temporary folder for Ray where the user's is too long for its sockets."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(folder + _SOCKET)) <= 107:
+        return None
+    print(f"the temporary folder {folder} is too long for Ray's sockets; using {_RAY_FOLDER}", flush=True)
+    return _RAY_FOLDER
 
 
 class _Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import subprocess
 import sys
@@ -148,14 +149,23 @@ def test_the_package_is_small_and_runs(config: Config, tmp_path: Path) -> None:
 
 def test_paths_mean_the_same_on_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config = Config(run_dir="runs/x")
-    config.data.path, config.data.encoder_weights = "data/text", "vae"
-    config.data.mixture = {"s3://bucket/a": 1.0, "b": 2.0, "pipe:ssh host cat c": 1.0, "/d": 1.0}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "base.yaml").write_text("data: {path: data/text, cache_dir: cache}\n")
+    (tmp_path / "run.yaml").write_text("extends: base/base.yaml\ndata: {encoder_weights: vae, encoder: sd_vae}\n")
+    outputs = {"tensorboard": {"output_path": "boards", "enabled": True}, "flops_profiler": {"output_file": None}}
+    overrides = ["run_dir=runs/x", "data.mixture={'s3://bucket/a': 1, b: 2, 'pipe:ssh host cat c': 1, /d: 1}"]
+    config = load_config("run.yaml", ["model.embedding_dim=4", *overrides])
+    config.deepspeed = outputs
+    before = copy.deepcopy(config)
     absolute = with_absolute_paths(config)
-    assert absolute.run_dir == str(tmp_path / "runs" / "x") and absolute.data.encoder_weights == str(tmp_path / "vae")
-    assert absolute.data.path == str(tmp_path / "data" / "text")
-    assert list(absolute.data.mixture) == ["s3://bucket/a", str(tmp_path / "b"), "pipe:ssh host cat c", "/d"]
-    assert config.run_dir == "runs/x" and fingerprint(config) != fingerprint(absolute) == fingerprint(absolute)
+    assert (config, absolute) == (before, with_absolute_paths(absolute))
+    data = absolute.data
+    found = (absolute.run_dir, data.path, data.cache_dir, data.encoder_weights)
+    assert found == tuple(str(tmp_path / name) for name in ("runs/x", "data/text", "cache", "vae"))
+    assert list(data.mixture) == ["s3://bucket/a", str(tmp_path / "b"), "pipe:ssh host cat c", "/d"]
+    boards = {"output_path": str(tmp_path / "boards"), "enabled": True}
+    assert absolute.deepspeed == {"tensorboard": boards, "flops_profiler": {"output_file": None}}
+    assert fingerprint(config) != fingerprint(absolute)
 
 
 def test_options_of_submit_replace_what_the_file_says_only_where_they_are_given(

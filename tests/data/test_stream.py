@@ -272,6 +272,14 @@ def test_validation_counts_every_chosen_sample_once(tiny: Manifest, world: int, 
         assert np.diff([*chosen, len(rows)]).max() <= -(-len(rows) // 10) and chosen[0] == 0
 
 
+def test_a_temporary_folder_that_is_too_long_for_workers_is_named(
+    tiny: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + 100 * "x")
+    with pytest.raises(ConfigError, match=r"^TMPDIR = /tmp/x+: too long .* at most 75 characters"):
+        next(stream(tiny, num_workers=1))
+
+
 def test_validation_needs_a_held_out_split(tiny: Manifest) -> None:
     empty = replace(tiny, splits={**tiny.splits, "val": replace(tiny.val, shards=())})
     with pytest.raises(DataError, match="val split"):

@@ -21,6 +21,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ from ebwm_dist.data.loading.mixture import (
     check_same_data,
 )
 from ebwm_dist.errors import ConfigError, DataError, UserError
+
+_LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")
+"""A socket's path has at most 107 bytes, and multiprocessing makes its own in the temporary folder."""
 
 RawBatch = tuple[np.ndarray, list[str], list[str]]
 """Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), keys, and reasons
@@ -134,6 +138,11 @@ def _start_fork_server() -> Any:
     and batch systems signal all processes of a run at once, and workers that obeyed would be missing in the step that
     the trainer still finishes before it saves.
     """
+    if len(os.fsencode(folder := tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        raise ConfigError(
+            f"TMPDIR = {folder}: too long for the sockets of data.num_workers; name a folder of at most "
+            f"{_LONGEST_TMPDIR} characters, or set data.num_workers=0"
+        )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     resource_tracker.ensure_running()  # first, because it ends with all these signals let through
