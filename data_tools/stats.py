@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.prepare.cutting import resize
@@ -80,7 +80,7 @@ def spread_clips(manifest: Manifest, name: str, weights: Path | None) -> np.ndar
     numbers = np.unique(np.linspace(0, split.samples - 1, ROWS).round().astype(np.int64))
     ends = np.cumsum(split.counts)
     shards = np.searchsorted(ends, numbers, side="right")
-    samples, _ = open_reader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
+    samples, _ = ShardReader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
     if isinstance(content, ClipFormat):
         return samples
     import torch

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ebwm_dist.data.format.index import Index, read_index
 from ebwm_dist.data.format.manifest import Manifest, Shard
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError, run_tool
@@ -46,7 +46,7 @@ def deep_problems(manifest: Manifest, split: str, number: int, totals: Counter[s
         return
     if sha256_of_file(path) != shard.sha256:
         yield f"{path}: its content differs from the manifest (SHA-256)"
-    reader = open_reader(manifest, split)
+    reader = ShardReader(manifest, split)
     try:
         opened = reader.shard(number)
     except DataError as error:

@@ -273,15 +273,12 @@ class ValidationData:
 
 def save_sample_format(manifest: Manifest, folder: Path) -> None:
     """Write the description of a data folder's samples into `folder`, and a copy of their tokenizer."""
-    described = describe_samples(manifest)
+    from ebwm_dist.data.format.sample_format import describe_format
+
+    described = describe_format(manifest.sample_format)
     if "tokenizer" in described:
         write_atomically(folder / TOKENIZER_FILE, manifest.read_tokenizer())
     write_json(folder / FORMAT_FILE, described)
-
-
-def describe_samples(manifest: Manifest) -> dict[str, Any]:
-    """Return the description of a manifest's samples, for `Run.sample_format`."""
-    return {"kind": manifest.sample_format.kind, **asdict(manifest.sample_format)}
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

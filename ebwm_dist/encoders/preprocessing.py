@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, SampleFormat, TokenFormat
 from ebwm_dist.data.loading.damage import intact_parts
 from ebwm_dist.data.loading.mixture import Mixture, pooled
@@ -194,7 +194,7 @@ def _moments(observer: FramePreprocessor, manifest: Manifest, skip: bool) -> tup
     chosen = min(STATISTICS_CLIPS, manifest.train.samples)
     numbers = np.arange(chosen) * manifest.train.samples // chosen
     shards = np.searchsorted(counts, numbers, side="right") - 1
-    reader = open_reader(manifest, "train", max_open=4)
+    reader = ShardReader(manifest, "train", max_open=4)
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, chosen, _CLIPS_AT_ONCE):
         part = slice(start, start + _CLIPS_AT_ONCE)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 
 
 def target_counts(manifest: Manifest, split: str) -> np.ndarray:
     """Count every token among the targets of a split, `[vocab_size]`; the pad token counts 0."""
     content = manifest.token_format
     counts = np.zeros(content.vocab_size, dtype=np.int64)
-    for block in open_reader(manifest, split).blocks():
+    for block in ShardReader(manifest, split).blocks():
         counts += np.bincount(block[:, 1:].reshape(-1), minlength=content.vocab_size)
     counts[content.pad_id] = 0
     return counts

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ebwm_dist.data.format.index import finished_shard
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Shard, Split
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
@@ -123,7 +123,7 @@ class StoredClips:
     def batches(self) -> Iterator[Batch]:
         """Yield the clips a few at a time."""
         manifest = Manifest.load(self.folder)
-        reader = open_reader(manifest, self.split)
+        reader = ShardReader(manifest, self.split)
         count = manifest.splits[self.split].counts[self.number]
         for first in range(0, count, CLIPS_PER_MEMBER):
             rows = np.arange(first, min(first + CLIPS_PER_MEMBER, count))
@@ -274,7 +274,7 @@ def _measured(task: ShardTask, shard: Shard) -> Made:
     """Add up the latents of a shard as they are stored."""
     split = Split((shard,), 0, {"videos": 0, "frames": 0})
     splits = dict.fromkeys(SPLITS, split)
-    reader = open_reader(Manifest(task.folder, task.content, splits, ()), task.split)
+    reader = ShardReader(Manifest(task.folder, task.content, splits, ()), task.split)
     values, total, squares = 0, 0.0, 0.0
     for block in reader.blocks():
         wide = block.astype(np.float64)

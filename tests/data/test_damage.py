@@ -15,7 +15,7 @@ from data_tools import verify
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.index import read_index
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.loading.stream import SampleStream
 from ebwm_dist.errors import DataError
 
@@ -24,7 +24,7 @@ NAME = "train-000003.tar"
 
 
 def read_all(manifest: Manifest) -> None:
-    for _ in open_reader(manifest).blocks():
+    for _ in ShardReader(manifest).blocks():
         pass
 
 
@@ -145,7 +145,7 @@ def test_token_beyond_the_vocabulary(copied: Manifest) -> None:
         DataError, match=f"{NAME}, key {key}: token id {copied.token_format.vocab_size} is beyond the vocabulary"
     ):
         read_all(copied)
-    reader = open_reader(copied)
+    reader = ShardReader(copied)
     reader.read(np.array([SHARD]), np.array([8 + 4]))
     with pytest.raises(DataError, match=key):
         reader.read(np.array([SHARD]), np.array([8 + 5]))
@@ -262,11 +262,11 @@ def test_the_fingerprint_follows_content_not_place(copied: Manifest, tmp_path: P
 def test_reading_with_few_open_files_and_after_pickling(tiny: Manifest) -> None:
     import pickle
 
-    expected = np.concatenate(list(open_reader(tiny).blocks()))
+    expected = np.concatenate(list(ShardReader(tiny).blocks()))
     starts = np.cumsum([0, *tiny.train.counts])
     places = np.random.default_rng(0).permutation(len(expected))
     shards = np.searchsorted(starts, places, side="right") - 1
-    reader = open_reader(tiny, max_open=2)
+    reader = ShardReader(tiny, max_open=2)
     reader.read(shards[:9], (places - starts[shards])[:9])
     rows, keys = pickle.loads(pickle.dumps(reader)).read(shards, places - starts[shards])
     assert np.array_equal(rows, expected[places]) and len(set(keys)) == len(expected)

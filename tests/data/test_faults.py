@@ -22,7 +22,7 @@ import pytest
 from data_tools import verify
 from ebwm_dist.data.format.index import TAR_BLOCK, Record, read_index
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.order import EpochOrder
@@ -231,13 +231,13 @@ def test_faults_are_found_and_named_and_skipping_loses_nothing_else(
     lost = fault.do(victim)
     assert 0 < len(lost) <= victim.shard.samples
 
-    _, keys = open_reader(intact).read(np.full(victim.shard.samples, SHARD), np.arange(victim.shard.samples))
+    _, keys = ShardReader(intact).read(np.full(victim.shard.samples, SHARD), np.arange(victim.shard.samples))
     for row, key in enumerate(keys):
         if row not in lost:
-            open_reader(manifest).read(np.array([SHARD]), np.array([row]))
+            ShardReader(manifest).read(np.array([SHARD]), np.array([row]))
             continue
         with pytest.raises(DataError, match=fault.message) as raised:
-            open_reader(manifest).read(np.array([SHARD]), np.array([row]))
+            ShardReader(manifest).read(np.array([SHARD]), np.array([row]))
         record = key.partition("/")[2].partition("#")[0]
         assert victim.shard.path in str(raised.value) and "\n" not in str(raised.value)
         assert f"key {record}: " in str(raised.value) or fault.do is missing_shard
@@ -255,9 +255,9 @@ def test_faults_are_found_and_named_and_skipping_loses_nothing_else(
     for position in range(len(places)):
         following = (position + i for i in range(len(places)))
         wanted.append(next(p % len(places) for p in following if not gone[p % len(places)]))
-    samples, names = open_reader(intact).read(*order[np.array(wanted)])
+    samples, names = ShardReader(intact).read(*order[np.array(wanted)])
     for batch in (len(places), 4):  # what a reader has met before makes no difference
-        reader = open_reader(manifest, max_open=2)
+        reader = ShardReader(manifest, max_open=2)
         parts = [
             read_intact(reader.read, order, np.arange(start, min(start + batch, len(places))))
             for start in reversed(range(0, len(places), batch))
@@ -281,12 +281,12 @@ def test_the_manifest_of_another_data_set_is_refused(folders: dict[str, Manifest
         shutil.copy(make_tiny(kind, tmp_path / "other", seed=1).folder / "manifest.json", manifest.folder)
     manifest = Manifest.load(manifest.folder)
     with pytest.raises(DataError, match=r"train-000000\.tar .*from another data set"):
-        open_reader(manifest).read(np.array([0]), np.array([0]))
+        ShardReader(manifest).read(np.array([0]), np.array([0]))
     problems = verify.find_problems(manifest, deep=False)
     assert any("train-000000.tar" in problem and "another data set" in problem for problem in problems)
     if kind != "tokens":
         with pytest.raises(DataError, match=r"no sample is intact.*another data set"):
-            read_intact(open_reader(manifest).read, EpochOrder(manifest.train.counts, 0, 0, 2), np.arange(4))
+            read_intact(ShardReader(manifest).read, EpochOrder(manifest.train.counts, 0, 0, 2), np.arange(4))
 
 
 def test_clips_of_another_size_are_refused(folders: dict[str, Manifest], tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_clips_of_another_size_are_refused(folders: dict[str, Manifest], tmp_pat
     file = manifest.folder / "manifest.json"
     file.write_text(file.read_text().replace('"height": 16', '"height": 32'))
     with pytest.raises(DataError, match="key 00000000: its frames are 3 x 16 x 16, the manifest says 3 x 32 x 16"):
-        open_reader(Manifest.load(manifest.folder)).read(np.array([0]), np.array([0]))
+        ShardReader(Manifest.load(manifest.folder)).read(np.array([0]), np.array([0]))
 
 
 def test_nothing_is_ever_unpickled(folders: dict[str, Manifest], tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_nothing_is_ever_unpickled(folders: dict[str, Manifest], tmp_path: Path)
         manifest = copy(folders[kind], tmp_path / kind)
         Victim(manifest).put("npy", 0, buffer.getvalue())
         with pytest.raises(DataError, match="it holds object"):
-            list(open_reader(manifest).blocks([SHARD]))
+            list(ShardReader(manifest).blocks([SHARD]))
         assert any("it holds object" in problem for problem in verify.find_problems(manifest, deep=True))
     assert not (tmp_path / "ran").exists()
 
@@ -326,10 +326,10 @@ def test_names_in_a_tar_cannot_escape(folders: dict[str, Manifest], tmp_path: Pa
     victim.put(member.extension, -TAR_BLOCK, header.tobuf())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=f"key {victim.records[RECORD].key}: .* has '../../escaped"):
-        list(open_reader(manifest).blocks([SHARD]))
+        list(ShardReader(manifest).blocks([SHARD]))
     index = manifest.folder / victim.shard.index_path
     index.write_text(index.read_text().replace(victim.records[RECORD].key, "../../escaped"))
     with pytest.raises(DataError, match="key ../../escaped: its key is not a plain name"):
-        list(open_reader(manifest).blocks([SHARD]))
+        list(ShardReader(manifest).blocks([SHARD]))
     assert any("not a plain name" in problem for problem in verify.find_problems(manifest, deep=True))
     assert sorted(tmp_path.rglob("*")) == before

@@ -13,7 +13,7 @@ import webdataset
 
 from ebwm_dist.data.format.index import finished_shard
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import LatentFormat
 from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
 from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
@@ -41,7 +41,7 @@ def test_samples_come_back_in_any_order_with_their_keys(made: tuple[str, Manifes
     shards = np.repeat(np.arange(len(loaded.splits[split].shards)), loaded.splits[split].counts)
     rows = np.concatenate([np.arange(n) for n in loaded.splits[split].counts])
     order = np.random.default_rng(0).permutation(SAMPLES[split])
-    reader = pickle.loads(pickle.dumps(open_reader(loaded, split, max_open=2)))
+    reader = pickle.loads(pickle.dumps(ShardReader(loaded, split, max_open=2)))
     samples, keys = reader.read(shards[order], rows[order])
     assert (
         samples.shape == (SAMPLES[split], *loaded.sample_format.shape)
@@ -65,7 +65,7 @@ def test_plain_webdataset_reads_the_same(made: tuple[str, Manifest]) -> None:
         assert json.loads(sample["json"])["frame_interval"] == 0.25
         images = [sample[f"{n:03d}.jpg"] for n in range(FRAMES)] if kind == "jpeg" else []
         found.append(decode_jpegs(images, "") if kind == "jpeg" else decode_clip(sample["mp4"], ""))
-    assert np.array_equal(np.stack(found), np.concatenate(list(open_reader(manifest).blocks())))
+    assert np.array_equal(np.stack(found), np.concatenate(list(ShardReader(manifest).blocks())))
 
 
 def test_bytes_depend_on_the_samples_alone(made: tuple[str, Manifest], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 
@@ -74,7 +74,7 @@ def test_batches_have_the_promised_form_and_an_epoch_repeats_nothing(
     assert [sample for sample, *_ in reference] == list(range(len(reference)))
     first, second = ([key for _, key, _ in reference[i * per_epoch :][:per_epoch]] for i in range(2))
     assert len(set(first)) == len(set(second)) == per_epoch and first != second
-    everything = {tuple(row) for block in open_reader(tiny).blocks() for row in block.tolist()}
+    everything = {tuple(row) for block in ShardReader(tiny).blocks() for row in block.tolist()}
     assert {row for *_, row in reference} <= everything
 
 
@@ -96,7 +96,7 @@ def test_8_ranks_share_3_shards_evenly(tiny: Manifest) -> None:
     counts, g = three.train.counts, 16
     assert len(counts) == 3 and len(set(counts)) > 1 and three.train.samples % g
     shards, rows = np.repeat(range(3), counts), np.concatenate([np.arange(count) for count in counts])
-    everything = set(open_reader(three).read(shards, rows)[1])
+    everything = set(ShardReader(three).read(shards, rows)[1])
     assert len(everything) == three.train.samples
     for micro in (1, 2):
         ranks = [stream(three, rank, 8, micro=micro, g=g) for rank in range(8)]
@@ -258,7 +258,7 @@ def validation(manifest: Manifest, limit: int, rank: int = 0, world: int = 1, si
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 10, 1000])
 def test_validation_counts_every_chosen_sample_once(tiny: Manifest, world: int, limit: int) -> None:
-    rows = np.concatenate(list(open_reader(tiny, "val").blocks()))
+    rows = np.concatenate(list(ShardReader(tiny, "val").blocks()))
     ranks = [list(validation(tiny, limit, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     counted = []

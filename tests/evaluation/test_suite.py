@@ -13,13 +13,14 @@ import torch
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
 from ebwm_dist.evaluation.suite import Options, side_by_side
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.run import Run, describe_samples
+from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -40,7 +41,7 @@ def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
     return write_export(
         folder / kind,
         config,
-        describe_samples(manifest),
+        describe_format(manifest.sample_format),
         build_model(config, manifest.token_format.pad_id).state_dict(),
         files=[manifest.folder / manifest.token_format.tokenizer],
         step=0,

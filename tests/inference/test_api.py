@@ -12,13 +12,13 @@ import torch
 
 import ebwm_dist
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.run import describe_samples
 from launchers.generate import main
 from tests.tiny_data import make_tiny_data
 
@@ -44,7 +44,13 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = build_model(config, 0).state_dict()
         tokenizer = folder / "text" / "tokenizer.model"
         write_export(
-            folder / kind, config, describe_samples(manifest), state, files=[tokenizer], step=1, source="a test"
+            folder / kind,
+            config,
+            describe_format(manifest.sample_format),
+            state,
+            files=[tokenizer],
+            step=1,
+            source="a test",
         )
     return folder
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.run import describe_samples
 from launchers.generate import main
 from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
 
@@ -33,7 +33,9 @@ def export(folder: Path, kind: str, model: str = "ebt") -> Path:
     config.optimizer.warmup_steps = 1
     torch.manual_seed(0)
     state = build_model(config, None).state_dict()
-    out = write_export(folder / "model", config, describe_samples(manifest), state, files=[], step=1, source="it")
+    out = write_export(
+        folder / "model", config, describe_format(manifest.sample_format), state, files=[], step=1, source="it"
+    )
     if kind == "clips":
         encoder = build_preprocessor(config, manifest.sample_format, torch.device("cpu")).encoder
         write_json(out / STATISTICS_FILE, {"encoder": "pixels:2", "sha256": encoder.sha256, "mean": 0.5, "std": 0.25})

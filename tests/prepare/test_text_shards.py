@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
@@ -33,7 +33,7 @@ GOOD = [{"id": "1", "group": "a", "text": "kalo miru"}, {"id": "2", "group": "b"
 def texts_of(manifest: Manifest, split: str) -> list[str]:
     """Decode all documents of a split from its shards' targets."""
     tokenizer = load_tokenizer(manifest)
-    targets = np.concatenate([block[:, 1:].reshape(-1) for block in open_reader(manifest, split).blocks()])
+    targets = np.concatenate([block[:, 1:].reshape(-1) for block in ShardReader(manifest, split).blocks()])
     targets = targets[targets != manifest.token_format.pad_id]
     ends = np.flatnonzero(targets == manifest.token_format.eos_id) + 1
     assert ends[-1] == len(targets)
@@ -75,7 +75,7 @@ def test_plain_webdataset_reads_the_shards(tiny: Manifest) -> None:
     urls = [str(tiny.folder / shard.path) for shard in tiny.train.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     rows = np.concatenate([np.load(io.BytesIO(sample["npy"]), allow_pickle=False) for sample in samples])
-    assert np.array_equal(rows, np.concatenate(list(open_reader(tiny).blocks())))
+    assert np.array_equal(rows, np.concatenate(list(ShardReader(tiny).blocks())))
     assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(len(samples))]
 
 
@@ -320,8 +320,8 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Toke
     tokenizer.vocab_size = 70_000
     report = build([tiny.folder.parent / "text.jsonl"], tokenizer, tmp_path / "out", Layout(16, holdout=(HELD_OUT,)))
     assert report.manifest.token_format.dtype == "uint32"
-    expected = np.concatenate(list(open_reader(tiny).blocks()))
-    assert np.array_equal(np.concatenate(list(open_reader(report.manifest).blocks())), expected)
+    expected = np.concatenate(list(ShardReader(tiny).blocks()))
+    assert np.array_equal(np.concatenate(list(ShardReader(report.manifest).blocks())), expected)
 
 
 def test_unigram_perplexity_against_a_plain_count(tiny: Manifest) -> None:

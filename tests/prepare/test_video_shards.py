@@ -21,7 +21,7 @@ from data_tools import cut_clips as cut_tool
 from data_tools import encode_frames as encode_tool
 from data_tools import stats, verify
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import LatentFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.encoders import build_encoder
@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def all_samples(manifest: Manifest, split: str) -> np.ndarray:
     counts = manifest.splits[split].counts
     places = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
-    return open_reader(manifest, split).read(*map(np.array, zip(*places, strict=True)))[0]
+    return ShardReader(manifest, split).read(*map(np.array, zip(*places, strict=True)))[0]
 
 
 @pytest.mark.parametrize("storage", ["mp4", "jpeg"])

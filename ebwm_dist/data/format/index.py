@@ -1,8 +1,7 @@
-"""The index beside a shard: where every member lies in the tar, and a checksum of every sample.
+"""The index beside a shard: the position of every member in the tar, and a checksum of every sample.
 
-With it a sample is read by position, with one `pread` and no look at anything else, and a single changed byte is
-noticed when its sample is read. The index also holds size and SHA-256 of the tar, so an index that belongs to another
-shard, or a manifest that belongs to another folder, is noticed before anything is read.
+With it one `pread` reads a sample, and a changed byte is detected. The index also holds size and SHA-256 of its tar, so
+that an index of another shard, or a manifest of another folder, is refused before anything is read.
 
 A record is what WebDataset calls a sample: the members of a tar whose names begin with the same key. Token and latent
 records hold many samples in one npy member; a clip is a record of its own.
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ebwm_dist.data.format.manifest import Manifest, Shard
-from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, count
+from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, check_count
 from ebwm_dist.errors import DataError
 from ebwm_dist.files import write_atomically
 
@@ -78,7 +77,9 @@ def read_index(manifest: Manifest, shard: Shard) -> Index:
         owner = (str(content["shard"]), str(content["sha256"]))
         records = tuple(
             Record(
-                str(r["key"]), tuple(Member(str(e), count(o), count(s)) for e, o, s in r["members"]), len(r["crc32"])
+                str(r["key"]),
+                tuple(Member(str(e), check_count(o), check_count(s)) for e, o, s in r["members"]),
+                len(r["crc32"]),
             )
             for r in content["records"]
         )
@@ -115,16 +116,16 @@ def finished_shard(folder: Path, name: str) -> Shard | None:
         return None
 
 
-def _fault(record: Record, content: SampleFormat, size: int) -> str | None:
+def _fault(record: Record, sample_format: SampleFormat, size: int) -> str | None:
     """Return what is wrong with a record of a shard of `size` bytes."""
     if "/" in record.key or "\\" in record.key:
         return "its key is not a plain name"  # but a path, by which unpacking the tar might escape its folder
-    found, extensions = tuple(member.extension for member in record.members), content.extensions
+    found, extensions = tuple(member.extension for member in record.members), sample_format.extensions
     if missing := [extension for extension in extensions if extension not in found]:
         return f"the member {record.key}.{missing[0]} is missing from the index"
     if found != extensions:
         return f"its index entry has the members {', '.join(found)} instead of {', '.join(extensions)}"
-    if record.samples < 1 or (isinstance(content, ClipFormat) and record.samples != 1):
+    if record.samples < 1 or (isinstance(sample_format, ClipFormat) and record.samples != 1):
         return f"its index entry lists {record.samples} samples"
     end = 0
     for member in record.members:

@@ -1,4 +1,4 @@
-"""The manifest: what a data folder holds, so that anything missing or damaged is noticed before training.
+"""The manifest of a data folder: its sample format, and size and hash of every shard.
 
 `manifest.json` is written last. A folder without one is unfinished, whatever else it holds.
 """
@@ -9,11 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ebwm_dist.data.format.sample_format import KINDS, SampleFormat, TokenFormat, count, inside, parse_format
+from ebwm_dist.data.format.sample_format import (
+    KINDS,
+    SampleFormat,
+    TokenFormat,
+    check_count,
+    check_relative,
+    describe_format,
+    parse_format,
+)
 from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import write_json
@@ -23,14 +31,13 @@ FORMAT = "ebwm-shards"
 VERSION = 2
 SPLITS = ("train", "val")
 
-HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
-
-MAKE_AGAIN = f"run the tool that made it again ({', '.join(content.tool for content in KINDS.values())})"
+_HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
+_MAKE_AGAIN = f"run the tool that made it again ({', '.join(kind.tool for kind in KINDS.values())})"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name in the folder, its number of rows, and its size and hash."""
+    """One tar file: its name in the folder, its number of samples, and its size and hash."""
 
     path: str
     samples: int
@@ -39,7 +46,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Return the name without the extension, as sample keys show it."""
+        """Return the name without the extension, with which sample keys begin."""
         return self.path.removesuffix(".tar")
 
     @property
@@ -50,9 +57,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of a split in order, the number of groups, and the totals that its kind of content counts.
+    """The shards of a split in order, the number of groups, and totals that depend on the kind of samples.
 
-    Of text these are `documents`, `tokens` (that are predicted) and `text_bytes`, of video `videos` and `frames`.
+    For text these are `documents`, `tokens` (that are predicted) and `text_bytes`, for video `videos` and `frames`.
     """
 
     shards: tuple[Shard, ...]
@@ -61,18 +68,18 @@ class Split:
 
     @property
     def samples(self) -> int:
-        """Return the number of rows in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        """Return the number of samples in all shards."""
+        return sum(self.counts)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Return the number of rows of each shard."""
+        """Return the number of samples of each shard."""
         return tuple(shard.samples for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about the data folder `folder`; `source` records inputs and settings it was made from."""
+    """The description of the data in `folder`; `source` records inputs and settings they were made from."""
 
     folder: Path
     sample_format: SampleFormat
@@ -84,7 +91,7 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """Return where the data are, for messages."""
+        """Return the location of the data, for messages."""
         return str(self.folder) if self.remote is None else self.remote.location
 
     @property
@@ -99,22 +106,18 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash what fixes content and order of the samples; equal fingerprints mean the same training data."""
+        """Hash everything that determines content and order of the samples."""
         shards = [[name, s.path, s.samples, s.sha256] for name in SPLITS for s in self.splits[name].shards]
-        return hashlib.sha256(json.dumps([VERSION, self._described_format, shards]).encode("utf-8")).hexdigest()
+        return hashlib.sha256(json.dumps([VERSION, describe_format(self.sample_format), shards]).encode()).hexdigest()
 
     @property
     def how_to_repair(self) -> str:
-        """Return what to do about a file that is missing or damaged, for messages."""
+        """Return the end of messages about a file that is missing or damaged."""
         return f"restore the file or run {self.sample_format.tool} again"
 
     @property
-    def _described_format(self) -> dict[str, Any]:
-        return {"kind": self.sample_format.kind, **asdict(self.sample_format)}
-
-    @property
     def token_format(self) -> TokenFormat:
-        """Return what is known of the tokens; a folder of anything else is a DataError."""
+        """Return the format of token rows; a folder of anything else is a DataError."""
         if not isinstance(self.sample_format, TokenFormat):
             raise DataError(
                 f"the shards in {self.name} hold {self.sample_format.kind}, tokens are needed here; set data.path to a "
@@ -123,11 +126,11 @@ class Manifest:
         return self.sample_format
 
     def save(self) -> None:
-        """Write `manifest.json` atomically: from here on the folder counts as whole."""
+        """Write `manifest.json` atomically, which makes the folder complete."""
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "content": self._described_format,
+            "content": describe_format(self.sample_format),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
             "held_out_groups": self.held_out_groups,
             "source": self.source,
@@ -136,9 +139,12 @@ class Manifest:
 
     @staticmethod
     def load(path: str | Path, cache: Cache | None = None) -> Manifest:
-        """Read the manifest of a data folder; every way it can be wrong is a DataError saying what to do.
+        """Read the manifest of a data folder, whose files are read through `cache` if it is remote.
 
-        The files of a remote folder come through `cache`; without one only folders of this machine will do.
+        Raises:
+            DataError: it is missing, incomplete or damaged, or of another version.
+            UserError: the folder is remote and there is no cache.
+            FetchError: a remote folder cannot be reached.
         """
         folder, remote = Path(path), None
         file = f"{str(path).rstrip('/')}/{FILE_NAME}"
@@ -147,40 +153,43 @@ class Manifest:
                 raise UserError(f"{path} is not a folder of this machine; copy it here first")
             remote = RemoteFolder(str(path), cache)
         elif not folder.is_dir():
-            raise DataError(f"data folder {folder} does not exist; {HOW_TO_MAKE}")
+            raise DataError(f"data folder {folder} does not exist; {_HOW_TO_MAKE}")
         try:
             raw = remote.read_uncached(FILE_NAME) if remote else (folder / FILE_NAME).read_bytes()
         except FileNotFoundError:
             raise DataError(
-                f"data folder {path} has no {FILE_NAME}, so it is empty or unfinished; {HOW_TO_MAKE}"
+                f"data folder {path} has no {FILE_NAME}, so it is empty or unfinished; {_HOW_TO_MAKE}"
             ) from None
         try:
             content = json.loads(raw)
         except ValueError as error:
-            raise DataError(f"{file} is not valid JSON ({error}); {MAKE_AGAIN}") from None
+            raise DataError(f"{file} is not valid JSON ({error}); {_MAKE_AGAIN}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DataError(f"{file} is not a manifest of shards that this program reads; {MAKE_AGAIN}")
+            raise DataError(f"{file} is not a manifest of shards that this program reads; {_MAKE_AGAIN}")
         if content.get("version") != VERSION:
             raise DataError(
-                f"{file} has version {content.get('version')}, this program reads version {VERSION}; {MAKE_AGAIN}"
+                f"{file} has version {content.get('version')}, this program reads version {VERSION}; {_MAKE_AGAIN}"
             )
         try:
-            return replace(_parse(folder, content), remote=remote)
+            sample_format = parse_format(content["content"])
+            splits = {name: _parse_split(content["splits"][name], sample_format) for name in SPLITS}
+            held_out = tuple(map(str, content["held_out_groups"]))
+            return Manifest(folder, sample_format, splits, held_out, dict(content["source"]), remote)
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {MAKE_AGAIN}"
+                f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {_MAKE_AGAIN}"
             ) from None
 
     def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
-        """Return the content of a small file of the folder, of which `version` tells copies of old ones from it."""
+        """Return the content of a small file of the folder; a cached copy must be of the same `version`."""
         return self.remote.read(name, version, sha256) if self.remote else (self.folder / name).read_bytes()
 
     def read_tokenizer(self) -> bytes:
         """Return the tokenizer that the shards were made with."""
-        content = self.token_format
-        return self.read(content.tokenizer, content.tokenizer_sha256, content.tokenizer_sha256)
+        tokens = self.token_format
+        return self.read(tokens.tokenizer, tokens.tokenizer_sha256, tokens.tokenizer_sha256)
 
     def open(self, shard: Shard) -> int:
         """Return a file descriptor to read a shard with."""
@@ -194,23 +203,15 @@ class Manifest:
         os.close(self.open(shard))
 
     def check_files(self, splits: Iterable[str] = SPLITS) -> None:
-        """Check that every shard exists with the size the manifest gives; costs two look-ups per shard.
-
-        Remote ones are checked as they arrive.
-        """
-        if self.remote is not None:
-            return
-        for name in splits:
-            for shard in self.splits[name].shards:
-                self.check_shard(shard)
+        """Check every shard in this machine's folder with two look-ups each; remote ones are checked on arrival."""
+        for shard in (shard for name in splits for shard in self.splits[name].shards if self.remote is None):
+            self.check_shard(shard)
 
     def check_shard(self, shard: Shard) -> None:
         """Check that a shard and its index exist and that its size is the manifest's."""
-        for name in (shard.path, shard.index_path):
-            if not (self.folder / name).is_file():
-                raise DataError(
-                    f"missing shard: {self.folder / name} does not exist, the manifest lists it; {self.how_to_repair}"
-                )
+        for path in (self.folder / shard.path, self.folder / shard.index_path):
+            if not path.is_file():
+                raise DataError(f"missing shard: {path} does not exist, the manifest lists it; {self.how_to_repair}")
         size = (self.folder / shard.path).stat().st_size
         if size != shard.bytes:
             raise DataError(
@@ -228,15 +229,10 @@ class Manifest:
             )
 
 
-def _parse(folder: Path, manifest: dict[str, Any]) -> Manifest:
-    content = parse_format(manifest["content"])
-    splits = {}
-    for name in SPLITS:
-        split = manifest["splits"][name]
-        shards = tuple(
-            Shard(inside(s["path"]), count(s["samples"]), count(s["bytes"]), str(s["sha256"])) for s in split["shards"]
-        )
-        totals = {key: count(split["totals"][key]) for key in content.totals}
-        splits[name] = Split(shards, count(split["groups"]), totals)
-    held_out = tuple(map(str, manifest["held_out_groups"]))
-    return Manifest(folder, content, splits, held_out, dict(manifest["source"]))
+def _parse_split(split: dict[str, Any], sample_format: SampleFormat) -> Split:
+    shards = tuple(
+        Shard(check_relative(s["path"]), check_count(s["samples"]), check_count(s["bytes"]), str(s["sha256"]))
+        for s in split["shards"]
+    )
+    totals = {key: check_count(split["totals"][key]) for key in sample_format.totals}
+    return Split(shards, check_count(split["groups"]), totals)

@@ -1,7 +1,7 @@
-"""Read samples out of tar shards by position, checking everything that can be checked.
+"""Read samples from tar shards by position, and verify them.
 
 A sample costs one `pread` of its own bytes, so reading in any order is as fast as reading in sequence. Its bytes are
-checked against their CRC-32 on every read, its values against what is possible, and tar names, npy headers, shapes and
+checked against their CRC-32 on every read, its values against their valid range, and tar names, npy headers, shapes and
 dtypes against index and manifest. Nothing is ever unpickled.
 """
 
@@ -49,18 +49,18 @@ class OpenShard:
         if not 0 <= row < self.shard.samples:
             raise IndexError(f"sample {row} of {self.shard.path}, which has {self.shard.samples}")
         number = int(np.searchsorted(self._first, row, side="right")) - 1
-        inside = row - int(self._first[number])
-        return self._read(number, inside, 1)[0], f"{self.shard.name}/{self._key(number, inside)}"
+        row -= int(self._first[number])
+        return self._read(number, row, 1)[0], f"{self.shard.name}/{self._key(number, row)}"
 
     def record(self, number: int) -> np.ndarray:
         """Return all samples of a record, `[R, ...]`."""
         return self._read(number, 0, self.index.records[number].samples)
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
-        """Return `count` samples of record `number` from `first` on, after every check."""
+        """Return `count` samples of record `number` from its row `first` on, verified."""
         raise NotImplementedError
 
-    def _key(self, number: int, _inside: int) -> str:
+    def _key(self, number: int, row: int) -> str:
         return self.index.records[number].key
 
     def _bytes(self, record: Record, size: int, offset: int) -> bytes:
@@ -87,33 +87,32 @@ class OpenShard:
 
 
 class BlockShard(OpenShard):
-    """A shard of tokens or latents; where the rows of a record start is found out when it is first read."""
+    """A shard of tokens or latents; the npy header of a record is read and checked once."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, content: TokenFormat | LatentFormat) -> None:
+    def __init__(self, manifest: Manifest, shard: Shard, sample_format: TokenFormat | LatentFormat) -> None:
         super().__init__(manifest, shard)
-        self._content = content
-        self._rows_at: dict[int, int] = {}
+        self._format = sample_format
+        self._starts: dict[int, int] = {}  # file positions of the rows of records
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
         record = self.index.records[number]
-        dtype = self._content.array_dtype
-        row_bytes = math.prod(self._content.shape) * dtype.itemsize
-        start = self._rows_at.get(number)
+        row_bytes = math.prod(self._format.shape) * self._format.array_dtype.itemsize
+        start = self._starts.get(number)
         if start is None:
-            start = self._rows_at[number] = self._check_header(record)
+            start = self._starts[number] = self._check_header(record)
         raw = self._bytes(record, count * row_bytes, start + first * row_bytes)
-        rows = np.frombuffer(raw, dtype).reshape(count, *self._content.shape)
+        rows = np.frombuffer(raw, self._format.array_dtype).reshape(count, *self._format.shape)
         try:
-            presented = self._content.present(rows)
+            samples = self._format.validate(rows)
         except ValueError as error:
             raise self._damage(record, str(error)) from None
         for i in range(count):
             checksum = zlib.crc32(memoryview(raw)[i * row_bytes : (i + 1) * row_bytes])
             self._check_sum(record, int(self._first[number]) + first + i, checksum)
-        return presented
+        return samples
 
-    def _key(self, number: int, inside: int) -> str:
-        return f"{self.index.records[number].key}#{inside}"
+    def _key(self, number: int, row: int) -> str:
+        return f"{self.index.records[number].key}#{row}"
 
     def _check_header(self, record: Record) -> int:
         """Check tar name and npy header of a record; return the file position of its first row."""
@@ -128,7 +127,7 @@ class BlockShard(OpenShard):
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         except ValueError as error:
             raise self._damage(record, f"no valid npy header ({error})") from None
-        stored, expected = self._content.array_dtype, (record.samples, *self._content.shape)
+        stored, expected = self._format.array_dtype, (record.samples, *self._format.shape)
         if shape != expected or dtype != stored or fortran_order:
             raise self._damage(record, f"it holds {dtype} {shape}, index and manifest say {stored} {expected}")
         if header.tell() + math.prod(expected) * dtype.itemsize != member.size:
@@ -139,9 +138,9 @@ class BlockShard(OpenShard):
 class ClipShard(OpenShard):
     """A shard of clips: all members of one are read at once, and decoded."""
 
-    def __init__(self, manifest: Manifest, shard: Shard, content: ClipFormat) -> None:
+    def __init__(self, manifest: Manifest, shard: Shard, sample_format: ClipFormat) -> None:
         super().__init__(manifest, shard)
-        self._content = content
+        self._format = sample_format
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
         record = self.index.records[number]
@@ -156,9 +155,9 @@ class ClipShard(OpenShard):
             checksum = zlib.crc32(files[member.extension], checksum)
         self._check_info(record, files["json"])
         self._check_sum(record, number, checksum)
-        frames = self._decode(record, [files[extension] for extension in self._content.media])
-        if frames.shape != self._content.shape:
-            found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._content.shape))
+        frames = self._decode(record, [files[extension] for extension in self._format.media])
+        if frames.shape != self._format.shape:
+            found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._format.shape))
             raise self._damage(record, f"its frames are {found}, the manifest says {expected}")
         return frames[None]
 
@@ -174,7 +173,7 @@ class ClipShard(OpenShard):
 
         name = f"{self.shard.path}, key {record.key}"
         try:
-            return decode_clip(media[0], name) if self._content.storage == "mp4" else decode_jpegs(media, name)
+            return decode_clip(media[0], name) if self._format.storage == "mp4" else decode_jpegs(media, name)
         except DataError as error:
             raise DataError(f"{error}; {self.manifest.how_to_repair}") from None
 
@@ -182,10 +181,10 @@ class ClipShard(OpenShard):
 class ShardReader:
     """Samples of one split by (shard, row), keeping at most `max_open` shards open.
 
-    Safe to hand to another process: open files stay behind, and `pread` shares no position.
+    It can be pickled: another process opens its own files.
     """
 
-    def __init__(self, manifest: Manifest, split: str, max_open: int) -> None:
+    def __init__(self, manifest: Manifest, split: str = "train", max_open: int = 64) -> None:
         self._manifest = manifest
         self._shards = manifest.splits[split].shards
         self._max_open = max_open
@@ -194,13 +193,13 @@ class ShardReader:
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the samples `[n, ...]` and their keys like `train-000000/00000012#5`."""
-        content = self._manifest.sample_format
-        found = np.empty((len(rows), *content.shape), content.sample_dtype)
+        sample_format = self._manifest.sample_format
+        samples = np.empty((len(rows), *sample_format.shape), sample_format.sample_dtype)
         keys = []
         for i, (number, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            found[i], key = self.shard(number).sample(row)
+            samples[i], key = self.shard(number).sample(row)
             keys.append(key)
-        return found, keys
+        return samples, keys
 
     def blocks(self, shards: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """Yield the samples of `shards` (all of them if None) in file order, one record `[R, ...]` at a time."""
@@ -209,20 +208,23 @@ class ShardReader:
                 yield self.shard(number).record(record)
 
     def shard(self, number: int) -> OpenShard:
-        """Return an open shard of the split; one that could not be opened is not tried again."""
+        """Return an open shard of the split; one that is missing or damaged is not tried again."""
         if number in self._broken:
             raise self._broken[number]
-        shard = self._open.get(number)
-        if shard is None:
+        if number not in self._open:
             if len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1].close()
+            sample_format, shard = self._manifest.sample_format, self._shards[number]
             try:
-                shard = self._open[number] = _open(self._manifest, self._shards[number])
+                if isinstance(sample_format, ClipFormat):
+                    self._open[number] = ClipShard(self._manifest, shard, sample_format)
+                else:
+                    self._open[number] = BlockShard(self._manifest, shard, sample_format)
             except DataError as error:
                 self._broken[number] = error
                 raise
         self._open.move_to_end(number)
-        return shard
+        return self._open[number]
 
     def close(self) -> None:
         """Close all files."""
@@ -234,15 +236,3 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
-
-
-def open_reader(manifest: Manifest, split: str = "train", max_open: int = 64) -> ShardReader:
-    """Return a reader of a split, whatever it holds."""
-    return ShardReader(manifest, split, max_open)
-
-
-def _open(manifest: Manifest, shard: Shard) -> OpenShard:
-    content = manifest.sample_format
-    if isinstance(content, ClipFormat):
-        return ClipShard(manifest, shard, content)
-    return BlockShard(manifest, shard, content)

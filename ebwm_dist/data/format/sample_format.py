@@ -1,7 +1,7 @@
-"""What the samples of a data folder are: token rows, latents of video frames, or clips of frames.
+"""The formats of samples: rows of tokens, latents of video frames, and clips of frames.
 
-Whatever depends on the kind is here: the shape and dtype of a sample, which values are possible, the members of its
-record in a shard, and which tool makes it. Everything else handles samples without asking what they are.
+A format describes the shape and dtype of a sample, its valid values, the members of its record in a shard, and the
+tool that makes it. It is the part of the manifest that is not about files.
 
 Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's latent, H and W the size of a frame.
 """
@@ -9,7 +9,7 @@ Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's laten
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
@@ -18,14 +18,45 @@ import numpy as np
 from ebwm_dist.errors import DataError
 
 
+class _Arrays:
+    """Samples that are stored as rows of npy arrays of `dtype`."""
+
+    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+    dtype: str
+
+    @property
+    def array_dtype(self) -> np.dtype:
+        """Return the dtype of the stored arrays, little-endian on every machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+class _Video:
+    """Samples of `frames` frames."""
+
+    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
+    frames: int
+
+    @property
+    def sequence_length(self) -> int:
+        """Return S, the number of frames that are predicted."""
+        return self.frames - 1
+
+    def count(self, samples: np.ndarray) -> dict[str, int]:
+        """Return those totals of a split that can be counted in its samples."""
+        return {"frames": len(samples) * self.frames}
+
+    def _check_frames(self) -> None:
+        if self.frames < 2:
+            raise ValueError(f"frames = {self.frames}: a sample needs at least 2")
+
+
 @dataclass(frozen=True)
-class TokenFormat:
+class TokenFormat(_Arrays):
     """Rows of `sequence_length` + 1 tokens, packed so that every token is predicted once."""
 
     kind: ClassVar[str] = "tokens"
     tool: ClassVar[str] = "data_tools/tokenize_text.py"
     totals: ClassVar[tuple[str, ...]] = ("documents", "tokens", "text_bytes")
-    extensions: ClassVar[tuple[str, ...]] = ("npy",)
 
     sequence_length: int
     dtype: str
@@ -39,7 +70,7 @@ class TokenFormat:
     def __post_init__(self) -> None:
         _check_fields(self, may_be_negative=("bos_id",))
         _check_choice("dtype", self.dtype, "uint16", "uint32")
-        inside(self.tokenizer)
+        check_relative(self.tokenizer)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,28 +78,23 @@ class TokenFormat:
         return (self.sequence_length + 1,)
 
     @property
-    def array_dtype(self) -> np.dtype:
-        """Return the dtype of the stored arrays, little-endian on every machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    @property
     def sample_dtype(self) -> np.dtype:
         """Return the dtype of a sample as readers return it."""
         return self.array_dtype
 
-    def present(self, rows: np.ndarray) -> np.ndarray:
-        """Return stored rows as readers return them; raises ValueError where a value is impossible."""
+    def validate(self, rows: np.ndarray) -> np.ndarray:
+        """Return stored rows as readers return them; raises ValueError where a value is invalid."""
         if rows.size and (largest := int(rows.max())) >= self.vocab_size:
             raise ValueError(f"token id {largest} is beyond the vocabulary of {self.vocab_size}")
         return rows
 
     def count(self, samples: np.ndarray) -> dict[str, int]:
-        """Return the totals that can be counted in the samples themselves: the tokens that are predicted."""
+        """Return those totals of a split that can be counted in its samples: the tokens that are predicted."""
         return {"tokens": int(np.count_nonzero(samples[:, 1:] != self.pad_id))}
 
 
 @dataclass(frozen=True)
-class LatentFormat:
+class LatentFormat(_Arrays, _Video):
     """Frames encoded by a frozen encoder, `frame_interval` seconds apart, each `[E]`.
 
     `height` and `width` are those of the frames that were encoded. `mean` and `std` are taken over the training split;
@@ -77,8 +103,7 @@ class LatentFormat:
 
     kind: ClassVar[str] = "latents"
     tool: ClassVar[str] = "data_tools/encode_frames.py"
-    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
-    extensions: ClassVar[tuple[str, ...]] = ("npy",)
+    sample_dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     frames: int
     embedding_dim: int
@@ -94,32 +119,17 @@ class LatentFormat:
     def __post_init__(self) -> None:
         _check_fields(self, may_be_negative=("mean",))
         _check_choice("dtype", self.dtype, "float16", "float32")
-        _check_frames(self.frames)
+        self._check_frames()
         if not self.std > 0:
             raise ValueError(f"std = {self.std} is not positive")
-
-    @property
-    def sequence_length(self) -> int:
-        """Return S, the number of frames that are predicted."""
-        return self.frames - 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of a sample, `[F, E]`."""
         return (self.frames, self.embedding_dim)
 
-    @property
-    def array_dtype(self) -> np.dtype:
-        """Return the dtype of the stored arrays, little-endian on every machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    @property
-    def sample_dtype(self) -> np.dtype:
-        """Return the dtype of a sample as readers return it."""
-        return np.dtype(np.float32)
-
-    def present(self, rows: np.ndarray) -> np.ndarray:
-        """Return stored rows normalised; raises ValueError where a value is impossible."""
+    def validate(self, rows: np.ndarray) -> np.ndarray:
+        """Return stored rows normalised; raises ValueError where a value is invalid."""
         values = rows.astype(np.float32)
         if not np.isfinite(values).all():
             raise ValueError("a latent is not finite")
@@ -127,18 +137,14 @@ class LatentFormat:
         values /= np.float32(self.std)
         return values
 
-    def count(self, samples: np.ndarray) -> dict[str, int]:
-        """Return the totals that can be counted in the samples themselves."""
-        return {"frames": len(samples) * self.frames}
-
 
 @dataclass(frozen=True)
-class ClipFormat:
+class ClipFormat(_Video):
     """Clips of `frames` frames `[H, W, 3]`, `frame_interval` seconds apart, stored as one mp4 or as jpegs."""
 
     kind: ClassVar[str] = "clips"
     tool: ClassVar[str] = "data_tools/cut_clips.py"
-    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
+    sample_dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
 
     frames: int
     frame_interval: float
@@ -149,22 +155,12 @@ class ClipFormat:
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_choice("storage", self.storage, "mp4", "jpeg")
-        _check_frames(self.frames)
-
-    @property
-    def sequence_length(self) -> int:
-        """Return S, the number of frames that are predicted."""
-        return self.frames - 1
+        self._check_frames()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of a sample, `[F, H, W, 3]`."""
         return (self.frames, self.height, self.width, 3)
-
-    @property
-    def sample_dtype(self) -> np.dtype:
-        """Return the dtype of a sample as readers return it."""
-        return np.dtype(np.uint8)
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -179,41 +175,42 @@ class ClipFormat:
         """Return the extensions of the members of a record, in the order of the tar."""
         return tuple(sorted((*self.media, "json")))
 
-    def count(self, samples: np.ndarray) -> dict[str, int]:
-        """Return the totals that can be counted in the samples themselves."""
-        return {"frames": len(samples) * self.frames}
-
 
 SampleFormat = TokenFormat | LatentFormat | ClipFormat
-KINDS: dict[str, type[SampleFormat]] = {content.kind: content for content in (TokenFormat, LatentFormat, ClipFormat)}
+KINDS: dict[str, type[SampleFormat]] = {format_.kind: format_ for format_ in (TokenFormat, LatentFormat, ClipFormat)}
 
 
-def parse_format(content: dict[str, Any]) -> SampleFormat:
-    """Return the content that a manifest describes; raises ValueError, TypeError or KeyError where it is wrong."""
-    kind = content["kind"]
+def describe_format(sample_format: SampleFormat) -> dict[str, Any]:
+    """Return a format as it stands in a manifest, for `parse_format`."""
+    return {"kind": sample_format.kind, **asdict(sample_format)}
+
+
+def parse_format(description: dict[str, Any]) -> SampleFormat:
+    """Return the format that a manifest describes; raises ValueError, TypeError or KeyError where it is wrong."""
+    kind = description["kind"]
     _check_choice("kind", kind, *KINDS)
-    return KINDS[kind](**{key: value for key, value in content.items() if key != "kind"})
+    return KINDS[kind](**{key: value for key, value in description.items() if key != "kind"})
 
 
-def inside(path: str) -> str:
-    """Return `path` if it stays in its folder, else raise: a manifest must not make us read other files."""
+def check_relative(path: str) -> str:
+    """Return `path` if it stays in its folder, else raise DataError: a manifest must not lead to other files."""
     parts = PurePosixPath(path)
     if parts.is_absolute() or ".." in parts.parts or "\\" in path or "\0" in path or not parts.parts:
         raise DataError(f"the manifest names {path!r}, which is not a path inside its folder")
     return path
 
 
-def count(value: Any) -> int:
-    """Return `value` if it counts something, else raise."""
+def check_count(value: Any) -> int:
+    """Return `value` if it is a whole number from 0 on, else raise ValueError."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a count")
     return value
 
 
-def _check_fields(content: SampleFormat, may_be_negative: tuple[str, ...] = ()) -> None:
+def _check_fields(description: SampleFormat, may_be_negative: tuple[str, ...] = ()) -> None:
     """Check every field against its type; numbers are finite, and none is negative unless it is listed."""
-    for field in fields(content):
-        value = getattr(content, field.name)
+    for field in fields(description):
+        value = getattr(description, field.name)
         allowed = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
         if not isinstance(value, allowed) or isinstance(value, bool):
             raise ValueError(f"{field.name} = {value!r} is not a value of type {field.type}")
@@ -226,8 +223,3 @@ def _check_fields(content: SampleFormat, may_be_negative: tuple[str, ...] = ()) 
 def _check_choice(name: str, value: str, *choices: str) -> None:
     if value not in choices:
         raise ValueError(f"{name} {value!r} is not {' or '.join(choices)}")
-
-
-def _check_frames(frames: int) -> None:
-    if frames < 2:
-        raise ValueError(f"frames = {frames}: a sample needs at least 2")

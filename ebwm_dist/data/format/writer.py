@@ -1,6 +1,6 @@
-"""Write samples as WebDataset tars whose bytes depend on nothing but the samples, each with an index beside it.
+"""Write samples as WebDataset tars whose bytes depend on the samples alone, each with an index beside it.
 
-A shard gets its name when it is whole and on disk, and then its index (`index.py`): one with an index is finished.
+A shard gets its name when it is complete and on disk, and then its index (`index.py`): one with an index is finished.
 """
 
 from __future__ import annotations
@@ -91,32 +91,32 @@ class ShardWriter(_TarShards):
         self,
         folder: Path,
         split: str,
-        content: TokenFormat | LatentFormat,
+        sample_format: TokenFormat | LatentFormat,
         members_per_shard: int,
         first_shard: int = 0,
     ) -> None:
         super().__init__(folder, split, members_per_shard, first_shard)
-        self._content = content
+        self._format = sample_format
 
     def write(self, block: np.ndarray) -> None:
         """Append a block of samples `[R, S+1]` or `[R, F, E]` as one member."""
-        assert block.shape[1:] == self._content.shape, f"a block {block.shape} of {self._content.shape}"
-        rows = np.ascontiguousarray(block, self._content.array_dtype)
+        assert block.shape[1:] == self._format.shape, f"a block {block.shape} of {self._format.shape}"
+        rows = np.ascontiguousarray(block, self._format.array_dtype)
         self._append({"npy": npy_bytes(rows)}, [zlib.crc32(row) for row in rows])
 
 
 class ClipWriter(_TarShards):
     """Write clips, `clips_per_shard` of them to a shard."""
 
-    def __init__(self, folder: Path, split: str, content: ClipFormat, clips_per_shard: int, first_shard: int = 0):
+    def __init__(self, folder: Path, split: str, sample_format: ClipFormat, clips_per_shard: int, first_shard: int = 0):
         super().__init__(folder, split, clips_per_shard, first_shard)
-        self._content = content
+        self._format = sample_format
 
     def write(self, media: bytes | Sequence[bytes], info: dict[str, Any]) -> None:
-        """Append a clip, as one mp4 file or as a JPEG image for each frame, and what `info` tells of it."""
+        """Append a clip, as one mp4 file or as a JPEG image for each frame, with its description `info`."""
         images = [media] if isinstance(media, bytes) else list(media)
-        told = json.dumps(info, sort_keys=True, ensure_ascii=False).encode("utf-8")
-        files = {"json": told, **dict(zip(self._content.media, images, strict=True))}
+        description = json.dumps(info, sort_keys=True, ensure_ascii=False).encode("utf-8")
+        files = {"json": description, **dict(zip(self._format.media, images, strict=True))}
         checksum = 0
         for extension in sorted(files):
             checksum = zlib.crc32(files[extension], checksum)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import SPLITS, Manifest
-from ebwm_dist.data.format.reader import open_reader
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
 from ebwm_dist.data.loading.order import EndlessOrder, permutation
 from ebwm_dist.data.remote import Cache, Prefetcher
@@ -291,7 +291,7 @@ class MixtureReader:
         self._coming: list[tuple[int, int]] = []
         self._prefetcher: Prefetcher | None = None
         most = max(2, _OPEN_SHARDS // len(self._sources))
-        self._readers = [open_reader(source.manifest, split, min(max_open, most)) for source in self._sources]
+        self._readers = [ShardReader(source.manifest, split, min(max_open, most)) for source in self._sources]
 
     def read(self, sources: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return samples `[n, ...]` and their keys, which begin with the data set's name where there are several."""
