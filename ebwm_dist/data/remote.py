@@ -15,10 +15,8 @@ import hashlib
 import logging
 import os
 import shlex
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,26 +238,6 @@ class _Outage:
             text = f"cannot fetch {self._address} ({error})"
             self._cache._outage_file.write_text(text, "utf-8")
             _log.warning("%s; trying again for data.fetch_timeout = %g s", text, self._cache.patience)
-
-
-class Prefetcher:
-    """Runs calls in a thread of its own, in order; new ones replace those that have not begun."""
-
-    def __init__(self) -> None:
-        self._wanted: deque[Callable[[], None]] = deque()
-        self._changed = threading.Semaphore(0)
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def want(self, calls: Iterable[Callable[[], None]]) -> None:
-        """Run `calls` next; their errors are dropped, as the same read fails again where its file is needed."""
-        self._wanted = deque(calls)
-        self._changed.release()
-
-    def _run(self) -> None:
-        while self._changed.acquire():
-            while self._wanted:
-                with suppress(Exception):
-                    self._wanted.popleft()()
 
 
 def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:

@@ -22,7 +22,7 @@ from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import SPLITS
 from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
-from ebwm_dist.data.loading.mixture import BLOCK, Mixture
+from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
@@ -158,7 +158,7 @@ class Trainer:
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
         if config.data.mixture:
-            self._say(f"of every {BLOCK:,} training sequences, {self.data.shares()}")
+            self._say(self.data.describe_shares(config.data.path))
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""

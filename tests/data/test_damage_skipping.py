@@ -11,7 +11,8 @@ import pytest
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.loading.mixture import Mixture, MixtureReader
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.data.loading.mixture_reader import MixtureReader
 from ebwm_dist.data.loading.stream import Batch, SampleStream
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError
@@ -64,7 +65,7 @@ def test_replacements_depend_on_order_and_damage_alone(pair: tuple[Mixture, Mixt
     places = [order[np.array([n])] for n in numbers]
     gone = [lost(place) for place in places]
     wanted = [
-        place if not bad else next(p for p in order.after(n) if not lost(p))
+        place if not bad else next(p for p in order.following(n) if not lost(p))
         for n, (place, bad) in enumerate(zip(places, gone, strict=True))
     ]
     everything = (np.concatenate(part) for part in zip(*wanted, strict=True))

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest, Shard, Split
 from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
-from ebwm_dist.data.loading.mixture import BLOCK, Mixture, MixtureOrder, MixtureReader, quotas
-from ebwm_dist.data.loading.order import EndlessOrder
+from ebwm_dist.data.loading.mixture import Mixture, quotas
+from ebwm_dist.data.loading.mixture_reader import MixtureReader
+from ebwm_dist.data.loading.order import BLOCK, EndlessOrder, MixtureOrder
 from ebwm_dist.data.loading.stream import Plan, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 from tests.tiny_data import make_tiny_data
@@ -107,7 +108,7 @@ def test_shares_are_exact_and_every_data_set_goes_through_its_own_epochs(
         assert [(shard, row) for _, shard, row in own] == list(zip(*(a.tolist() for a in alone), strict=True))
     number = BLOCK + 77
     before = [sum(place[0] == source for place in found[:number]) for source in range(len(data))]
-    assert order.before(number) == before
+    assert order.counts_before(number) == before
     assert order.epoch(number) == min(n // sum(c) for n, c in zip(before, counts, strict=True))
 
 
@@ -149,7 +150,7 @@ def test_what_is_needed_next_is_known_ahead() -> None:
     order = order_of([[24] * 6], [1.0], seed=0, window=2)
     shards = [shard for _, shard, _ in places(order, np.arange(240))]
     for number, start in ((0, 0), (50, 48), (140, 96)):  # a window is 48 samples, an epoch three windows
-        coming = [shard for _, shard in order.coming(number)]
+        coming = [shard for _, shard in order.next_shards(number)]
         assert set(coming[:2]) == set(shards[start : start + 48])
         assert set(coming[2:]) == set(shards[start + 48 : start + 96]) and len(coming) == 4
 
@@ -223,7 +224,7 @@ def test_a_mixture_of_an_earlier_release_continues_in_its_order(tiny: Manifest, 
     third = stream(config)
     third.load_state_dict(samples.state_dict())
     assert keys(third, 1) == expected[G:] != keys(stream(config), 4)[3 * G :]
-    with pytest.raises(DataError, match="the order of its samples has version 99"):
+    with pytest.raises(DataError, match="its order has version 99"):
         stream(config).load_state_dict({**samples.state_dict(), "order_version": 99})
 
 
@@ -240,6 +241,14 @@ def test_a_changed_mixture_is_refused_by_name(tiny: Manifest, second: Manifest, 
         with pytest.raises(DataError, match="cannot resume the data stream, its data have changed: ") as raised:
             stream(mixed(*parts)).load_state_dict(state)
         assert set(str(raised.value).split("changed: ")[1].split("; ")[:-1]) == changes
+
+
+def test_a_path_that_a_mixture_replaces_is_mentioned(tiny: Manifest, second: Manifest) -> None:
+    mixture = Mixture.load(mixed((tiny, 3.0), (second, 1.0)))
+    shares = mixture.describe_shares(DataConfig().path)
+    assert shares.startswith("of every 10,000 training sequences, ") and f"7,500 are of {tiny.folder} (it" in shares
+    assert "data.path" not in shares
+    assert mixture.describe_shares("a").endswith("; data.path = a is not read, data.mixture replaces it")
 
 
 def test_data_sets_that_do_not_fit_are_refused_by_name(tiny: Manifest, second: Manifest, tmp_path: Path) -> None:

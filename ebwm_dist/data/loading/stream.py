@@ -1,18 +1,17 @@
 """The endless, resumable stream of training micro-batches, and the finite one for validation.
 
-Everything follows from the number of a global batch. Global batch t of G samples consists of the samples number t*G to
-t*G + G - 1 of the run (`sample_ids`: what a sample's noise is seeded with), and which sample of which data set a number
-stands for is a pure function (`mixture.py`, `order.py`). With one data set of N samples, N // G batches are an epoch,
-and the N % G samples that are left at the end of its order are dropped from that epoch.
+Global batch t of G samples consists of the run's samples number t*G to t*G + G - 1 (`sample_ids`, the seeds of their
+noise); the data set and the sample of a number are a pure function (`order.py`). With one data set of N samples, N // G
+batches are an epoch, and the last N % G samples of its order are left out of that epoch.
 
 Rank r of W takes the r-th of W contiguous slices of every global batch and cuts it into micro-batches of B:
 
     global batch t   | rank 0: micro 0, micro 1, ... | rank 1: micro 0, micro 1, ... | ...
 
-A rank's micro-batch m therefore belongs to t = m // (G / (W*B)), and any process can read it knowing m alone:
-worker w of N reads m = w, w + N, ... and the DataLoader takes from the workers in turn, so their number changes
-nothing. The position is the number of samples in the global batches handed out, counted in the training process where
-prefetched batches do not count. It does not mention ranks or workers, so a run resumes on any number of either.
+A rank's micro-batch m therefore belongs to t = m // (G / (W*B)), and any process can read it from m alone: worker w of
+N reads m = w, w + N, ... and the DataLoader takes from the workers in turn, so their number changes nothing. The
+position is the number of samples in the global batches handed out, counted in the training process, where prefetched
+batches do not count. It does not depend on ranks or workers, so a run resumes on any number of either.
 """
 
 from __future__ import annotations
@@ -36,22 +35,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.damage import read_intact
-from ebwm_dist.data.loading.mixture import (
-    ORDER_VERSION,
-    Mixture,
-    MixtureOrder,
-    MixtureReader,
-    as_mixture,
-    check_same_data,
-)
+from ebwm_dist.data.loading.mixture import ORDER_VERSION, Mixture, as_mixture
+from ebwm_dist.data.loading.mixture_reader import MixtureReader
+from ebwm_dist.data.loading.order import MixtureOrder
 from ebwm_dist.errors import ConfigError, DataError, UserError
 
 _LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")
 """A socket's path has at most 107 bytes, and multiprocessing makes its own in the temporary folder."""
 
 RawBatch = tuple[np.ndarray, list[str], list[str]]
-"""Samples as the reader returns them (tokens are a quarter of int64 on their way between processes), keys, and reasons
-why samples were replaced."""
+"""Samples as the reader returns them (small dtypes for the way between processes), keys, and why any were replaced."""
 
 
 @dataclass
@@ -62,18 +55,18 @@ class Batch:
     """Tokens `[B, S+1]` int64 (targets equal to the pad token do not count), latents `[B, S+1, E]` float32, or frames
     `[B, S+1, H, W, 3]` uint8."""
     sample_ids: torch.Tensor
-    """Run-wide numbers `[B]` int64 on the CPU: what a sample's noise is seeded with."""
+    """Run-wide numbers `[B]` int64 on the CPU, which seed the noise of the samples."""
     keys: list[str]
-    """Where the samples come from, like `train-000000/00000012#5`."""
+    """Names of the samples, like `train-000000/00000012#5`."""
     counted: torch.Tensor
     """False `[B]` for a row of validation that only fills the batch up."""
     skipped: list[str] = field(default_factory=list)
-    """Why damaged samples are not in it (`data.on_error=skip`), a reason for each that was replaced."""
+    """A reason for each damaged sample that was replaced (`data.on_error=skip`)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples make up micro-batch m of this rank: the arithmetic of the module's docstring."""
+    """The samples of each micro-batch of this rank: the arithmetic of the module's docstring."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -119,7 +112,7 @@ class _MicroBatches(IterableDataset):
 
 
 def _die_with_parent(_worker: int) -> None:
-    """End this worker as soon as the training process is gone, however it went and whatever we are blocked on."""
+    """End this worker as soon as the training process has ended, however it ended and whatever this one waits for."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -131,12 +124,11 @@ def _die_with_parent(_worker: int) -> None:
 
 
 def _start_fork_server() -> Any:
-    """Start the fork server, if it does not run yet, and return the context of workers that come from it.
+    """Start the fork server, if it does not run yet, and return the multiprocessing context of its workers.
 
-    A fork server is safe although this process has threads, and importing torch there makes its forks fast. It and so
-    the workers are deaf to what asks a run to stop, which is the trainer's to decide: a Ctrl-C, the DeepSpeed launcher
-    and batch systems signal all processes of a run at once, and workers that obeyed would be missing in the step that
-    the trainer still finishes before it saves.
+    A fork server is safe although this process has threads, and torch, imported there once, makes forks fast. It and
+    its workers block SIGINT and SIGTERM, which Ctrl-C, the DeepSpeed launcher and batch systems send to all processes
+    of a run: the trainer still needs the workers for the step that it finishes before it saves.
     """
     if len(os.fsencode(folder := tempfile.gettempdir())) > _LONGEST_TMPDIR:
         raise ConfigError(
@@ -145,7 +137,7 @@ def _start_fork_server() -> Any:
         )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # first, because it ends with all these signals let through
+    resource_tracker.ensure_running()  # first, as it unblocks these signals when it has started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()
@@ -256,7 +248,8 @@ class SampleStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state` was taken, on any number of ranks and workers."""
-        check_same_data(state.get("data_sets"), self._mixture)
+        if saved := state.get("data_sets"):
+            self._mixture.check_same_data(saved)
         for key, now in self._identity().items():
             if state[key] != now:
                 raise DataError(
@@ -270,14 +263,14 @@ class SampleStream:
     def _set_order(self, version: int) -> None:
         if version > ORDER_VERSION:
             raise DataError(
-                f"cannot resume the data stream: the order of its samples has version {version}, this program knows "
-                f"{ORDER_VERSION}; update it"
+                f"cannot resume the data stream: its order has version {version}, this program supports versions up "
+                f"to {ORDER_VERSION}; update it"
             )
         self._order_version = version
         self._order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size, version)
 
     def _identity(self) -> dict[str, Any]:
-        """Return what the sequence of global batches depends on."""
+        """Return everything that the sequence of global batches depends on."""
         return {
             "data_sets": self._mixture.identity(),
             "fingerprint": self._mixture.fingerprint,
@@ -302,20 +295,20 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of at most `max_sequences` samples of the held-out split, always the same ones.
 
-    They are spread evenly over the split and kept in file order; `sample_ids` are their numbers in the split. Of a
-    mixture, the splits of its data sets come one after the other, each with its share of `max_sequences`, or all that
-    it has where that is less. Every rank gets the same number of batches of the same size: where samples run out,
-    earlier ones are repeated and not `counted`.
+    They are spread evenly over the split, in file order; `sample_ids` are their numbers in the split. For a mixture the
+    splits of its data sets follow one another, each with its share of `max_sequences`, or all of its samples if it has
+    fewer. Every rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated
+    and not `counted`.
     """
     mixture = as_mixture(mixture)
     _check_length(data, mixture)
     mixture.check_files(("val",))
-    ids, places = mixture.held_out(max_sequences)
+    ids, location = mixture.held_out(max_sequences)
     reader = MixtureReader(mixture, "val", max_open=4)
     for start in range(0, len(ids), batch_size * dp_world_size):
         slots = start + dp_rank * batch_size + np.arange(batch_size)
         chosen = slots % len(ids)
-        samples, keys = reader.read(*(place[chosen] for place in places))
+        samples, keys = reader.read(*(part[chosen] for part in location))
         yield Batch(_to_tensor(samples), torch.from_numpy(ids[chosen]), keys, torch.from_numpy(slots < len(ids)))
 
 
