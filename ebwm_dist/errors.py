@@ -36,6 +36,10 @@ class PeerError(UserError):
     """Another rank has died or hangs; the message names the step and the rank."""
 
 
+class RunLockedError(PeerError):
+    """Another process trains into the same run folder."""
+
+
 @contextmanager
 def same_on_all_ranks() -> Iterator[None]:
     """Mark the errors of a block that every rank runs on the same input; the network is not the same on all."""

@@ -51,23 +51,24 @@ def main() -> int:
     if args.follow is not None:
         return follow(args)
 
-    from ebwm_dist.evaluation.ranks import Ranks
+    from ebwm_dist.distributed import join
     from ebwm_dist.evaluation.run import evaluate_runs
     from ebwm_dist.evaluation.suite import Options
 
-    ranks = Ranks.join()
     options = Options(
         args.steps, args.candidates, args.energy_tolerance, args.max_sequences, args.batch_size, args.choices
     )
+    world = None
     try:
+        world = join()
         if args.other_text is not None:
             options = replace(options, other_text=args.other_text.read_text("utf-8"))
-        files = evaluate_runs(args.run, args.baseline, args.data, args.out, options, ranks)
+        files = evaluate_runs(args.run, args.baseline, args.data, args.out, options, world)
     except (UserError, OSError) as error:
-        if ranks.rank == 0:
+        if world is None or world.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1
-    if ranks.rank == 0:
+    if world.rank == 0:
         print("\n".join(map(str, files)))
     return 0
 

@@ -24,19 +24,20 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
     args = parser.parse_intermixed_args()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     # Torch reads it when it is imported: stack traces from C++ would bury the line that says what has happened.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        config = load_config(args.config, args.overrides)
         if args.dry_run:
             from ebwm_dist.training.dry_run import describe
 
-            if rank == 0:
-                print(describe(config))
+            print(describe(load_config(args.config, args.overrides)))
             return 0
+        from ebwm_dist.rendezvous import Place
         from ebwm_dist.training.trainer import train
 
+        rank = Place.of_environment().rank
+        config = load_config(args.config, args.overrides)
         if rank == 0 and config.evaluation.workers:
             print(f"evaluation.workers = {config.evaluation.workers}: to start them beside, {follow_command(config)}")
         train(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +12,14 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from ebwm_dist.training.distributed import free_port
 from ebwm_dist.training.watchdog import is_communication_error
+
+
+def free_port() -> str:
+    """Return a TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def run_distributed_test(

@@ -32,7 +32,7 @@ def write_config(folder: Path) -> Path:
 
 def train_in_turn(rank: int, world_size: int, config: Path, runs: Sequence[Sequence[str]]) -> None:
     """Train with each list of overrides in turn, in one process group."""
-    from ebwm_dist.training.distributed import setup_distributed
+    from ebwm_dist.training.backend import setup_distributed
     from ebwm_dist.training.shutdown import StopSignal
     from ebwm_dist.training.trainer import Trainer, load_data
     from ebwm_dist.training.watchdog import Watchdog

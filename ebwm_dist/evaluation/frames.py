@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.video import clip_errors
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -52,12 +52,12 @@ class ClipErrors:
 
 
 def frame_errors(
-    model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor, ranks: Ranks
+    model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor, world: World
 ) -> dict[str, dict[str, float]]:
     """Return the mean errors over the clips of all ranks."""
     own = errors_of_clips(model, batches, num_steps, observer)
-    columns = {key: ranks.gather(values) for key, values in own.columns.items()}
-    return ClipErrors(columns, ranks.gather(own.counted)).means()
+    columns = {key: world.gather_rows(values) for key, values in own.columns.items()}
+    return ClipErrors(columns, world.gather_rows(own.counted)).means()
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.predictions import tabulate
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.build import Model
 
@@ -84,7 +84,7 @@ def score(
         width = max(len(rows[number]) for number in numbers)
         observed = torch.tensor([rows[number] + [pad_id] * (width - len(rows[number])) for number in numbers])
         batch = Batch(observed, torch.tensor(numbers), [""] * len(numbers), torch.ones(len(numbers), dtype=torch.bool))
-        table = tabulate(model, [batch], thinking, Ranks(0, 1, device))
+        table = tabulate(model, [batch], thinking, World(0, 0, 1, device))
         for place, number in enumerate(sorted(numbers)):
             last = len(rows[number]) - 1
             span = slice(last - lengths[number], last)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ebwm_dist.data.loading.order import permutation
 from ebwm_dist.data.loading.stream import Batch
-from ebwm_dist.evaluation.ranks import Ranks
+from ebwm_dist.distributed import World
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -66,18 +66,18 @@ def tabulate(
     model: Model,
     batches: Iterable[Batch],
     thinking: Thinking,
-    ranks: Ranks,
+    world: World,
     observe: Callable[[Tensor], Tensor] | None = None,
 ) -> Table:
     """Predict every position of the batches of all ranks; `observe` turns samples into what the model observes."""
     columns: dict[str, list[Tensor]] = {}
     for batch in batches:
-        observed = batch.observed.to(ranks.device) if observe is None else observe(batch.observed)
+        observed = batch.observed.to(world.device) if observe is None else observe(batch.observed)
         rows = _rows(model, observed, batch.sample_ids.tolist(), thinking)
         rows |= {"ids": batch.sample_ids, "kept": batch.counted}
         for name, values in rows.items():
             columns.setdefault(name, []).append(values.cpu())
-    gathered = {name: ranks.gather(torch.cat(parts)) for name, parts in columns.items()}
+    gathered = {name: world.gather_rows(torch.cat(parts)) for name, parts in columns.items()}
     order = gathered.pop("ids").argsort(stable=True)
     order = order[gathered.pop("kept")[order]]
     table: dict[str, Tensor | None] = dict.fromkeys(("entropies", "correct", "energies", "observed"))
@@ -139,10 +139,10 @@ def rows_of_tokens(tokens: np.ndarray, length: int, rows: int) -> np.ndarray:
     return tokens[np.arange(rows)[:, None] * length + np.arange(length + 1)]
 
 
-def row_batches(rows: np.ndarray, batch_size: int, ranks: Ranks) -> Iterator[Batch]:
+def row_batches(rows: np.ndarray, batch_size: int, world: World) -> Iterator[Batch]:
     """Yield this rank's batches of rows [R, S+1], of one size on all ranks; rows that fill up do not count."""
-    for start in range(0, len(rows), batch_size * ranks.size):
-        slots = start + ranks.rank * batch_size + np.arange(batch_size)
+    for start in range(0, len(rows), batch_size * world.world_size):
+        slots = start + world.rank * batch_size + np.arange(batch_size)
         ids = torch.from_numpy(slots % len(rows))
         observed = torch.from_numpy(rows[ids.numpy()].astype(np.int64))
         yield Batch(observed, ids, [""] * batch_size, torch.from_numpy(slots < len(rows)))

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.out_of_distribution import docstrings
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Options, Suite, side_by_side
 from ebwm_dist.files import write_atomically, write_json
@@ -16,7 +16,7 @@ from ebwm_dist.run import Run
 
 
 def evaluate_runs(
-    path: str | Path, baseline: str | Path | None, folder: str | None, out: Path | None, options: Options, ranks: Ranks
+    path: str | Path, baseline: str | Path | None, folder: str | None, out: Path | None, options: Options, world: World
 ) -> list[Path]:
     """Evaluate a run, and a baseline on the same data; rank 0 writes and returns the files.
 
@@ -26,10 +26,10 @@ def evaluate_runs(
         folder: data to evaluate on; None: the data that `path` was trained on.
         out: folder to write into; None: `evaluation` in the run folder.
         options: measurements.
-        ranks: the processes that share the work.
+        world: the processes that share the work.
     """
     _check(options)
-    run = Run(path, ranks.device)
+    run = Run(path, world.device)
     if out is None and run.remote:
         raise UserError(f"--out: name a folder for the evaluation, as {path} is not on this machine")
     data = run.validation_data(folder)
@@ -39,10 +39,10 @@ def evaluate_runs(
         options = replace(options, other_text=docstrings(wanted))
 
     def say(text: str) -> None:
-        if ranks.rank == 0:
+        if world.rank == 0:
             print(text, flush=True)
 
-    suite = Suite(run, data, options, ranks, say)
+    suite = Suite(run, data, options, world, say)
     model = suite.run()
     evaluation: dict[str, Any] = {
         "data": {
@@ -54,10 +54,10 @@ def evaluate_runs(
         "model": model,
     }
     if baseline is not None:
-        other = Run(baseline, ranks.device)
-        evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, ranks, say).run()
+        other = Run(baseline, world.device)
+        evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, world, say).run()
         evaluation["comparison"] = side_by_side(model, evaluation["baseline"])
-    if ranks.rank != 0:
+    if world.rank != 0:
         return []
     target = out or run.folder / "evaluation"
     files = [target / "evaluation.json", target / "evaluation.html"]

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ebwm_dist.config.schema import EvaluationConfig
+from ebwm_dist.distributed import World
 from ebwm_dist.evaluation.frames import ClipErrors, errors_of_clips
 from ebwm_dist.evaluation.perplexity import Sums, add_up
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.suite import Options, Suite, figures_by_steps
 from ebwm_dist.run import Run
 
@@ -40,7 +40,7 @@ def evaluate_shard(checkpoint: Path, index: int, count: int, settings: Evaluatio
     options = Options(
         steps=(settings.max_mcmc_steps,), max_sequences=settings.max_sequences, batch_size=settings.batch_size
     )
-    suite = Suite(run, run.validation_data(), options, Ranks(index, count, device))
+    suite = Suite(run, run.validation_data(), options, World(index, 0, count, device))
     steps = max(settings.max_mcmc_steps, suite.trained_steps) if suite.is_energy else 1
     sums = add_up(suite.model, suite.batches(), steps, device, observe=suite.data.preprocess)
     assert sums is not None

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.frames import frame_errors
 from ebwm_dist.evaluation.multiple_choice import accuracies, read_questions, score
 from ebwm_dist.evaluation.perplexity import Result, evaluate
 from ebwm_dist.evaluation.predictions import Batches, Table, row_batches, rows_of_tokens, shuffled, tabulate
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.uncertainty import auroc, pearson, reliability, risk_coverage, spearman
 from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -52,14 +52,16 @@ class Suite:
     """The measurements of one model on held-out data."""
 
     def __init__(
-        self, run: Run, data: ValidationData, options: Options, ranks: Ranks, say: Callable[[str], None] = print
+        self, run: Run, data: ValidationData, options: Options, world: World, say: Callable[[str], None] = print
     ):
-        self.trained, self.data, self.options, self.ranks, self.say = run, data, options, ranks, say
+        self.trained, self.data, self.options, self.world, self.say = run, data, options, world, say
         self.model, self.config = run.model, run.config
         self.is_energy = self.config.model.kind == "ebt"
         self.trained_steps = self.config.mcmc.max_mcmc_steps if self.is_energy else 1
         self.tokens_per_byte = data.tokens_per_byte(options.max_sequences)
-        self.batches: Batches = partial(data.batches, options.batch_size, options.max_sequences, ranks.rank, ranks.size)
+        self.batches: Batches = partial(
+            data.batches, options.batch_size, options.max_sequences, world.rank, world.world_size
+        )
 
     def run(self) -> dict[str, Any]:
         """Measure everything."""
@@ -70,7 +72,7 @@ class Suite:
         if self.config.model.embedding_dim is not None:
             self.say(f"{kind}: errors of frames")
             steps = result["by_steps"]["steps"][-1]
-            result["frames"] = frame_errors(self.model, self.batches(), steps, self.data.preprocess, self.ranks)
+            result["frames"] = frame_errors(self.model, self.batches(), steps, self.data.preprocess, self.world)
         self.say(f"{kind}: calibration")
         usual = self.tabulate(self.batches(), Thinking())
         result["calibration"] = calibration(usual)
@@ -86,7 +88,7 @@ class Suite:
 
     def tabulate(self, batches: Iterable[Batch], thinking: Thinking) -> Table:
         """Predict every position of the batches of all ranks."""
-        return tabulate(self.model, batches, thinking, self.ranks, self.data.preprocess)
+        return tabulate(self.model, batches, thinking, self.world, self.data.preprocess)
 
     def describe(self) -> dict[str, Any]:
         """Return what the model is, and what it has seen, as far as its run tells."""
@@ -113,7 +115,7 @@ class Suite:
     def by_steps(self) -> dict[str, Any]:
         """Return loss, perplexity, bits per byte and energy after every number of MCMC steps."""
         steps = max(*self.options.steps, self.trained_steps) if self.is_energy else 1
-        found = evaluate(self.model, self.batches(), steps, self.ranks.device, observe=self.data.preprocess)
+        found = evaluate(self.model, self.batches(), steps, self.world.device, observe=self.data.preprocess)
         assert found is not None
         flops = [self.flops(n, 0) for n in range(1, steps + 1)]
         return {**figures_by_steps(found, self.tokens_per_byte), "flops_per_prediction": flops}
@@ -166,7 +168,7 @@ class Suite:
             rows = rows_of_tokens(tokens, self.config.data.sequence_length, len(usual.losses))
             if not len(rows):
                 raise UserError(f"the other text has only {len(tokens)} tokens: give at least one whole sequence")
-            batches = row_batches(rows, self.options.batch_size, self.ranks)
+            batches = row_batches(rows, self.options.batch_size, self.world)
             worlds["other text"] = self.tabulate(batches, Thinking())
         result: dict[str, Any] = {}
         for name, strange in worlds.items():
@@ -201,7 +203,7 @@ class Suite:
                 max_context=self.config.data.sequence_length,
                 thinking=Thinking(),
                 batch_size=self.options.batch_size,
-                device=self.ranks.device,
+                device=self.world.device,
             )
         )
         scores = [[next(flat) for _ in question.choices] for question in questions]

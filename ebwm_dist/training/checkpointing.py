@@ -25,9 +25,10 @@ from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState, open_zero_state
 from ebwm_dist.config.renames import translate_section
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.distributed import World
+from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.training.distributed import World, any_rank, gather_objects, restricted_loading
+from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
 
 
@@ -120,7 +121,7 @@ class Checkpointer:
                 self._check_fits(path, warn)
             return path
 
-        return self._together(search)[0]
+        return self.world.together(search)[0]
 
     def _newest(self, remote: CheckpointMirror, warn: Callable[[str], None]) -> Path | None:
         """Return the newest intact checkpoint of here and there, brought here."""
@@ -140,7 +141,7 @@ class Checkpointer:
         """Wait until what was saved up to `step` is in remote storage too, if any; all ranks fail together."""
         if self.config.checkpoint.remote is None:
             return
-        while any_rank(self.mirror is not None and self.mirror.busy, self.world):
+        while self.world.any_rank(self.mirror is not None and self.mirror.busy):
             progress()
             time.sleep(0.1)
 
@@ -150,7 +151,7 @@ class Checkpointer:
                     raise CheckpointError(f"{self.mirror.failure}; start the same command again to copy it")
                 checkpoints.prune(self.root, self.config.checkpoint.keep, latest=step)
 
-        self._together(check)
+        self.world.together(check)
 
     def close(self) -> None:
         """Leave what has not been copied to remote storage by now."""
@@ -202,7 +203,7 @@ class Checkpointer:
                 return f"not used ({error})"
 
         progress()
-        reason = self._together(usable)[0]
+        reason = self.world.together(usable)[0]
         if reason is None:
             tell(f"{path.name} has been converted before: {folder}")
             return folder
@@ -300,7 +301,7 @@ class Checkpointer:
             )
 
     def _write_together(self, action: Callable[[], Any]) -> list[Any]:
-        """Do an action that writes checkpoints `_together`; where it cannot, the error says how to go on."""
+        """Do an action that writes checkpoints together; where it cannot, the error says how to go on."""
 
         def attempt() -> Any:
             try:
@@ -316,26 +317,7 @@ class Checkpointer:
                     f"from {saved[0].name if saved else 'the beginning'}"
                 ) from error
 
-        return self._together(attempt)
-
-    def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Do `action` on every rank and return all results; a failure on one rank is raised on all."""
-        result, failure, own = None, None, None
-        try:
-            result = action()
-        except Exception as error:
-            own, failure = error, f"rank {self.world.rank} ({self.world.node}): {error}"
-        outcomes = gather_objects((result, failure), self.world)
-        failures = [text for _, text in outcomes if text is not None]
-        if isinstance(own, UserError):
-            own.same_on_all_ranks = True  # rank 0 reports it: its own, or the first of another rank
-        if own is not None:
-            raise own
-        if failures:
-            elsewhere = CheckpointError(failures[0])
-            elsewhere.same_on_all_ranks = True
-            raise elsewhere
-        return [result for result, _ in outcomes]
+        return self.world.together(attempt)
 
 
 def _layout(metadata: dict[str, Any]) -> tuple[Any, ...]:

@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
 from ebwm_dist.config.schema import Config
-from ebwm_dist.training.distributed import World, restricted_loading
+from ebwm_dist.distributed import World
+from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.optimizer import build_optimizer
 from ebwm_dist.training.resharding import load_universal
 

@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from ebwm_dist.checkpoint.run_lock import process_fields
+
 
 class StopSignal:
     """Remember a request to stop until the trainer asks for it at the end of a step.
@@ -27,12 +29,11 @@ class StopSignal:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
-    @property
-    def requested(self) -> bool:
-        """Return whether this rank was asked to stop; `reason` then says by what."""
+    def poll(self) -> str | None:
+        """Return why this rank should stop, or None."""
         if self.reason is None and self._launchers != _ancestors(len(self._launchers)):
             self.reason = "the launcher has ended"
-        return self.reason is not None
+        return self.reason
 
     def close(self) -> None:
         """Put back the signal handlers that were there before."""
@@ -61,12 +62,10 @@ def _ancestors(count: int) -> list[int]:
     """Return the ids of the parent, its parent and so on: `count` of them, fewer without /proc."""
     pids = [os.getppid()][:count]
     while pids and len(pids) < count:
-        try:
-            with open(f"/proc/{pids[-1]}/stat", encoding="utf-8", errors="replace") as stream:
-                # The second field is a name in brackets that may hold spaces; the parent is the second field after it.
-                pids.append(int(stream.read().rpartition(")")[2].split()[1]))
-        except OSError:
+        fields = process_fields(pids[-1])
+        if not fields:
             break
+        pids.append(int(fields[1]))
     return pids
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ebwm_dist.distributed import World
 from ebwm_dist.models.output import TrainingOutput
-from ebwm_dist.training.distributed import World, gather_objects
 
 _MEANS = (
     "loss",
@@ -75,7 +75,7 @@ class StepStatistics:
         *figures, stopped, skipped, count = packed.tolist()
         where = self._where() if count else None
         # As with what is not finite, the ranks tell one another only where there is something to tell.
-        reasons = [r for of_rank in gather_objects(self._skipped, self.world) for r in of_rank] if skipped else []
+        reasons = [r for of_rank in self.world.gather_objects(self._skipped) for r in of_rank] if skipped else []
         found = dict(zip(_MEANS, figures, strict=True))
         found["mcmc_num_steps"] = sum(self._num_steps) / len(self._num_steps)
         return found, stopped > 0, where, reasons
@@ -88,7 +88,7 @@ class StepStatistics:
                 if count:
                     found[step] = found.get(step, 0) + int(count)
         lines = []
-        for rank, (node, steps) in enumerate(gather_objects((self.world.node, found), self.world)):
+        for rank, (node, steps) in enumerate(self.world.gather_objects((self.world.node, found))):
             lines += [
                 f"rank {rank} ({node}), MCMC step {step + 1}, landscape {min(step, self.num_landscapes - 1) + 1}: "
                 f"{count} positions"

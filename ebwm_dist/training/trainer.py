@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebwm_dist.checkpoint.run_lock import RunLock
 from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
@@ -25,6 +25,7 @@ from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.distributed import World, leave
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
 from ebwm_dist.evaluation.perplexity import evaluate
@@ -32,17 +33,10 @@ from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.rendezvous import Place
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
+from ebwm_dist.training.backend import set_collective_timeout, setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import (
-    World,
-    any_rank,
-    from_rank_0,
-    gather_objects,
-    set_collective_timeout,
-    setup_distributed,
-    teardown,
-)
 from ebwm_dist.training.engine import create_engine
 from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, WandbLog, train_line, val_line
 from ebwm_dist.training.optimizer import set_lr
@@ -59,15 +53,17 @@ def train(config: Config, stop: StopSignal | None = None, tell: Callable[[str], 
 
     `tell` is told why, before this process is ended for want of progress.
     """
-    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(config, Place.of_environment().world_size)
     data = load_data(config)
     stop = stop or StopSignal()
-    world = setup_distributed(config.training.startup_timeout)
+    world = setup_distributed(config.training.startup_timeout, stop.poll)
+    lock = RunLock(Path(config.run_dir))
     timeouts = config.training.startup_timeout, config.training.step_timeout
     watchdog = Watchdog(world, heartbeat_store(), *timeouts, tell, data.outage)
     failure = None
     try:
-        return Trainer(config, data, world, stop, watchdog).run()
+        world.together(lambda: lock.take() if world.rank == 0 else None)
+        return Trainer(config, data, world, stop, watchdog, lock).run()
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
         if is_communication_error(error):
@@ -75,18 +71,27 @@ def train(config: Config, stop: StopSignal | None = None, tell: Callable[[str], 
             raise PeerError(watchdog.explain(error)) from error
         raise
     finally:
+        lock.release()
         watchdog.close(failure)
         stop.close()
         if failure is None:  # else the others may sit in a collective, which a clean end of NCCL would wait for
-            teardown()
+            leave()
 
 
 class Trainer:
     """Holds the parts of a run together."""
 
-    def __init__(self, config: Config, data: Mixture, world: World, stop: StopSignal, watchdog: Watchdog):
+    def __init__(
+        self,
+        config: Config,
+        data: Mixture,
+        world: World,
+        stop: StopSignal,
+        watchdog: Watchdog,
+        lock: RunLock | None = None,
+    ):
         self.config, self.data, self.manifest, self.world = config, data, data.manifest, world
-        self.stop, self.watchdog = stop, watchdog
+        self.stop, self.watchdog, self.lock = stop, watchdog, lock
         self.run_dir = Path(config.run_dir)
         self.console = Console(self.run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
         watchdog.beat(0, "loading")
@@ -200,6 +205,7 @@ class Trainer:
     def _train_step(self) -> bool:
         """Do one optimizer step and record it; return whether any rank was asked to stop."""
         config, state, engine = self.config, self.state, self.engine
+        self._verify_lock()
         step = state.step + 1
         start, self.data_wait = time.perf_counter(), 0.0
         lr = set_lr(self.optimizer, config, step)
@@ -224,9 +230,9 @@ class Trainer:
         applied = engine.step()
 
         self.watchdog.beat(step, "waiting for all ranks")
-        means, stop, nonfinite, damage = seen.gather(self.stop.requested)
+        means, stop, nonfinite, damage = seen.gather(self.stop.poll() is not None)
         if config.data.log_sample_ids:
-            ranks = gather_objects(keys, self.world)  # a rank's part of the global batch is contiguous
+            ranks = self.world.gather_objects(keys)  # a rank's part of the global batch is contiguous
             if self.samples is not None:
                 self.samples.write({"step": step, "samples": [key for rank in ranks for key in rank]})
 
@@ -328,7 +334,7 @@ class Trainer:
 
     def _validated(self, step: int) -> bool:
         done = bool(self.logs) and isinstance(self.logs[0], MetricsLog) and self.logs[0].has("val", step)
-        return from_rank_0(done, self.world)
+        return self.world.from_rank_0(done)
 
     def _validate(self) -> bool:
         """Evaluate the held-out split at the trained number of steps; no second-order graph is built.
@@ -347,7 +353,7 @@ class Trainer:
 
         def proceed() -> bool:
             self.watchdog.beat(step, "validation")
-            return not any_rank(self.stop.requested, self.world)
+            return not self.world.any_rank(self.stop.poll() is not None)
 
         result = evaluate(self.engine, batches, config.mcmc.max_mcmc_steps, self.world.device, proceed, self.observer)
         if result is None:
@@ -379,10 +385,16 @@ class Trainer:
             self.watchdog.beat(0, "statistics of the embeddings")
             skip = self.config.data.on_error == "skip"
             found = embedding_statistics(observer, self.data, self.run_dir, skip) if self.world.rank == 0 else None
-            observer.mean, observer.std = from_rank_0(found, self.world)
+            observer.mean, observer.std = self.world.from_rank_0(found)
         return observer
 
+    def _verify_lock(self) -> None:
+        """End a run that was taken for dead, before it writes among what another one writes."""
+        if self.lock is not None:
+            self.lock.verify()
+
     def _save(self) -> None:
+        self._verify_lock()
         self.watchdog.beat(self.state.step, "checkpoint")
         path = self.checkpointer.save(
             self.engine,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ebwm_dist.training.distributed import World
+from ebwm_dist.distributed import World
 
 EXIT_CODE = 75
 """Exit code of a rank ended by its watchdog (EX_TEMPFAIL: starting again may help)."""

@@ -17,10 +17,10 @@ from ebwm_dist.checkpoint.folder import MARKER, commit, hash_share, list_checkpo
 from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError, ConfigError
 from ebwm_dist.files import append_record, read_records
 from ebwm_dist.training.checkpointing import Checkpointer
-from ebwm_dist.training.distributed import World
 from tests.distributed import run_distributed_test
 from tests.launchers.jobs import Job, assert_equal_runs, steps_done
 from tests.object_storage import gs_bucket, s3_bucket

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ebwm_dist.training.distributed import free_port
+from tests.distributed import free_port
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY
 
 MARK = "EBWM_TEST_CLUSTER"

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from ebwm_dist.cluster.jobs import Jobs
-from ebwm_dist.training.distributed import free_port
 from tests.cluster.clusters import TestCluster, cluster, descendants, kill, wait_for, workers
 from tests.cluster.conftest import Submit
 from tests.cluster.test_submit import broken_source
+from tests.distributed import free_port
 from tests.launchers.conftest import start as start
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY, Start, assert_equal_runs, steps_done
 from tests.runs import metrics

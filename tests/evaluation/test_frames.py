@@ -9,9 +9,9 @@ import torch
 
 from ebwm_dist.config import Config, MCMCConfig, ModelConfig
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.frames import frame_errors, similarity
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.mcmc.build import build_model
 
 
@@ -47,7 +47,7 @@ def test_errors_of_every_step(kind: str) -> None:
     counted = torch.tensor([True, True, False])
     batch = Batch(observed, torch.arange(3), [""] * 3, counted)
     device = torch.device("cpu")
-    found = frame_errors(model, [batch], 2, FramePreprocessor(device), Ranks(0, 1, device))
+    found = frame_errors(model, [batch], 2, FramePreprocessor(device), World(0, 0, 1, device))
     losses, _, tokens = model.evaluate(observed[:2], torch.arange(2), 2)
     assert list(found) == ["copy", *map(str, range(1, len(losses) + 1))]
     for step, loss in enumerate(losses, 1):

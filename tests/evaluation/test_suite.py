@@ -14,8 +14,8 @@ import torch
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.sample_format import describe_format
+from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
 from ebwm_dist.evaluation.suite import Options, side_by_side
 from ebwm_dist.inference.export import write_export
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("ebt", "ar"):
         export_random(folder, kind, manifest)
     (folder / "questions.jsonl").write_text(f"{json.dumps(QUESTION)}\n" * 3)
-    evaluate_runs(folder / "ebt", folder / "ar", None, folder / "alone", options(folder), Ranks.join())
+    evaluate_runs(folder / "ebt", folder / "ar", None, folder / "alone", options(folder), join())
     return folder
 
 
@@ -134,7 +134,7 @@ def test_report_stands_alone(models: Path) -> None:
 
 
 def evaluate_in_ranks(rank: int, world_size: int, folder: Path) -> None:
-    evaluate_runs(folder / "ebt", folder / "ar", None, folder / str(world_size), options(folder), Ranks.join())
+    evaluate_runs(folder / "ebt", folder / "ar", None, folder / str(world_size), options(folder), join())
 
 
 def assert_close(a: Any, b: Any, where: str = "") -> None:
@@ -159,9 +159,9 @@ def test_figures_do_not_depend_on_the_number_of_processes(world_size: int, model
 def test_other_data_is_refused(models: Path, tmp_path: Path) -> None:
     make_tiny_data(tmp_path / "text", documents=40)
     with pytest.raises(UserError, match="is not the one that the shards in"):
-        evaluate_runs(models / "ebt", None, str(tmp_path / "text"), tmp_path, options(models), Ranks.join())
+        evaluate_runs(models / "ebt", None, str(tmp_path / "text"), tmp_path, options(models), join())
     with pytest.raises(UserError, match="--batch-size = 0: must be at least 1"):
-        evaluate_runs(models / "ebt", None, None, tmp_path, Options(batch_size=0), Ranks.join())
+        evaluate_runs(models / "ebt", None, None, tmp_path, Options(batch_size=0), join())
     (tmp_path / "questions.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 1}\n')
     with pytest.raises(UserError, match=r"questions.jsonl line 1: expected"):
-        evaluate_runs(models / "ebt", None, None, tmp_path, options(tmp_path), Ranks.join())
+        evaluate_runs(models / "ebt", None, None, tmp_path, options(tmp_path), join())

@@ -14,8 +14,8 @@ from ebwm_dist.data.format.manifest import Manifest, Split
 from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.format.video_codec import encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter
+from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.ranks import Ranks
 from ebwm_dist.evaluation.run import evaluate_runs
 from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.evaluation.video import BATCH_SIZE, Finished, compare, energies_of, wrong_frames
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_suite_takes_a_model_whose_candidates_are_all_the_same(runs: Path, tmp_path: Path) -> None:
-    file, page = evaluate_runs(runs / "ebwm", runs / "ar", None, tmp_path, Options(batch_size=4), Ranks.join())
+    file, page = evaluate_runs(runs / "ebwm", runs / "ar", None, tmp_path, Options(batch_size=4), join())
     found = json.loads(file.read_text())
     assert [way["candidates"] for way in found["model"]["thinking"]] == [1] * 5
     assert found["model"]["by_steps"]["copy_loss"] > 0 and page.stat().st_size > 10_000

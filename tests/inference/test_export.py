@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 def train_and_predict(rank: int, world_size: int, config: Path, folder: Path) -> None:
     """Train each kind for two steps, and save what the engine itself then predicts for `TOKENS`."""
     from ebwm_dist.config.loading import load_config
-    from ebwm_dist.training.distributed import setup_distributed
+    from ebwm_dist.training.backend import setup_distributed
     from ebwm_dist.training.shutdown import StopSignal
     from ebwm_dist.training.trainer import Trainer, load_data
     from ebwm_dist.training.watchdog import Watchdog

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ebwm_dist.training.distributed import free_port
+from tests.distributed import free_port
 from tests.runs import assert_same, metrics, newest_state
 
 REPOSITORY = Path(__file__).parents[2]

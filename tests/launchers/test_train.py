@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, read_marker, verify
+from ebwm_dist.checkpoint.run_lock import RunLock
 from ebwm_dist.config.loading import load_config
 from launchers import train
+from tests.distributed import free_port
 from tests.launchers.jobs import PROGRAM, REPOSITORY, Start, assert_equal_runs, steps_done
 from tests.runs import metrics
 
@@ -148,6 +150,17 @@ def test_a_launcher_asked_to_stop_leaves_a_saved_run_and_no_process(
     assert not re.search(r"(?m)^(error|\[rank)", job.text), job.text
 
 
+def launched(rank: int, port: str = "1") -> dict[str, str]:
+    """Return what a launcher sets for one of two ranks that are on different nodes."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
 def call(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """Run the program in this process."""
     monkeypatch.setattr(sys, "argv", [PROGRAM, *arguments])
@@ -187,8 +200,8 @@ def test_a_user_error_is_one_line(
     with (tmp_path / "other-tokenizer" / "tokenizer.model").open("ab") as stream:
         stream.write(b"\x22\x00")  # an empty field: still a tokenizer, but not the one that made the shards
     overrides = [text.replace("COPY", str(tmp_path)) for text in overrides]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in launched(0).items():
+        monkeypatch.setenv(name, value)
     assert call(monkeypatch, [*launch_arguments, *overrides, f"run_dir={tmp_path / 'run'}"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -212,15 +225,21 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays(
-    launch_arguments: list[str], one_rank: tuple[Path, str]
+def test_a_run_folder_that_cannot_be_used_is_one_line_and_stays(
+    launch_arguments: list[str], one_rank: tuple[Path, str], tmp_path: Path
 ) -> None:
+    """It holds a checkpoint that does not fit, another process trains there, or it cannot be made."""
+    (tmp_path / "file").touch()
+    lock = RunLock(tmp_path / "locked")
+    lock.take()
     before = {path: path.stat().st_mtime_ns for path in one_rank[0].rglob("*.pt")}
     config = (one_rank[0] / "config.yaml").read_text()
     runs = [
         [*launch_arguments, f"run_dir={one_rank[0]}", "model.dim=64"],
         [*launch_arguments, f"run_dir={one_rank[0]}", "training.precision=bf16"],
         [*launch_arguments, f"run_dir={one_rank[0]}", "checkpoint.resume=never"],
+        [*launch_arguments, f"run_dir={tmp_path / 'locked'}"],
+        [*launch_arguments, f"run_dir={tmp_path / 'file' / 'run'}"],
     ]
     result = subprocess.run(
         [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
@@ -230,17 +249,33 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays(
         text=True,
         timeout=100,
     )
+    lock.release()
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     saved = f"{one_rank[0] / 'checkpoints' / 'step-000060'}"
     wanted = [
         f"error: {saved} has model.dim = 32, the configuration has 64: ",
         f"error: {saved} was written with training.precision = fp32, this run has bf16: ",
         f"error: {one_rank[0]} holds checkpoints and checkpoint.resume is 'never': ",
+        f"error: {tmp_path / 'locked'} is in use by process {os.getpid()} on ",
+        f"error: run_dir = '{tmp_path / 'file' / 'run'}' cannot be written: Not a directory",
     ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(wanted) and all(map(str.startswith, lines, wanted)), result.stderr
     assert {path: path.stat().st_mtime_ns for path in one_rank[0].rglob("*.pt")} == before
     assert (one_rank[0] / "config.yaml").read_text() == config
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_for_others_says_so_and_ends_on_a_signal(
+    start: Start, launch_arguments: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    job = start("python", [*launch_arguments, f"run_dir={tmp_path / 'run'}"], **launched(1, port))
+    awaited = f"rank 1 waits for rank 0 at 127.0.0.1:{port} (Connection refused)"
+    job.wait_until(lambda: awaited in job.text, "the report")
+    job.process.send_signal(number)
+    assert job.end() == 1
+    assert job.text.endswith(f"error on rank 1: stopped ({number.name}) while {awaited}\n")
 
 
 def test_dry_run_tells_and_touches_nothing(
@@ -257,14 +292,15 @@ def test_dry_run_tells_and_touches_nothing(
         assert re.search(rf"^ +{gpus}( +\d+\.\d\d){{5}}$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("rank", "told"), [("0", "interrupted\n"), ("3", "rank 3 interrupted\n")])
+@pytest.mark.parametrize(("rank", "told"), [(0, "interrupted\n"), (1, "rank 1 interrupted\n")])
 def test_an_interrupt_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: str, told: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], rank: int, told: str
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "load_config", interrupted)
-    monkeypatch.setenv("RANK", rank)
+    for name, value in launched(rank).items():
+        monkeypatch.setenv(name, value)
     assert call(monkeypatch, ["--config", "x"]) == 128 + signal.SIGINT
     assert capfd.readouterr() == ("", told)

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, verify
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import World, setup_distributed
 from ebwm_dist.training.engine import TrainingEngine, create_engine
 from tests.distributed import run_distributed_test
 from tests.training.test_engine import CASES, settings, take_step, whole

@@ -16,11 +16,12 @@ from ebwm_dist.checkpoint import universal
 from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, verify
 from ebwm_dist.checkpoint.zero_files import MOMENTS, load_module_state, open_zero_state
 from ebwm_dist.config import Config
+from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import World, setup_distributed
 from ebwm_dist.training.engine import TrainingEngine, create_engine
 from ebwm_dist.training.metrics import SampleLog
 from tests.checkpoint.test_folder import flip_byte, kills

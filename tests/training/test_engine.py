@@ -15,9 +15,10 @@ import torch
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.config.deepspeed import micro_steps
+from ebwm_dist.distributed import World, leave
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.distributed import World, setup_distributed, teardown
 from ebwm_dist.training.engine import TrainingEngine, create_engine
 from ebwm_dist.training.optimizer import CheckedAdamW, build_optimizer
 from tests.distributed import run_distributed_test
@@ -126,7 +127,7 @@ def follow_one_process(rank: int, world_size: int, cases: dict[str, dict[str, An
             allowed = 2e-6 + 2 * rounding * expected[key].float().abs()
             assert (difference <= allowed).all(), (name, key, difference.max())
         engine.deepspeed.destroy()
-    teardown()
+    leave()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -191,7 +192,7 @@ def skip_and_resume(rank: int, world_size: int, root: Path) -> None:
 
         engine.deepspeed.destroy()
         resumed.deepspeed.destroy()
-    teardown()
+    leave()
 
 
 def test_bad_steps_are_skipped_and_checkpoints_resume_to_the_bit(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def small_gradients(rank: int, world_size: int) -> None:
         assert engine.step()
         assert engine.gradient_norm() == pytest.approx(8 * (1 + 64 * 2.0**-9), rel=1e-3), name
         engine.deepspeed.destroy()
-    teardown()
+    leave()
 
 
 class Weights(torch.nn.Module):

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ebwm_dist.distributed import World, leave
 from ebwm_dist.errors import DataError
-from ebwm_dist.training.distributed import World, free_port, teardown
 from ebwm_dist.training.watchdog import EXIT_CODE, Watchdog, diagnose, heartbeat_store, is_communication_error
+from tests.distributed import free_port
 
 STEP_TIMEOUT = 3.0
 COMMUNICATION_FAILED = 3
@@ -57,7 +58,7 @@ def train(rank: int, fault: str, faulty_rank: int, port: str) -> None:
         print(watchdog.explain(error), file=sys.stderr)
         sys.exit(COMMUNICATION_FAILED)
     watchdog.close()
-    teardown()
+    leave()
 
 
 def main(folder: Path) -> None:
@@ -168,7 +169,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
     """The newline lies ready when the process goes on, so that no time of this test's counts as its silence."""
     program = """
 import sys, time, torch
-from ebwm_dist.training.distributed import World
+from ebwm_dist.distributed import World
 from ebwm_dist.training.watchdog import Watchdog
 watchdog = Watchdog(World(0, 0, 1, torch.device("cpu"), "h"), None, 60, 3)
 watchdog.first_step_done()
@@ -208,7 +209,7 @@ time.sleep(60)
 def test_a_rank_that_waits_for_the_network_is_ended_with_the_reason() -> None:
     program = """
 import time, torch
-from ebwm_dist.training.distributed import World
+from ebwm_dist.distributed import World
 from ebwm_dist.training.watchdog import Watchdog
 world = World(0, 0, 1, torch.device("cpu"), "h")
 watchdog = Watchdog(world, None, 60, 0.5, outage=lambda: "cannot fetch s3://bucket/a.tar (timed out)")

@@ -17,9 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from ebwm_dist.config import Config, ZeroConfig
 from ebwm_dist.config.deepspeed import deepspeed_dict
+from ebwm_dist.distributed import World, leave
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.training.distributed import World, setup_distributed, teardown
+from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.engine import TrainingEngine, _build_sharded, create_engine
 from tests.distributed import run_distributed_test
 from tests.training.test_engine import NOTHING_KEPT, batch, settings, take_step, whole
@@ -46,7 +47,7 @@ def same_weights(rank: int, world_size: int) -> None:
         for name, value in whole(engine).items():
             assert torch.equal(value, plain[name]), (precision, name)
         engine.deepspeed.destroy()
-    teardown()
+    leave()
 
 
 def test_shares_are_those_of_an_ordinary_build() -> None:
@@ -73,7 +74,7 @@ def build_within_limit(rank: int, world_size: int) -> None:
     del model
     with pytest.raises(RuntimeError, match="allocate memory"):
         Large()
-    teardown()
+    leave()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the memory of a process as Linux tells it")
@@ -111,7 +112,7 @@ def late_backward(rank: int, world_size: int) -> None:
     with torch.no_grad():
         engine("evaluate", *batch(config, rank, 4, 0), 2)
     assert gathered(engine) == 0
-    teardown()
+    leave()
 
 
 def test_no_backward_gathers_the_whole_model() -> None:
@@ -126,7 +127,7 @@ def many_steps(rank: int, world_size: int, steps: int) -> None:
     engine = engine_for(config, world)
     for step in range(1, steps + 1):
         assert take_step(engine, config, world, step)
-    teardown()
+    leave()
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(100, marks=pytest.mark.slow)])
@@ -177,7 +178,7 @@ def memory_of_steps(rank: int, world_size: int) -> None:
     one, sixteen = (peak_bytes(lambda k=k: step(k)) for k in (1, 16))
     assert one > 1 << 20
     assert sixteen <= 1.05 * one
-    teardown()
+    leave()
 
 
 def test_memory_does_not_grow_with_the_number_of_mcmc_steps() -> None:
@@ -200,7 +201,7 @@ def double_backward(rank: int, world_size: int) -> None:
     engine, _ = create_engine(sharded(), Twice, world)
     with pytest.raises(RuntimeError):
         engine.backward(engine(torch.ones(3, 8)))
-    teardown()
+    leave()
 
 
 def test_a_double_backward_still_fails() -> None:

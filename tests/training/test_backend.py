@@ -1,11 +1,10 @@
-"""Process groups: set-up without a launcher, collectives that time out, checkpoints that cannot run code."""
+"""DeepSpeed as the backend: set-up without a launcher, its folder for extensions, checkpoints that cannot run code."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,8 @@ import torch.distributed as dist
 from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.training.distributed import (
-    World,
-    any_rank,
-    from_rank_0,
-    gather_objects,
-    remove_stale_locks,
-    restricted_loading,
-    set_collective_timeout,
-    setup_distributed,
-    teardown,
-)
+from ebwm_dist.training import backend
+from ebwm_dist.training.backend import remove_stale_locks, restricted_loading, setup_distributed
 from tests.distributed import run_distributed_test
 
 
@@ -36,10 +26,11 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 def test_plain_python_is_a_world_of_one(tmp_path: Path) -> None:
     program = """
-from ebwm_dist.training.distributed import *
+from ebwm_dist.distributed import leave
+from ebwm_dist.training.backend import setup_distributed
 world = setup_distributed(60)
-assert gather_objects(3, world) == [3]
-teardown()
+assert world.gather_objects(3) == [3]
+leave()
 print(world.rank, world.local_rank, world.world_size, world.device)
 """
     shared_memory = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
@@ -55,55 +46,6 @@ print(world.rank, world.local_rank, world.world_size, world.device)
     if shared_memory:
         left = set(os.listdir("/dev/shm")) - shared_memory
         assert not [name for name in left if name.startswith("deepspeed")]
-
-
-def test_half_a_launcher_environment_is_refused() -> None:
-    program = "from ebwm_dist.training.distributed import setup_distributed as s\ns(60)"
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=clean_environment(WORLD_SIZE="2"), capture_output=True, text=True
-    )
-    assert "UserError: the environment describes part" in result.stderr and "RANK, LOCAL_RANK" in result.stderr
-
-
-def collectives(rank: int, world_size: int) -> None:
-    world = World(rank, rank, world_size, torch.device("cpu"), "here")
-    assert any_rank(rank == 1, world)
-    assert not any_rank(False, world)
-    assert gather_objects({"rank": rank}, world) == [{"rank": 0}, {"rank": 1}]
-    assert from_rank_0(f"from {rank}", world) == "from 0"
-    dist.new_group([0, 1])
-    set_collective_timeout(1)
-    begin = time.monotonic()
-    if rank == 0:
-        for group in dist.distributed_c10d._world.pg_map:
-            with pytest.raises(RuntimeError):
-                dist.all_reduce(torch.ones(1), group=group)
-        assert time.monotonic() - begin < 10
-    else:
-        time.sleep(4)
-    teardown()
-    teardown()
-
-
-def test_collectives_and_their_timeout() -> None:
-    run_distributed_test(collectives, 2, timeout=60)
-
-
-def test_helper_reports_failures_and_hangs() -> None:
-    with pytest.raises(Exception, match="rank 1 was here"):
-        run_distributed_test(fails, 2, timeout=30)
-    with pytest.raises(TimeoutError, match="ranks .0, 1. were still running"):
-        run_distributed_test(hangs, 2, backend="", timeout=3)
-
-
-def fails(rank: int, world_size: int) -> None:
-    if rank == 1:
-        raise ValueError("rank 1 was here")
-    dist.barrier()
-
-
-def hangs(rank: int, world_size: int) -> None:
-    time.sleep(60)
 
 
 class Malicious:
@@ -141,11 +83,11 @@ def save_and_load(rank: int, world_size: int, root: Path) -> None:
     for number, (stage, precision) in enumerate(cases, start=1):
         engine = make_engine(stage, precision, seed=1)
         step(engine)
-        staging = from_rank_0(prepare_staging(root, number) if rank == 0 else None, world)
+        staging = world.from_rank_0(prepare_staging(root, number) if rank == 0 else None)
         engine.save_checkpoint(str(root), tag=staging.name, client_state={"step": number}, save_latest=False)
         dist.barrier()
-        shares = gather_objects(hash_share(staging, rank, world_size), world)
-        path = from_rank_0(commit(staging, shares, {}) if rank == 0 else None, world)
+        shares = world.gather_objects(hash_share(staging, rank, world_size))
+        path = world.from_rank_0(commit(staging, shares, {}) if rank == 0 else None)
         step(engine)
 
         resumed = make_engine(stage, precision, seed=2)
@@ -186,3 +128,27 @@ def test_stale_lock_is_removed_and_a_held_one_stays(tmp_path: Path, capsys: pyte
     assert "killed" in capsys.readouterr().err
     remove_stale_locks(tmp_path)
     assert not list(tmp_path.glob("*/lock"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "cache", "wanted"),
+    [
+        ("ENV", "CACHE", "ENV/torch_extensions/"),
+        ("/proc/none", "CACHE", "CACHE/ebwm_dist/torch_extensions/"),
+        ("/proc/none", "/proc/none", "TMP/ebwm_dist-"),
+        ("/proc/none", "", "TMP/ebwm_dist-"),
+    ],
+)
+def test_extensions_lie_where_something_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefix: str, cache: str, wanted: str
+) -> None:
+    """In the environment, else in the cache, else in the temporary folder; there may be no home (the last case)."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # this user has a home in /etc/passwd
+    places = {name: str(tmp_path / name) for name in ("ENV", "CACHE", "TMP")}
+    monkeypatch.setattr(sys, "prefix", places.get(prefix, prefix))
+    monkeypatch.setenv("XDG_CACHE_HOME", places.get(cache, cache))
+    monkeypatch.setattr(backend.tempfile, "gettempdir", lambda: places["TMP"])
+    name, slash, rest = wanted.partition("/")
+    assert str(backend._extensions_folder()).startswith(places[name] + slash + rest)

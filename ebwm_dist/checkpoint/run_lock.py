@@ -1,0 +1,183 @@
+"""Keep two runs out of one run folder: a lock file with a heartbeat, held by rank 0 while it trains.
+
+The file `.lock` names the process that holds it, which rewrites it every few seconds. A lock is free again when its
+process has ended, as other processes of the same machine see at once, or when the file has not changed for `PATIENCE`
+seconds. Neither clocks of several machines nor locks of the file system are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ebwm_dist.errors import RunLockedError, UserError
+from ebwm_dist.files import write_atomically
+
+INTERVAL = 5.0
+"""Seconds between two heartbeats."""
+PATIENCE = 60.0
+"""Seconds without a heartbeat after which a process that cannot be seen from here counts as dead."""
+
+
+class RunLock:
+    """The lock of a run folder."""
+
+    def __init__(self, run_dir: Path, interval: float = INTERVAL, patience: float = PATIENCE) -> None:
+        self.run_dir, self.interval, self.patience = run_dir, interval, patience
+        self.file = run_dir / ".lock"
+        self._owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+        self._owner |= {"started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._beats = 0
+        self._thief: bytes | None = None
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew_repeatedly, name="run lock", daemon=True)
+
+    def take(self) -> None:
+        """Take the lock and keep it alive, or raise a `RunLockedError` that names the process that holds it."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise UserError(f"run_dir = {str(self.run_dir)!r} cannot be written: {error.strerror}") from None
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the lock back, if this process has it."""
+        if not self._thread.is_alive():
+            return
+        self._released.set()
+        self._thread.join()
+        with suppress(OSError):
+            if self._is_own(self.file.read_bytes()):
+                self.file.unlink()
+
+    def verify(self) -> None:
+        """Raise a `RunLockedError` if another process has taken the lock because this one seemed to be dead."""
+        if self._thief is not None:
+            raise RunLockedError(
+                f"{self.run_dir} was taken by {_name(self._thief)}, as this process gave no sign of life"
+            )
+
+    def _take(self) -> None:
+        """Create the lock; where there is one, wait until its process proves to be alive or dead."""
+        first: bytes | None = None
+        silence = 0.0
+        while not self._create():
+            try:
+                found = self.file.read_bytes()
+            except FileNotFoundError:  # released in the meantime
+                continue
+            lives = _lives(found)
+            if lives is False or silence > self.patience:
+                self._remove(found)
+                continue
+            if found != (first or found) or (lives and silence > 2 * self.interval):
+                raise RunLockedError(
+                    f"{self.run_dir} is in use by {_name(found)}: wait for its end, or choose another run_dir"
+                )
+            if first is None and lives is None:
+                waiting = f"{self.run_dir} was in use by {_name(found)}: waiting {self.patience:g} s for a sign of it"
+                print(waiting, file=sys.stderr, flush=True)
+            first = found
+            time.sleep(self.interval / 5)
+            silence += self.interval / 5  # counted, not measured: storage that hangs does so for both sides
+
+    def _create(self) -> bool:
+        """Write the lock unless there is one; it appears with all of its content."""
+        draft = self._unique_name("new")
+        draft.write_bytes(self._content())
+        try:
+            os.link(draft, self.file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(self.file, "xb") as stream:
+                    stream.write(self._content())
+            except FileExistsError:
+                return False
+        finally:
+            draft.unlink()
+        return True
+
+    def _remove(self, dead: bytes) -> None:
+        """Remove a dead lock; if another process has just replaced it, put that one's back."""
+        aside = self._unique_name("dead")
+        with suppress(FileNotFoundError):
+            os.replace(self.file, aside)
+            if aside.read_bytes() != dead:
+                with suppress(OSError):
+                    os.link(aside, self.file)
+            aside.unlink()
+
+    def _unique_name(self, purpose: str) -> Path:
+        return self.file.with_name(f".lock.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.{purpose}")
+
+    def _renew_repeatedly(self) -> None:
+        while not self._released.wait(self.interval):
+            with suppress(OSError):  # the storage is away for a moment
+                if not self.file.exists():
+                    self._create()
+                found = self.file.read_bytes()
+                if not self._is_own(found):
+                    self._thief = found
+                    return
+                self._beats += 1
+                write_atomically(self.file, self._content())
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._owner, "beats": self._beats}).encode()
+
+    def _is_own(self, content: bytes) -> bool:
+        return _parse(content).items() >= self._owner.items()
+
+
+def process_fields(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name of the process: state, parent, ...; none without /proc."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
+            return stream.read().rpartition(")")[2].split()  # the name may hold spaces and brackets
+    except OSError:
+        return []
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process of this machine started, in ticks since the machine did; None if it does not run."""
+    fields = process_fields(pid)
+    return None if not fields or fields[0] in "ZX" else fields[19]
+
+
+def _machine() -> str | None:
+    """Return in which space process ids of this process are unique, or None if that is unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _lives(lock: bytes) -> bool | None:
+    """Return whether the process that holds a lock lives, or None if that cannot be seen from this machine."""
+    owner = _parse(lock)
+    if owner.get("machine") is None or owner["machine"] != _machine():
+        return None
+    return _started(owner["pid"]) == owner["started"]
+
+
+def _parse(lock: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(lock)
+    except ValueError:  # being written, on a file system without hard links
+        owner = None
+    return owner if isinstance(owner, dict) else {}
+
+
+def _name(lock: bytes) -> str:
+    owner = _parse(lock)
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"

@@ -1,0 +1,196 @@
+"""Bring the processes of a run together through a key-value store, which the process of rank 0 (or torchrun) serves.
+
+Torch's own way waits in silence, deaf to signals, for as long as the timeout of collectives. Here every wait is short
+and repeated, says after some seconds who is missing where, and ends on a request to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from ebwm_dist.errors import UserError
+
+FIRST_REPORT, NEXT_REPORT = 5.0, 60.0
+"""Seconds until a wait is reported, and between reports."""
+_CONNECT_TIMEOUT = 5.0
+_NAMED = 16
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SCHEDULERS = (
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+)
+"""Variables by which schedulers tell their tasks how many there are, and which one this is."""
+
+_c10d: Any = dist  # torch's type stubs leave its stores out
+Store = Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher has put this process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    address: str
+    port: int
+
+    @classmethod
+    def of_environment(cls) -> Place:
+        """Read the launcher's variables; without RANK and WORLD_SIZE this process is alone."""
+        if "RANK" not in os.environ and _number("WORLD_SIZE", 1) == 1:
+            _refuse_lone_tasks()
+            return cls(0, 0, 1, "localhost", 0)
+        if missing := [name for name in _VARIABLES if name not in os.environ]:
+            raise UserError(
+                f"the environment describes part of a distributed run, {', '.join(missing)} not set: "
+                "start with deepspeed or torchrun, or unset RANK and WORLD_SIZE"
+            )
+        size = _number("WORLD_SIZE", 1)
+        rank, local_rank = _number("RANK", 0, size - 1), _number("LOCAL_RANK", 0)
+        return cls(rank, local_rank, size, os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0, 65535))
+
+
+def _number(name: str, low: int, high: int | None = None) -> int:
+    text = os.environ.get(name, str(low))
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(
+            f"{name} = {text!r} in the environment: must be a number {limits}; "
+            "start with deepspeed or torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return value
+
+
+def _refuse_lone_tasks() -> None:
+    for count, number in _SCHEDULERS:
+        tasks = os.environ.get(count, "")
+        if number in os.environ and tasks.isdigit() and int(tasks) > 1:
+            raise UserError(
+                f"the scheduler has started {tasks} tasks ({count}), each of which would train by itself: start one "
+                f"task per node, and in it torchrun or deepspeed; if this is the only process, unset {count}"
+            )
+
+
+def meet(place: Place, node: str, timeout: float, stop_reason: Callable[[], str | None]) -> Store:
+    """Return a store that is connected with all other processes of the run, once all of them are.
+
+    Args:
+        place: of this process.
+        node: the name of this machine, for messages.
+        timeout: seconds until all must be there.
+        stop_reason: is called several times a second; what it returns ends the wait with an error.
+    """
+    wait = _Wait(timeout, stop_reason)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _serve(place) if place.rank == 0 and not agent else _connect(place, wait, "torchrun" if agent else "rank 0")
+    store.set_timeout(timedelta(seconds=timeout))
+    # A restart by torchrun meets in the store of its first start.
+    store = _c10d.PrefixStore(f"ebwm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    try:
+        _arrive(store, place, node)
+        while store.add("arrived", 0) < place.world_size:
+            wait.tick(lambda: _missing(store, place), report=place.rank == 0)
+    except dist.DistError:
+        where = f"{place.address}:{place.port}"
+        raise UserError(f"{where} does not answer any more: rank 0 has ended before all ranks were there") from None
+    return store
+
+
+def _serve(place: Place) -> Store:
+    try:
+        # By this name, as MASTER_ADDR is how others reach this machine, and may be wrong.
+        return _c10d.TCPStore("localhost", place.port, place.world_size, is_master=True, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise UserError(f"port {place.port} of this machine cannot be served: {error}") from None
+    raise UserError(
+        f"port {place.port} of this machine is taken, perhaps by another run: name a free one, "
+        "with `deepspeed --master_port PORT` or `torchrun --master_port PORT`"
+    )
+
+
+def _connect(place: Place, wait: _Wait, server: str) -> Store:
+    while True:
+        try:
+            # Python's connect can be interrupted, that of the store cannot.
+            socket.create_connection((place.address, place.port), timeout=_CONNECT_TIMEOUT).close()
+            return _c10d.TCPStore(
+                place.address,
+                place.port,
+                place.world_size,
+                is_master=False,
+                timeout=timedelta(seconds=_CONNECT_TIMEOUT),
+                wait_for_workers=False,
+            )
+        except (OSError, dist.DistError) as error:
+            problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        awaited = f"rank {place.rank} waits for {server} at {place.address}:{place.port} ({problem})"
+        wait.tick(partial(str, awaited), report=place.local_rank == 0)
+
+
+def _arrive(store: Store, place: Place, node: str) -> None:
+    where = f"{place.address}:{place.port}"
+    if store.add(f"rank {place.rank}", 1) > 1:
+        raise UserError(
+            f"there are two processes of rank {place.rank} at {where}: give each node its own rank, or another run "
+            "its own --master_port"
+        )
+    size = store.compare_set("world size", "", str(place.world_size)).decode()
+    if size != str(place.world_size):
+        raise UserError(f"WORLD_SIZE is {place.world_size} here, and {size} for others at {where}: start all alike")
+    store.set(f"node {place.rank}", node)
+    store.add("arrived", 1)
+
+
+def _missing(store: Store, place: Place) -> str:
+    nodes = {}
+    for rank in range(place.world_size):
+        if store.check([f"node {rank}"]):
+            nodes[rank] = store.get(f"node {rank}").decode()
+    missing = [str(rank) for rank in range(place.world_size) if rank not in nodes]
+    there = [f"{rank} ({node})" for rank, node in nodes.items()]
+    awaited = f"{'ranks' if len(missing) > 1 else 'rank'} {_some(missing)} of {place.world_size}"
+    return f"{place.address}:{place.port} waits for {awaited}; there are {_some(there)}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+class _Wait:
+    """A wait that reports itself and has a limit."""
+
+    def __init__(self, timeout: float, stop_reason: Callable[[], str | None]) -> None:
+        self.timeout, self.stop_reason = timeout, stop_reason
+        self._start = time.monotonic()
+        self._next_report = FIRST_REPORT
+
+    def tick(self, describe: Callable[[], str], report: bool) -> None:
+        """Pause for a moment; raise if the wait is over, and else print what it is for from time to time."""
+        seconds = time.monotonic() - self._start
+        if reason := self.stop_reason():
+            raise UserError(f"stopped ({reason}) while {describe()}")
+        if seconds > self.timeout:
+            raise UserError(f"gave up after {self.timeout:g} s (training.startup_timeout): {describe()}")
+        if report and seconds > self._next_report:
+            self._next_report = seconds + NEXT_REPORT
+            print(f"{describe()} (for {seconds:.0f} s now)", file=sys.stderr, flush=True)
+        time.sleep(min(1.0, 0.1 + seconds / 30))

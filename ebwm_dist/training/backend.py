@@ -1,0 +1,136 @@
+"""DeepSpeed as the backend of training: its environment, its timeouts, and checkpoints that cannot run code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ebwm_dist.distributed import World, join
+from ebwm_dist.errors import CheckpointError
+
+
+def setup_distributed(startup_timeout: float, stop_reason: Callable[[], str | None] = lambda: None) -> World:
+    """Join the other processes and hand the process group to DeepSpeed; alone, make a group of this process."""
+    world = join(startup_timeout, stop_reason)
+    cuda = world.device.type == "cuda"
+    # Set before DeepSpeed is imported: it then neither probes for devices nor remarks on finding none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # its engine looks for it
+    extensions = _extensions_folder()
+    if world.local_rank == 0:
+        remove_stale_locks(extensions)
+
+    import deepspeed
+    import deepspeed.ops
+
+    if not os.environ.get("EBWM_DEBUG"):
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+    if cuda:
+        torch.set_float32_matmul_precision("high")  # the published fp32 recipes multiply in TF32
+    elif hasattr(deepspeed.ops, "_probe_compatible_ops"):
+        # Left alone, the first look at this attribute compiles a shared-memory operator for minutes, which then
+        # leaves its buffers in /dev/shm. Nothing here needs any compiled operator on the CPU.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    backend = "nccl" if cuda else "gloo"
+    c10d: Any = dist  # torch's type stubs leave its stores out
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False)
+    return world
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Let collectives fail after `seconds`, in all process groups that exist now.
+
+    Call it after `deepspeed.initialize`, which makes groups of its own.
+    """
+    c10d = dist.distributed_c10d
+    try:
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    except (AttributeError, TypeError) as error:  # private names of torch
+        warnings.warn(f"collectives keep the start-up timeout, this torch cannot change it ({error})", stacklevel=2)
+
+
+@contextmanager
+def restricted_loading() -> Iterator[None]:
+    """Keep `torch.load` inside the block to tensors and plain values; wrap `engine.load_checkpoint` in it.
+
+    DeepSpeed asks for full unpickling, which runs whatever code a file contains. Of its own classes its optimizer
+    files need these three, and they only hold numbers.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"a checkpoint file was refused, it holds more than data: {reason[:300]}") from None
+    finally:
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def remove_stale_locks(folder: Path) -> None:
+    """Remove the locks that killed processes have left among torch's compiled extensions.
+
+    A build waits for such a lock for ever. While one is being built its process holds the lock open, so a lock that no
+    process of this machine holds is stale. (The default folder has the machine's name in it, as /proc shows no others.)
+    """
+    locks = list(folder.glob("**/lock"))
+    if not locks or not Path("/proc/self/fd").exists():
+        return
+    held = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            held.add(os.readlink(descriptor))
+        except OSError:  # the process has ended, or belongs to another user
+            continue
+    for lock in locks:
+        try:
+            if str(lock.resolve()) in held or lock.stat().st_uid != os.getuid():
+                continue
+            lock.unlink()
+        except FileNotFoundError:  # released in the meantime
+            continue
+        print(f"removed {lock}: a build of an extension was killed and left it", file=sys.stderr)
+
+
+def _extensions_folder() -> Path:
+    """Choose where torch keeps compiled extensions: they fit one environment and one machine, so each has its own."""
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        places = [] if sys.prefix == sys.base_prefix else [Path(sys.prefix)]
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not cache.startswith("~"):  # as it does without a home
+            places.append(Path(cache) / "ebwm_dist")
+        places.append(Path(tempfile.gettempdir()) / f"ebwm_dist-{os.getuid()}")
+        folders = [place / "torch_extensions" / socket.gethostname() for place in places]
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(next(filter(_can_be_written, folders), folders[-1]))
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Make a folder, if it is not there, and return whether it can be written."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
