@@ -51,26 +51,28 @@ def blocks_of(mebibytes: float, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(VOCABULARY, size=(count, length + 1), dtype=np.uint16)
 
 
-def data_folder(folder: Path, content: SampleFormat, write: Callable[[str], Any]) -> Manifest:
+def data_folder(folder: Path, sample_format: SampleFormat, write: Callable[[str], Any]) -> Manifest:
     """Make a data folder whose splits `write` writes; it returns the closed writer."""
     folder.mkdir(parents=True)
-    splits = {name: Split(tuple(write(name).shards), 1, dict.fromkeys(content.totals, 0)) for name in ("train", "val")}
-    Manifest(folder, content, splits, ()).save()
+    splits = {
+        name: Split(tuple(write(name).shards), 1, dict.fromkeys(sample_format.totals, 0)) for name in ("train", "val")
+    }
+    Manifest(folder, sample_format, splits, ()).save()
     return Manifest.load(folder)
 
 
 def token_folder(folder: Path, blocks: np.ndarray) -> Manifest:
     """Write `blocks` as our shards, and the first few as their held-out split."""
-    content = TokenFormat(blocks.shape[1] - 1, "uint16", VOCABULARY, 0, 2, 3, "tokenizer.model", "0" * 64)
+    sample_format = TokenFormat(blocks.shape[1] - 1, "uint16", VOCABULARY, 0, 2, 3, "tokenizer.model", "0" * 64)
 
     def write(split: str) -> ShardWriter:
-        writer = ShardWriter(folder, split, content, SHARD_MIB * 2**20 // blocks[:ROWS].nbytes)
+        writer = ShardWriter(folder, split, sample_format, SHARD_MIB * 2**20 // blocks[:ROWS].nbytes)
         for start in range(0, len(blocks) if split == "train" else ROWS, ROWS):
             writer.write(blocks[start : start + ROWS])
         writer.close()
         return writer
 
-    return data_folder(folder, content, write)
+    return data_folder(folder, sample_format, write)
 
 
 def stream(manifest: Manifest, batch: int, workers: int = 0) -> SampleStream:
@@ -170,26 +172,28 @@ def clips(count: int, frames: int = 9, size: int = 64) -> np.ndarray:
 def video(folder: Path, stored: str, batch: int) -> Loader:
     """Prepare our stream over clips stored as jpeg or mp4, or over latents of them."""
     data = clips(4 * ROWS)
-    content: SampleFormat = ClipFormat(data.shape[1], 0.1, *data.shape[2:4], stored if stored != "latents" else "mp4")
+    sample_format: SampleFormat = ClipFormat(
+        data.shape[1], 0.1, *data.shape[2:4], stored if stored != "latents" else "mp4"
+    )
     if stored == "latents":
-        content = LatentFormat(data.shape[1], 768, "float16", 0.1, "pixels:16", "0" * 64, 64, 64, 0.5, 0.25)
+        sample_format = LatentFormat(data.shape[1], 768, "float16", 0.1, "pixels:16", "0" * 64, 64, 64, 0.5, 0.25)
 
     def write(split: str) -> ShardWriter | ClipWriter:
-        if isinstance(content, LatentFormat):
-            writer = ShardWriter(folder, split, content, 4)
+        if isinstance(sample_format, LatentFormat):
+            writer = ShardWriter(folder, split, sample_format, 4)
             small = data[:, :, ::4, ::4].reshape(len(data), data.shape[1], -1) / 255
             for start in range(0, len(data), ROWS):
                 writer.write(small[start : start + ROWS].astype(np.float16))
         else:
-            assert isinstance(content, ClipFormat)
-            writer = ClipWriter(folder, split, content, ROWS)
+            assert isinstance(sample_format, ClipFormat)
+            writer = ClipWriter(folder, split, sample_format, ROWS)
             for clip in data:
                 media = encode_clip(clip, 0.1) if stored == "mp4" else [encode_jpeg(frame) for frame in clip]
                 writer.write(media, {})
         writer.close()
         return writer
 
-    manifest = data_folder(folder, content, write)
+    manifest = data_folder(folder, sample_format, write)
     return lambda: (b.observed for b in islice(stream(manifest, batch), len(data) // batch))
 
 

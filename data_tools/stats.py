@@ -17,7 +17,7 @@ from PIL import Image
 
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
 from ebwm_dist.data.format.reader import ShardReader
-from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
+from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, TokenFormat
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.prepare.cutting import resize
 
@@ -26,7 +26,7 @@ ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pi
 
 def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
     """Return the figures of a split."""
-    content = manifest.sample_format
+    sample_format = manifest.sample_format
     figures: dict[str, Any] = {
         "samples": split.samples,
         "groups": split.groups,
@@ -35,32 +35,33 @@ def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
         "samples_per_shard": [min(split.counts, default=0), max(split.counts, default=0)],
         "bytes": sum(shard.bytes for shard in split.shards),
     }
-    if isinstance(content, TokenFormat):
-        predicted = split.samples * content.sequence_length
+    if isinstance(sample_format, TokenFormat):
+        predicted = split.samples * sample_format.sequence_length
         figures["tokens_per_document"] = split.totals["tokens"] / max(split.totals["documents"], 1)
         figures["bytes_per_token"] = split.totals["text_bytes"] / max(split.totals["tokens"], 1)
         figures["padding"] = 1 - split.totals["tokens"] / max(predicted, 1)
     else:
-        figures["seconds"] = split.totals["frames"] * content.frame_interval
+        figures["seconds"] = split.totals["frames"] * sample_format.frame_interval
     figures["bytes_per_sample"] = figures["bytes"] / max(split.samples, 1)
     return figures
 
 
+def describe_format(f: SampleFormat) -> str:
+    """Return the sample format as a few lines for a person."""
+    if isinstance(f, TokenFormat):
+        return f"tokens: {f.sequence_length} a sample, vocabulary of {f.vocab_size:,} ({f.dtype})"
+    frames = f"{f.kind}: {f.frames} frames of {f.height} x {f.width}, one every {f.frame_interval:g} s"
+    if isinstance(f, ClipFormat):
+        return f"{frames} ({f.storage})"
+    return (
+        f"{frames}\n  {f.encoder}: {f.embedding_dim:,} values a frame ({f.dtype}), "
+        f"mean {f.mean:.4g}, standard deviation {f.std:.4g}"
+    )
+
+
 def describe(manifest: Manifest) -> str:
     """Return everything as lines for a person."""
-    content = manifest.sample_format
-    if isinstance(content, TokenFormat):
-        lines = [f"tokens: {content.sequence_length} a sample, vocabulary of {content.vocab_size:,} ({content.dtype})"]
-    else:
-        size = f"{content.frames} frames of {content.height} x {content.width}, one every {content.frame_interval:g} s"
-        lines = [f"{content.kind}: {size}"]
-        if isinstance(content, LatentFormat):
-            lines.append(
-                f"  {content.encoder}: {content.embedding_dim:,} values a frame ({content.dtype}), "
-                f"mean {content.mean:.4g}, standard deviation {content.std:.4g}"
-            )
-        else:
-            lines[0] += f" ({content.storage})"
+    lines = [describe_format(manifest.sample_format)]
     for name, split in manifest.splits.items():
         lines.append(f"{name}:")
         for key, value in split_figures(manifest, split).items():
@@ -74,23 +75,25 @@ def describe(manifest: Manifest) -> str:
 
 def spread_clips(manifest: Manifest, name: str, weights: Path | None) -> np.ndarray:
     """Return clips spread evenly over a split, `[n, F, H, W, 3]` uint8."""
-    split, content = manifest.splits[name], manifest.sample_format
-    if isinstance(content, TokenFormat):
+    split, sample_format = manifest.splits[name], manifest.sample_format
+    if isinstance(sample_format, TokenFormat):
         raise UserError(f"{manifest.folder} holds tokens; only video has a contact sheet")
     numbers = np.unique(np.linspace(0, split.samples - 1, ROWS).round().astype(np.int64))
     ends = np.cumsum(split.counts)
     shards = np.searchsorted(ends, numbers, side="right")
     samples, _ = ShardReader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
-    if isinstance(content, ClipFormat):
+    if isinstance(sample_format, ClipFormat):
         return samples
     import torch
 
     from ebwm_dist.encoders import build_encoder
 
-    encoder = build_encoder(content.encoder, weights, content.height, content.width)
-    latents = torch.from_numpy(samples.reshape(-1, content.embedding_dim) * content.std + content.mean)
+    encoder = build_encoder(sample_format.encoder, weights, sample_format.height, sample_format.width)
+    latents = torch.from_numpy(
+        samples.reshape(-1, sample_format.embedding_dim) * sample_format.std + sample_format.mean
+    )
     frames = encoder.decode(latents).numpy()
-    return frames.reshape(len(numbers), content.frames, *frames.shape[1:])
+    return frames.reshape(len(numbers), sample_format.frames, *frames.shape[1:])
 
 
 def contact_sheet(clips: np.ndarray) -> Image.Image:

@@ -31,7 +31,7 @@ def tiny_frames(split: str, seed: int = 0) -> np.ndarray:
 
 def make_tiny_latents(folder: Path, seed: int = 0) -> Manifest:
     """Make a folder of latents in four shards."""
-    content = LatentFormat(
+    sample_format = LatentFormat(
         frames=FRAMES,
         embedding_dim=DIM,
         dtype="float16",
@@ -46,29 +46,29 @@ def make_tiny_latents(folder: Path, seed: int = 0) -> Manifest:
     folder.mkdir()
     splits = {}
     for split, count in SAMPLES.items():
-        writer = ShardWriter(folder, split, content, PER_SHARD)
+        writer = ShardWriter(folder, split, sample_format, PER_SHARD)
         for start in range(0, count, PER_RECORD):
             writer.write(tiny_latents(split, seed)[start : start + PER_RECORD])
         writer.close()
         splits[split] = Split(tuple(writer.shards), 1, {"videos": 1, "frames": count * FRAMES})
-    manifest = Manifest(folder, content, splits, ("video 0",))
+    manifest = Manifest(folder, sample_format, splits, ("video 0",))
     manifest.save()
     return manifest
 
 
 def make_tiny_clips(folder: Path, storage: str, seed: int = 0) -> Manifest:
     """Make a folder of clips in eight shards."""
-    content = ClipFormat(frames=FRAMES, frame_interval=0.25, height=SIZE, width=SIZE, storage=storage)
+    sample_format = ClipFormat(frames=FRAMES, frame_interval=0.25, height=SIZE, width=SIZE, storage=storage)
     folder.mkdir()
     splits = {}
     for split, count in SAMPLES.items():
-        writer = ClipWriter(folder, split, content, PER_SHARD)
+        writer = ClipWriter(folder, split, sample_format, PER_SHARD)
         for number, frames in enumerate(tiny_frames(split, seed)):
             media = encode_clip(frames, 0.25) if storage == "mp4" else [encode_jpeg(frame) for frame in frames]
             writer.write(media, {"video": "a", "start": number / 4, "frame_interval": 0.25})
         writer.close()
         splits[split] = Split(tuple(writer.shards), 1, {"videos": 1, "frames": count * FRAMES})
-    manifest = Manifest(folder, content, splits, ("video 0",))
+    manifest = Manifest(folder, sample_format, splits, ("video 0",))
     manifest.save()
     return manifest
 

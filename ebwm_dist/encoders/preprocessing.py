@@ -105,36 +105,36 @@ def _cropped(clip: Tensor, seed: int, smallest: float) -> Tensor:
     return part.round().to(torch.uint8).movedim(1, -1)
 
 
-def check_format(config: Config, content: SampleFormat) -> None:
+def check_format(config: Config, sample_format: SampleFormat) -> None:
     """Refuse data that the configured model cannot be trained on, naming both sides."""
     model, data, where = (
         config.model,
         config.data,
-        f"the {content.kind} in {' and '.join(config.data.mixture) or config.data.path}",
+        f"the {sample_format.kind} in {' and '.join(config.data.mixture) or config.data.path}",
     )
     wanted: list[tuple[str, int | None, int]] = [
-        ("data.sequence_length", data.sequence_length, content.sequence_length)
+        ("data.sequence_length", data.sequence_length, sample_format.sequence_length)
     ]
-    if isinstance(content, TokenFormat):
+    if isinstance(sample_format, TokenFormat):
         if model.embedding_dim is not None:
             raise ConfigError(
                 f"model.embedding_dim is {model.embedding_dim}, but {where} are text: set it to null, or data.path to "
                 "a folder of latents or clips"
             )
-        wanted.append(("model.vocab_size", model.vocab_size, content.vocab_size))
+        wanted.append(("model.vocab_size", model.vocab_size, sample_format.vocab_size))
     elif model.embedding_dim is None:
-        width = f" of width {content.embedding_dim}" if isinstance(content, LatentFormat) else ""
+        width = f" of width {sample_format.embedding_dim}" if isinstance(sample_format, LatentFormat) else ""
         raise ConfigError(
             f"model.embedding_dim is null, but {where} are video{width}: set it to the width of the embeddings"
         )
-    if isinstance(content, LatentFormat):
-        wanted.append(("model.embedding_dim", model.embedding_dim, content.embedding_dim))
-        if data.encoder not in (None, content.encoder):
+    if isinstance(sample_format, LatentFormat):
+        wanted.append(("model.embedding_dim", model.embedding_dim, sample_format.embedding_dim))
+        if data.encoder not in (None, sample_format.encoder):
             raise ConfigError(
-                f"data.encoder is {data.encoder!r}, but {where} were made with {content.encoder!r}: set "
+                f"data.encoder is {data.encoder!r}, but {where} were made with {sample_format.encoder!r}: set "
                 "data.encoder=null, or data.path to a folder of clips"
             )
-    if isinstance(content, ClipFormat) and data.encoder is None:
+    if isinstance(sample_format, ClipFormat) and data.encoder is None:
         raise ConfigError(
             f"data.encoder is null, but {where} have to be encoded: set data.encoder=pixels:16, or another"
         )
@@ -143,22 +143,22 @@ def check_format(config: Config, content: SampleFormat) -> None:
             raise ConfigError(f"{key} is {here}, but {where} were made with {there}: set {key}={there}")
 
 
-def build_preprocessor(config: Config, content: SampleFormat, device: torch.device) -> FramePreprocessor:
-    """Return what shows samples of `content` to the configured model; of clips, without their statistics yet.
+def build_preprocessor(config: Config, sample_format: SampleFormat, device: torch.device) -> FramePreprocessor:
+    """Return the preprocessor of such samples for the configured model; that of clips has no statistics yet.
 
     Latents have an encoder where it can be built from its name alone; it only serves to decode them.
     """
-    if isinstance(content, LatentFormat):
+    if isinstance(sample_format, LatentFormat):
         encoder = None
-        if content.encoder.startswith("pixels"):
-            encoder = build_encoder(content.encoder, None, content.height, content.width)
-        return FramePreprocessor(device, encoder, content.mean, content.std)
-    if not isinstance(content, ClipFormat):
+        if sample_format.encoder.startswith("pixels"):
+            encoder = build_encoder(sample_format.encoder, None, sample_format.height, sample_format.width)
+        return FramePreprocessor(device, encoder, sample_format.mean, sample_format.std)
+    if not isinstance(sample_format, ClipFormat):
         return FramePreprocessor(device)
     data, width = config.data, config.model.embedding_dim
     assert data.encoder is not None
     encoder = build_encoder(
-        data.encoder, data.encoder_weights, content.height, content.width, config.training.precision
+        data.encoder, data.encoder_weights, sample_format.height, sample_format.width, config.training.precision
     )
     if encoder.embedding_dim != width:
         raise ConfigError(

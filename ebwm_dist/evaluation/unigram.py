@@ -10,11 +10,11 @@ from ebwm_dist.data.format.reader import ShardReader
 
 def target_counts(manifest: Manifest, split: str) -> np.ndarray:
     """Count every token among the targets of a split, `[vocab_size]`; the pad token counts 0."""
-    content = manifest.token_format
-    counts = np.zeros(content.vocab_size, dtype=np.int64)
+    token_format = manifest.token_format
+    counts = np.zeros(token_format.vocab_size, dtype=np.int64)
     for block in ShardReader(manifest, split).blocks():
-        counts += np.bincount(block[:, 1:].reshape(-1), minlength=content.vocab_size)
-    counts[content.pad_id] = 0
+        counts += np.bincount(block[:, 1:].reshape(-1), minlength=token_format.vocab_size)
+    counts[token_format.pad_id] = 0
     return counts
 
 

