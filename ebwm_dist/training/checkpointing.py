@@ -23,13 +23,13 @@ from ebwm_dist.checkpoint import folder as checkpoints
 from ebwm_dist.checkpoint import universal
 from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState, open_zero_state
-from ebwm_dist.config.renames import translate_section
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
+from ebwm_dist.training.resume_checks import check_resume, resume_settings
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Checkpointer:
             checkpoints.clean_leftovers(self.root, warn)
             path = checkpoints.newest_intact(self.root, warn) if remote is None else self._newest(remote, warn)
             if path is not None:
-                self._check_fits(path, warn)
+                check_resume(self.config, path, checkpoints.read_marker(path)["metadata"], warn)
             return path
 
         return self.world.together(search)[0]
@@ -269,36 +269,12 @@ class Checkpointer:
 
     def _metadata(self) -> dict[str, Any]:
         return {
-            "model": dataclasses.asdict(self.config.model),
-            "mcmc": dataclasses.asdict(self.config.mcmc),
+            **resume_settings(self.config),
             "world_size": self.world.world_size,
             "zero_stage": self.config.zero.stage,
             "offload_optimizer": self.config.zero.offload_optimizer,
-            "precision": self.config.training.precision,
             "torch": torch.__version__,
         }
-
-    def _check_fits(self, path: Path, warn: Callable[[str], None]) -> None:
-        """Refuse a checkpoint of another model or precision, naming the difference; tell of other MCMC settings."""
-        saved, current = checkpoints.read_marker(path)["metadata"], self._metadata()
-        for key, now in current["model"].items():
-            before = saved["model"].get(key)
-            if before != now:
-                raise CheckpointError(
-                    f"{path} has model.{key} = {before}, the configuration has {now}: "
-                    f"set model.{key}={before}, or start a new run_dir"
-                )
-        mcmc = translate_section("mcmc", saved["mcmc"])
-        for key, now in current["mcmc"].items():
-            if mcmc.get(key) != now:
-                note = " (the initial value only: alpha goes on from the checkpoint)" if key == "step_size" else ""
-                warn(f"mcmc.{key} was {mcmc.get(key)} when {path} was written, now it is {now}{note}")
-        before, now = saved["precision"], current["precision"]
-        if before != now:
-            raise CheckpointError(
-                f"{path} was written with training.precision = {before}, this run has {now}: "
-                f"continue with {before}, or start a new run_dir"
-            )
 
     def _write_together(self, action: Callable[[], Any]) -> list[Any]:
         """Do an action that writes checkpoints together; where it cannot, the error says how to go on."""

@@ -189,6 +189,11 @@ class Trainer:
             self.checkpointer.finish(state.step, lambda: self.watchdog.beat(state.step, "upload"))
             if stop:
                 self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
+            elif first > last:
+                limit = "max_steps" if training.stop_after is None else "stop_after"
+                self._say(f"nothing to do: {self.run_dir} is at step {first}, past training.{limit} = {last}")
+            elif state.step < training.max_steps:
+                self._say(f"left after training.stop_after = {last} of {training.max_steps} steps, in {self.run_dir}")
             else:
                 self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
         except BaseException:

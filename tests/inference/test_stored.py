@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ from ebwm_dist.errors import ConfigError
 from ebwm_dist.files import sha256_of_file
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.run import Run
-from ebwm_dist.training.checkpointing import Checkpointer
+from ebwm_dist.training.resume_checks import check_resume, resume_settings
 from tests.cluster.made_runs import add_checkpoint, make_run
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
@@ -70,16 +68,14 @@ def test_an_export(run_dir: Path, tmp_path: Path) -> None:
     assert Run(export).config == Run(run_dir).config and Run(export).weights().keys() == Run(run_dir).weights().keys()
 
 
-def test_resuming_does_not_take_old_names_for_other_settings(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(run_dir / "config.yaml", stored=True)
-    world: Any = SimpleNamespace(world_size=1)
-    metadata = Checkpointer(config, world)._metadata()
-    del metadata["mcmc"]["step_size_jitter"]
-    metadata["mcmc"] |= {"gradient": "chain", "step_size_spread": 2.0}
-    monkeypatch.setattr("ebwm_dist.checkpoint.folder.read_marker", lambda path: {"metadata": metadata})
+def test_resuming_does_not_take_old_names_for_other_settings(run_dir: Path) -> None:
+    config, path = load_config(run_dir / "config.yaml", stored=True), Path("step-000001")
+    saved = resume_settings(config)
+    del saved["mcmc"]["step_size_jitter"]
+    saved["mcmc"] |= {"gradient": "chain", "step_size_spread": 2.0}
     warnings: list[str] = []
-    Checkpointer(config, world)._check_fits(run_dir, warnings.append)
+    check_resume(config, path, saved, warnings.append)
     assert warnings == []
     config.mcmc.step_size_jitter = 3.0
-    Checkpointer(config, world)._check_fits(run_dir, warnings.append)
+    check_resume(config, path, saved, warnings.append)
     assert len(warnings) == 1 and warnings[0].startswith("mcmc.step_size_jitter was 2.0 when ")

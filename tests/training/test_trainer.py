@@ -157,13 +157,20 @@ def test_changed_optimizer_settings_count_after_a_resume(
     common = [f"data.path={tiny_data}", f"run_dir={run_dir}", "training.micro_batch_size=12", "training.max_steps=6"]
     lower = ["optimizer.lr=1e-6", "optimizer.weight_decay=0.5", "mcmc.step_size=0.25", "optimizer.warmup_steps=0"]
     run_distributed_test(
-        train_in_turn, 1, tiny_config, [[*common, "training.stop_after=4"], [*common, *lower, "zero.stage=1"]]
+        train_in_turn,
+        1,
+        tiny_config,
+        [[*common, "training.stop_after=4"], [*common, *lower, "zero.stage=1"], [*common, "training.max_steps=5"]],
     )
     records = metrics(run_dir)
     assert [r["lr"] < 2e-6 for r in records] == [False] * 4 + [True] * 2
     moved = [abs(b["mcmc_step_size"] - a["mcmc_step_size"]) for a, b in itertools.pairwise(records)]
     assert min(moved[:3]) > 1e-4 and moved[-1] < 1e-5 and records[-1]["mcmc_step_size"] > 0.4
-    assert "mcmc.step_size was 0.5" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "mcmc.step_size was 0.5" in err and "optimizer.lr was 0.003" in err
+    assert f"left after training.stop_after = 4 of 6 steps, in {run_dir}" in out
+    assert f"done: step 6 of 6, in {run_dir}" in out
+    assert f"nothing to do: {run_dir} is at step 6, past training.max_steps = 5" in out
 
 
 def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:
