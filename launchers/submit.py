@@ -1,4 +1,4 @@
-"""Submit a run to a Ray cluster and follow it, or look after those that are there.
+"""Submit a run to a Ray cluster and follow it, or list, show and stop submitted runs.
 
 python launchers/submit.py --config configs/ebt_1b.yaml --num-nodes 4 --gpus-per-node 8 [key=value ...]
 python launchers/submit.py status|logs|stop NAME
@@ -25,22 +25,22 @@ CLUSTER_OPTIONS = {
 
 
 def main() -> int:
-    """Parse the command line, and submit or ask."""
+    """Parse the command line; submit a run or act on submitted ones."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--address", default=address, help="of the cluster's dashboard (default: %(default)s)")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, parents=[common])
     words = common.parse_known_args()[1]
-    asks = bool(words) and words[0] in ACTIONS
-    if asks:
+    is_action = bool(words) and words[0] in ACTIONS
+    if is_action:
         parser.add_argument("action", choices=ACTIONS)
         parser.add_argument("name", nargs="*" if words[0] == "list" else 1, help="of the run")
     else:
         _add_arguments(parser)
     args = parser.parse_intermixed_args()
     try:
-        return _ask(args) if asks else _submit(args)
+        return _act(args) if is_action else _submit(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -66,9 +66,9 @@ def _submit(args: argparse.Namespace) -> int:
     if missing := [name for name in args.env if name not in os.environ]:
         raise UserError(f"--env {missing[0]}: no such variable is set here")
     jobs = Jobs(args.address)
-    name, found = jobs.submit(config, args.name, args.installed, {name: os.environ[name] for name in args.env})
-    print(found, flush=True)
-    return 0 if args.detach or found.endswith("finished already") else jobs.follow(name)
+    name, outcome = jobs.submit(config, args.name, args.installed, {name: os.environ[name] for name in args.env})
+    print(outcome, flush=True)
+    return 0 if args.detach or outcome.endswith("finished already") else jobs.follow(name)
 
 
 def _cluster_overrides(args: argparse.Namespace) -> list[str]:
@@ -85,12 +85,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _ask(args: argparse.Namespace) -> int:
+def _act(args: argparse.Namespace) -> int:
     jobs = Jobs(args.address)
     if args.action == "logs":
         return jobs.follow(args.name[0])
-    told = jobs.list() if args.action == "list" else [getattr(jobs, args.action)(args.name[0])]
-    print("\n".join(told))
+    lines = jobs.list() if args.action == "list" else [getattr(jobs, args.action)(args.name[0])]
+    print("\n".join(lines))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Watch a run that is going on somewhere: `python launchers/watch.py runs/quickstart`; Ctrl-C leaves.
+"""Show the status of a run: `python launchers/watch.py runs/quickstart`; Ctrl-C leaves.
 
-It only reads the run folder, so it shows runs of any launcher, and those that have ended.
+Only the run folder is read, so runs of any launcher are shown, finished ones as well.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ def main() -> int:
     """Parse the command line and show the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--once", action="store_true", help="print one frame and leave")
+    parser.add_argument("--once", action="store_true", help="print the status once and exit")
     args = parser.parse_args()
 
     from rich.console import Console
 
-    from ebwm_dist.cluster.run_status import read_view
+    from ebwm_dist.cluster.run_status import read_status
     from ebwm_dist.cluster.watch import frame, live
 
     try:
         if args.once:
-            Console().print(frame(read_view(args.run)))
+            Console().print(frame(read_status(args.run)))
             return 0
         with live(args.run, Console(), screen=True):
             while True:

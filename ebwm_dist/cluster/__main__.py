@@ -1,6 +1,6 @@
-"""Run the driver of a run inside a Ray cluster: `python -m ebwm_dist.cluster --config FILE [key=value ...]`.
+"""Drive a run inside a Ray cluster: `python -m ebwm_dist.cluster --config FILE [key=value ...]`.
 
-`launchers/submit.py` starts it as a job; other ways to run a command on a cluster's head node do as well.
+`launchers/submit.py` runs it as a job; it can also be started by hand on the head node.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import UserError
 
 ENVIRONMENT = {
-    "RAY_DEDUP_LOGS": "0",  # else lines that several ranks print are shown once
+    "RAY_DEDUP_LOGS": "0",  # otherwise lines that several ranks print are shown once
     "RAY_COLOR_PREFIX": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else what workers print appears twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches itself, and lets the workers save
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths mean another folder than they do elsewhere
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise the output of workers appears twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches for it and lets the workers save
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # otherwise relative paths begin elsewhere
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 

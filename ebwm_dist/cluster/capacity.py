@@ -1,6 +1,6 @@
-"""How many nodes a run can have: what divides its batch, what is free now, what is about to leave.
+"""Count the nodes a run can use: those that divide its batch, are free, and are not being drained.
 
-A node counts as often as its free accelerators hold the workers of one node of the configuration.
+A node counts once for every `workers_per_node` workers that fit into its free resources.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ebwm_dist.errors import ConfigError, UserError
 T = TypeVar("T")
 
 SETTLE = 10.0
-"""Seconds that more nodes are waited for while there are enough: lost ones may be replaced, new ones come together."""
+"""Seconds to wait for more nodes once there are enough: lost ones may be replaced, new ones arrive together."""
 _POLL = 1.0
 
 
@@ -25,7 +25,7 @@ class CapacityError(UserError):
 
 
 def allowed_nodes(config: Config) -> list[int]:
-    """Return the numbers of nodes among which the global batch can be divided, the most first."""
+    """Return the numbers of nodes that divide the global batch, in descending order."""
     cluster = config.cluster
     check_world(config, cluster.num_nodes * cluster.workers_per_node)
     allowed = []
@@ -38,20 +38,20 @@ def allowed_nodes(config: Config) -> list[int]:
     return allowed
 
 
-def best(allowed: list[int], free: int) -> int:
-    """Return the most nodes that are allowed and free, or 0."""
+def most_nodes(allowed: list[int], free: int) -> int:
+    """Return the largest allowed number of nodes that are free, or 0."""
     return next((nodes for nodes in allowed if nodes <= free), 0)
 
 
 def resources_of_worker(cluster: ClusterConfig) -> dict[str, float]:
-    """Return what is reserved for a worker."""
+    """Return the resources that a worker reserves."""
     return {"GPU": 1.0, "CPU": 1.0} if cluster.gpus_per_node else {"CPU": 1.0}
 
 
 def count_nodes(
     available: Mapping[str, Mapping[str, float]], leaving: Mapping[str, int], per_worker: Mapping[str, float], size: int
 ) -> int:
-    """Return how many nodes of `size` workers fit into what is `available`, by node, and stays."""
+    """Return how many nodes of `size` workers fit into the `available` resources of nodes that are not leaving."""
     return sum(
         min(int(resources.get(name, 0) // amount) for name, amount in per_worker.items()) // size
         for node, resources in available.items()
@@ -60,7 +60,7 @@ def count_nodes(
 
 
 def free_nodes(cluster: ClusterConfig) -> int:
-    """Return how many nodes are free in the cluster that this process is connected to."""
+    """Return the number of free nodes of the connected cluster."""
     from ray._private.state import available_resources_per_node
 
     per_worker = resources_of_worker(cluster)
@@ -68,33 +68,31 @@ def free_nodes(cluster: ClusterConfig) -> int:
 
 
 def leaving_nodes() -> dict[str, int]:
-    """Return the nodes that are being taken away, by id, and when (milliseconds since 1970; 0 if not known)."""
+    """Return the ids of nodes that are being drained, and their deadlines (milliseconds since 1970; 0: unknown)."""
     from ray._private.state import state
 
     return dict(state.get_draining_nodes())
 
 
 def request(cluster: ClusterConfig, nodes: int) -> None:
-    """Ask the autoscaler, if there is one, for the workers of so many nodes; 0 takes it back."""
+    """Request this many nodes from the autoscaler, if there is one; 0 withdraws the request."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[dict(resources_of_worker(cluster))] * (nodes * cluster.workers_per_node))
 
 
 def tolerant(look: Callable[[], T], otherwise: T, warn: Callable[[str], None]) -> Callable[[], T]:
-    """Return `look` for a loop: while it fails, its result is `otherwise`, and the first failure in a row is logged."""
+    """Wrap `look` for a polling loop: a failure returns `otherwise`; the first of several in a row is logged."""
     failed = False
 
     def attempt() -> T:
         nonlocal failed
         try:
-            result = look()
-        except Exception as error:  # Ray has many, and none may end what the loop stands beside
+            result, failed = look(), False
+        except Exception as error:  # Ray has many kinds, and none of them may end a training
             if not failed:
-                warn(f"WARNING: the state of the cluster cannot be read ({type(error).__name__}: {error})")
-            failed = True
-            return otherwise
-        failed = False
+                warn(f"WARNING: cannot read the state of the cluster ({type(error).__name__}: {error})")
+            result, failed = otherwise, True
         return result
 
     return attempt
@@ -104,20 +102,23 @@ def wait_for_nodes(
     config: Config,
     free: Callable[[], int],
     stopped: Callable[[], bool],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Wait until enough nodes are free and return how many to take; 0 if `stopped` says so meanwhile.
+    """Wait until enough nodes are free and return how many to use; 0 once `stopped()`.
 
-    Fewer than the most are taken when their number has stayed the same for `SETTLE` seconds.
+    Fewer than `cluster.num_nodes` are used when their number has not changed for `SETTLE` seconds.
+
+    Raises:
+        CapacityError: `cluster.capacity_timeout` is over.
     """
     allowed, limit = allowed_nodes(config), config.cluster.capacity_timeout
     start = since = clock()
-    told, last = False, -1
-    free = tolerant(free, 0, tell)
+    logged, last = False, -1
+    free = tolerant(free, 0, log)
     while not stopped():
-        now, nodes = clock(), best(allowed, free())
+        now, nodes = clock(), most_nodes(allowed, free())
         if nodes != last:
             last, since = nodes, now
         if nodes == allowed[0] or (nodes and now - since >= SETTLE):
@@ -127,8 +128,8 @@ def wait_for_nodes(
                 f"{limit:g} s without {allowed[-1]} free nodes of {config.cluster.workers_per_node} workers "
                 f"(cluster.capacity_timeout): start nodes, lower cluster.min_nodes, or free what others hold"
             )
-        if not nodes and not told and now - start >= SETTLE:
-            tell(f"waiting for {allowed[-1]} free nodes of {config.cluster.workers_per_node} workers")
-            told = True
+        if not nodes and not logged and now - start >= SETTLE:
+            log(f"waiting for {allowed[-1]} free nodes of {config.cluster.workers_per_node} workers")
+            logged = True
         sleep(_POLL)
     return 0

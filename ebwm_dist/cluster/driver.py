@@ -1,8 +1,8 @@
-"""The driver of a run: it starts worker groups until the run is done, was stopped, or cannot go on.
+"""The driver of a run: it starts worker groups until the run is finished, stopped, or cannot continue.
 
-Every start continues from the newest intact checkpoint, with as many nodes as there are. A group leaves, with
-everything saved, when the job is told to stop, when one of its nodes is about to be taken away, and when more nodes
-have become free. What happened is in `cluster.jsonl` of the run folder.
+Every start continues from the newest intact checkpoint on as many nodes as are free. A group saves and leaves when the
+job is stopped, when one of its nodes is drained, and when more nodes have become free. The events are recorded in
+`cluster.jsonl` of the run folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ebwm_dist.cluster import capacity
 from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.evaluation import EvaluationWorkers
 from ebwm_dist.cluster.group import Group
-from ebwm_dist.cluster.recovery import Failure, RestartPolicy, describe
+from ebwm_dist.cluster.recovery import LOST, Failure, RestartPolicy, describe
 from ebwm_dist.cluster.run_status import EVENTS_FILE, tail
 from ebwm_dist.cluster.worker import node_name
 from ebwm_dist.config.schema import Config
@@ -33,9 +33,9 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.files import METRICS_FILE, append_record
 
 _LOG_LAG = 2.0
-"""Seconds after which lines of workers have come to the driver."""
+"""Seconds until lines of the workers have reached the driver."""
 _STARTUP = 20.0
-"""Seconds of a group in which nodes that become free are left alone: those it takes may not be taken yet."""
+"""Seconds after a start in which free nodes are ignored: the group may not have taken its own yet."""
 
 
 def run(config: Config) -> int:
@@ -44,39 +44,35 @@ def run(config: Config) -> int:
     try:
         return driver.run()
     finally:
-        driver.close()
+        ray.shutdown()
 
 
 class Driver:
-    """Holds on to a run over the groups that train it."""
+    """Trains a run with one worker group after another."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.allowed = capacity.allowed_nodes(config)
         self.policy = RestartPolicy(config.cluster.max_restarts)
-        self.asked: str | None = None
-        self.evaluation = EvaluationWorkers(config, self.run_dir, self._say)
+        self.stop_reason: str | None = None
+        self.evaluation = EvaluationWorkers(config, self.run_dir, self._log)
         try:
             ray.init(address="auto", logging_level=logging.WARNING)
         except ConnectionError:
             raise UserError(
                 "no Ray cluster runs here: submit the run with launchers/submit.py, or `ray start --head` first"
             ) from None
-        # Ray has set handlers of its own.
+        # After Ray has set its own handlers.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.run_dir.mkdir(parents=True, exist_ok=True)
 
-    def close(self) -> None:
-        """Leave the cluster."""
-        ray.shutdown()
-
     def run(self) -> int:
-        """Train, with evaluation beside it; return 0 if the run has come to its end or was told to stop."""
+        """Train, with evaluation beside it; return 0 if the run is finished or was stopped."""
         with Dashboard(self.run_dir), self.evaluation:
             failure = self._train()
-            if failure is not None or self.asked:
+            if failure is not None or self.stop_reason:
                 self.evaluation.cancel()
         if failure is None:
             return 0
@@ -85,12 +81,12 @@ class Driver:
         return 1
 
     def _train(self) -> Failure | None:
-        """Start groups until there is no more to do; return what that was due to, if it was a failure."""
-        while nodes := self._wait():
+        """Start groups until the run is finished or stopped; return the failure that ended it otherwise."""
+        while nodes := self._wait_for_nodes():
             group = Group(self.config, nodes)
             watch = _Watch(self, group)
             self._record("start", nodes=nodes, world_size=group.world_size)
-            self._say(f"starting {group.world_size} workers on {nodes} nodes")
+            self._log(f"starting {group.world_size} workers on {nodes} nodes")
             failure = None
             try:
                 step = group.run(watch)
@@ -104,23 +100,23 @@ class Driver:
             elif step >= self.config.training.last_step:
                 self._record("end", reason="done")
                 return None
-            elif self.asked or watch.reason is None:
+            elif self.stop_reason or watch.reason is None:
                 break
             else:
                 self._record("restart", reason=watch.reason)
-                self._say(f"left at step {step}: {watch.reason}")
-        reason = self.asked or "a worker was told to"
+                self._log(f"left at step {step}: {watch.reason}")
+        reason = self.stop_reason or "signal to a worker"
         self._record("stop", reason=reason)
-        self._say(f"stopped ({reason}) at step {self._committed()}; submit the run again to go on")
+        self._log(f"stopped ({reason}) at step {self._committed()}; submit the run again to go on")
         return None
 
-    def _wait(self) -> int:
+    def _wait_for_nodes(self) -> int:
         cluster = self.config.cluster
-        gc.collect()  # the traceback of a failed group holds on to Ray's controller of it, and so to its nodes
+        gc.collect()  # the traceback of a failed group references Ray's controller of it, which holds its nodes
         capacity.request(cluster, cluster.num_nodes)
         try:
             return capacity.wait_for_nodes(
-                self.config, lambda: capacity.free_nodes(cluster), lambda: self.asked is not None, self._say
+                self.config, lambda: capacity.free_nodes(cluster), lambda: self.stop_reason is not None, self._log
             )
         except UserError as error:
             self._record("end", reason=str(error))
@@ -132,22 +128,23 @@ class Driver:
         failures = getattr(error, "worker_failures", {})
         errors = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
         if errors:
-            return describe(errors, group.members(), self._step(), group.last_words())
+            nodes, exit_reasons = group.reports()
+            return describe(errors, nodes, self._step(), exit_reasons)
         lines = str(getattr(error, "controller_failure", error)).strip().splitlines()
-        return Failure(self._step(), "lost", lines[-1] if lines else repr(error), str(error))
+        return Failure(self._step(), LOST, lines[-1] if lines else repr(error), str(error))
 
     def _recover(self, failure: Failure) -> bool:
-        """Record a failure, and wait until it is time to start again; return whether it ever is."""
+        """Record a failure; return whether to start again, after the pause before that."""
         committed = self._committed()
-        verdict = self.policy.judge(failure, committed)
+        decision = self.policy.decide(failure, committed)
         self._record("failure", reason=failure.cause, kind=failure.kind)
-        origin = "" if verdict.pause is None else f", from step {committed}"
-        self._say(f"{failure.cause}; {verdict.reason}{origin}", sys.stderr)
-        if verdict.pause is None:
-            self._record("end", reason=verdict.reason)
+        origin = "" if decision.pause is None else f", from step {committed}"
+        self._log(f"{failure.cause}; {decision.reason}{origin}", sys.stderr)
+        if decision.pause is None:
+            self._record("end", reason=decision.reason)
             return False
-        deadline = time.monotonic() + verdict.pause
-        while time.monotonic() < deadline and self.asked is None:
+        deadline = time.monotonic() + decision.pause
+        while time.monotonic() < deadline and self.stop_reason is None:
             time.sleep(0.1)
         return True
 
@@ -156,41 +153,41 @@ class Driver:
         return step_of(paths[0]) if paths else 0
 
     def _step(self) -> int:
-        """Return the last step that is in metrics.jsonl."""
+        """Return the last step in metrics.jsonl."""
         records, _ = tail(self.run_dir / METRICS_FILE)
         return int(records[-1]["step"]) if records else 0
 
     def _record(self, event: str, **more: Any) -> None:
-        event_record = {"time": time.time(), "event": event, "step": self._step(), **more}
-        append_record(self.run_dir / EVENTS_FILE, event_record)
+        append_record(self.run_dir / EVENTS_FILE, {"time": time.time(), "event": event, "step": self._step(), **more})
 
-    def _say(self, text: str, stream: Any = None) -> None:
+    def _log(self, text: str, stream: Any = None) -> None:
         print(f"driver: {text}", file=stream or sys.stdout, flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
+        self.stop_reason = signal.Signals(number).name
         self.evaluation.cancel()
 
 
 class _Watch:
-    """Says when a running group is to leave, and keeps the reason."""
+    """Returns why a running group should stop, and keeps it in `reason`."""
 
     def __init__(self, driver: Driver, group: Group) -> None:
         self.driver, self.group, self.nodes = driver, group, group.nodes
         self.reason: str | None = None
         self._start = time.monotonic()
         self._more_since: float | None = None
-        self._leaving = set(capacity.leaving_nodes())
+        unknown: dict[str, int] = {}
+        self._leaving = set(capacity.tolerant(capacity.leaving_nodes, unknown, driver._log)())
 
     def __call__(self) -> str | None:
-        self.reason = self.reason or self.driver.asked or self._leaving_node() or self._more_nodes()
+        self.reason = self.reason or self.driver.stop_reason or self._leaving_node() or self._more_nodes()
         return self.reason
 
     def _leaving_node(self) -> str | None:
         new = set(capacity.leaving_nodes()) - self._leaving
         if not new:
             return None
-        ours = set(self.group.members().values())  # an autoscaler also takes away nodes that nobody uses
+        ours = set(self.group.reports()[0].values())  # an autoscaler also drains nodes that nobody uses
         leaving = sorted(name for name in ours if any(name.endswith(node_name(node)) for node in new))
         return f"{leaving[0]} is being taken away" if leaving else None
 
@@ -198,7 +195,7 @@ class _Watch:
         driver, now = self.driver, time.monotonic()
         if self.nodes == driver.allowed[0] or now - self._start < _STARTUP:
             return None
-        nodes = capacity.best(driver.allowed, self.nodes + capacity.free_nodes(driver.config.cluster))
+        nodes = capacity.most_nodes(driver.allowed, self.nodes + capacity.free_nodes(driver.config.cluster))
         if nodes <= self.nodes:
             self._more_since = None
             return None

@@ -1,7 +1,7 @@
-"""A worker group: Ray Train starts one worker for each accelerator, packed by node, and joins them.
+"""A worker group: Ray Train starts one worker for each accelerator, packed by node, in one process group.
 
-A group is started once and never repaired: what follows its end is the driver's decision. Checkpoints are committed in
-the run folder as in any other run; Ray is told of none, as its record of them lags behind.
+A group is started once and never repaired; the driver decides what follows. Checkpoints are committed to the run folder
+as in any other run and not reported to Ray, whose record of them lags behind.
 """
 
 from __future__ import annotations
@@ -23,41 +23,37 @@ from ebwm_dist.config.schema import Config
 
 _POLL = 1.0
 _ANSWER = 10.0
-"""Seconds in which an actor on this node answers, or never; signals are not heard meanwhile."""
+"""Seconds to wait for an actor on this node; the driver does not react to signals meanwhile."""
 _TorchBackend: Any = TorchConfig().backend_cls
 
 
 class Control:
-    """An actor beside the driver: what it asks of the workers, and who they are."""
+    """An actor beside the driver that holds its stop request and the reports of the workers."""
 
     def __init__(self) -> None:
-        self._reason: str | None = None
-        self._members: dict[int, str] = {}
-        self._last_words: dict[int, str] = {}
+        self._stop_reason: str | None = None
+        self._nodes: dict[int, str] = {}
+        self._exit_reasons: dict[int, str] = {}
 
     def stop(self, reason: str) -> None:
-        """Ask the group to save and leave."""
-        self._reason = reason
+        """Request the group to save and leave."""
+        self._stop_reason = reason
 
-    def reason(self) -> str | None:
-        """Return why the group is to leave, if it is."""
-        return self._reason
+    def stop_reason(self) -> str | None:
+        """Return why the group should leave, or None."""
+        return self._stop_reason
 
-    def join(self, rank: int, node: str) -> None:
-        """Note where a rank runs."""
-        self._members[rank] = node
+    def register(self, rank: int, node: str) -> None:
+        """Record the node of a rank."""
+        self._nodes[rank] = node
 
-    def leave(self, rank: int, why: str) -> None:
-        """Note why a rank ends its process."""
-        self._last_words[rank] = why
+    def report_exit(self, rank: int, reason: str) -> None:
+        """Record why a rank ends its own process."""
+        self._exit_reasons[rank] = reason
 
-    def members(self) -> dict[int, str]:
-        """Return where the ranks run."""
-        return self._members
-
-    def last_words(self) -> dict[int, str]:
-        """Return why ranks have ended their processes."""
-        return self._last_words
+    def reports(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Return the nodes and the exit reasons of the ranks that have reported them."""
+        return self._nodes, self._exit_reasons
 
 
 class _Backend(_TorchBackend):
@@ -67,7 +63,7 @@ class _Backend(_TorchBackend):
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Leave the process group to the training code, which has taken it down or cannot."""
+        """Do nothing: the training code destroys the process group itself."""
 
 
 @dataclass
@@ -78,7 +74,7 @@ class _GroupConfig(TorchConfig):
 
 
 class Group:
-    """One start of a run on so many nodes."""
+    """One start of a run on `nodes` nodes."""
 
     def __init__(self, config: Config, nodes: int) -> None:
         self.config, self.nodes = config, nodes
@@ -87,39 +83,32 @@ class Group:
         self._control = ray.remote(num_cpus=0)(Control).options(scheduling_strategy=here).remote()
 
     def run(self, watch: Callable[[], str | None]) -> int:
-        """Train to the end and return the step that the run has come to; raise what Ray Train raises.
+        """Train to the end and return the last step; errors are those of Ray Train.
 
-        `watch` is called about once a second; what it returns is the reason for which the group is to leave.
+        Args:
+            watch: called about once a second until it returns a reason to stop the group. Its exceptions are logged.
         """
         trainer, watch = self._trainer(), tolerant(watch, None, lambda text: print(text, flush=True))
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(trainer.fit)
-            asked = False
+            requested = False
             while not wait([future], timeout=_POLL).done:
-                if not asked and (reason := watch()) is not None:
+                if not requested and (reason := watch()) is not None:
                     self._control.stop.remote(reason)
-                    asked = True
+                    requested = True
         step: int = future.result().return_value
         return step
 
-    def members(self) -> dict[int, str]:
-        """Return on which node each rank runs, as far as they have come."""
-        return self._ask(self._control.members)
-
-    def last_words(self) -> dict[int, str]:
-        """Return why ranks have ended their own processes."""
-        return self._ask(self._control.last_words)
-
-    @staticmethod
-    def _ask(method: Any) -> dict[int, str]:
+    def reports(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Return the nodes of the ranks, and the reasons of those that ended their own processes."""
         try:
-            answer: dict[int, str] = ray.get(method.remote(), timeout=_ANSWER)
+            nodes, exit_reasons = ray.get(self._control.reports.remote(), timeout=_ANSWER)
         except RayError:
-            return {}
-        return answer
+            return {}, {}
+        return nodes, exit_reasons
 
     def close(self) -> None:
-        """Let go of what has served this start."""
+        """Free what belongs to this start."""
         ray.kill(self._control)
 
     def _trainer(self) -> TorchTrainer:
@@ -144,7 +133,7 @@ class Group:
                 storage_path=config.run_dir,
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 worker_runtime_env={"env_vars": environment},
-                # Errors are told once, by the driver, and Ray's own files hold everything.
+                # The driver prints errors once; Ray's own files hold everything.
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )

@@ -1,8 +1,7 @@
-"""Runs as jobs of a Ray cluster, from outside: submit, follow, ask, stop.
+"""Submit runs as jobs of a Ray cluster, follow their logs, list and stop them.
 
-The name of a run is the id of its job, so a run is on a cluster once at most: submitting it again finds it there. What
-is uploaded is the package's source and the resolved configuration, nothing else of the folder one works in; what the
-package needs has to be installed on the nodes.
+The name of a run is the id of its job, so submitting a run again finds its job. The package's source and the resolved
+configuration are uploaded, nothing else of the working directory; the dependencies must be installed on the nodes.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Jobs:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise JobError(f"{address} does not answer as a Ray cluster does: {_first_line(error)}") from None
         for logger in (logging.getLogger("ray"), sdk.logger, dashboard_sdk.logger):
-            logger.setLevel(logging.WARNING)  # they tell of packages and sockets between the lines of the job
+            logger.setLevel(logging.WARNING)  # they log packages and sockets between the lines of the job
 
     def submit(
         self,
@@ -64,13 +63,13 @@ class Jobs:
         installed: bool = False,
         variables: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
-        """Start a run, unless it runs or has finished; return its name, and what was found or done.
+        """Submit a run unless its job is running or has finished; return the job's name and a line for the user.
 
         Args:
             config: of the run.
-            name: of the run's job; that of `run_dir` where there is none.
-            installed: upload the configuration only, and run the package that is installed on the nodes.
-            variables: environment variables of the run; the cluster shows them to whoever may ask it for its jobs.
+            name: of the job; by default that of `run_dir`.
+            installed: upload the configuration only and use the package installed on the nodes.
+            variables: environment variables of the job, visible to all users of the cluster.
         """
         config = with_absolute_paths(config)
         allowed_nodes(config)
@@ -115,26 +114,26 @@ class Jobs:
         if info.status == "SUCCEEDED":
             return 0
         if info.driver_exit_code is None and info.message:
-            print(info.message, file=sys.stderr)  # it has not come to running
+            print(info.message, file=sys.stderr)  # it never ran
         return int(info.driver_exit_code or 1)
 
     def logs(self, name: str) -> str:
-        """Return what a job has printed so far."""
+        """Return the output of a job so far."""
         self._info(name)
         return str(self._client.get_job_logs(name))
 
     def status(self, name: str) -> str:
-        """Return one word on a job, and Ray's own on how it has ended."""
+        """Return the status of a job and Ray's message on it."""
         info = self._info(name)
         return info.status.lower() + (f": {info.message}" if info.message else "")
 
     def stop(self, name: str) -> str:
-        """Ask a job to save and leave."""
+        """Request a job to save and exit."""
         self._info(name)
         return f"asked {name} to stop" if self._client.stop_job(name) else f"{name} has ended before"
 
     def list(self) -> list[str]:
-        """Return a line for each job that was submitted, the latest first."""
+        """Return a line for each submitted job, the latest first."""
         jobs = [job for job in self._client.list_jobs() if job.submission_id]
         jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
         return [
@@ -142,7 +141,7 @@ class Jobs:
         ]
 
     async def _print_logs(self, name: str) -> None:
-        """Print on over lost connections: each tells everything from the start."""
+        """Print the logs across lost connections; each connection begins at their start."""
         printed = 0
         while True:
             passed = 0
@@ -171,7 +170,7 @@ class Jobs:
 
 
 def make_package(folder: Path, config: Config, installed: bool) -> None:
-    """Put into `folder` what a job needs: the resolved configuration, and the package unless it is `installed`."""
+    """Write the resolved configuration, and the package unless it is `installed`, to `folder`."""
     save_config(config, folder / CONFIG_FILE)
     if not installed:
         source = Path(ebwm_dist.__file__).parent
@@ -182,7 +181,7 @@ def make_package(folder: Path, config: Config, installed: bool) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return `config` with paths that mean the same in another folder; all nodes must share these."""
+    """Return `config` with absolute paths, which all nodes must share."""
     config = copy.deepcopy(config)
     for name, key in KEYS.items():
         if key.metadata.get("location"):

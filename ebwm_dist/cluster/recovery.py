@@ -1,4 +1,4 @@
-"""Whether a failed run is started again: a pure decision on what has failed, at which step, and how often before."""
+"""Decide whether a failed run is restarted: by the kind of the failure, its step, and earlier failures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ebwm_dist.errors import CheckpointError, PeerError, UserError
 LONGEST_PAUSE = 60.0
 
 LOST, PEER, PROGRAM, USER = "lost", "peer", "program", "user"
-"""Kinds: the worker has gone; it has lost another; the program has failed; something only the user can put right."""
+"""Kinds of failures: the process died; it lost another rank; an exception; a `UserError`, which no restart removes."""
 
 
 class WorkerError(Exception):
-    """Why a worker has failed, in words only: not every exception can be sent to another process."""
+    """The failure of a worker as text: not every exception can be pickled."""
 
     def __init__(self, kind: str, rank: int, cause: str, text: str) -> None:
         super().__init__(kind, rank, cause, text)
@@ -27,62 +27,60 @@ class WorkerError(Exception):
 
 
 def kind_of(error: BaseException) -> str:
-    """Return the kind of what a worker has raised."""
+    """Return the kind of an exception of a worker."""
     if isinstance(error, PeerError):
         return PEER
-    # A checkpoint may fail for a storage that is away for a moment.
+    # A checkpoint also fails to load while its storage is away for a moment.
     return USER if isinstance(error, UserError) and not isinstance(error, CheckpointError) else PROGRAM
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a worker group that was not meant to end."""
+    """The unexpected end of a worker group."""
 
     step: int
-    """The last step that was recorded."""
+    """The last step in metrics.jsonl."""
     kind: str
     cause: str
     """One line."""
     text: str
-    """What is printed last if the run ends with it."""
+    """What the driver prints last if the run ends with it."""
     error: str = ""
-    """What repeats itself if it does: the error alone, wherever it comes up."""
+    """The error without ranks and numbers, to recognise it when it is repeated."""
 
 
 def describe(
-    errors: Mapping[int, BaseException], members: Mapping[int, str], step: int, last_words: Mapping[int, str]
+    errors: Mapping[int, BaseException], nodes: Mapping[int, str], step: int, exit_reasons: Mapping[int, str]
 ) -> Failure:
-    """Return what has made a group fail: the first cause, not its echo.
+    """Return the first cause of a group's failure rather than its consequences on other ranks.
 
     Args:
-        errors: what Ray found of ranks. A worker that was killed has no words of its own; those of its peers name it.
-        members: the nodes of the ranks.
-        step: the last one that was recorded.
-        last_words: of ranks that have ended their own processes, because another made no progress.
+        errors: Ray's errors by rank. Of a worker that was killed, only its peers can report the reason.
+        nodes: the nodes of the ranks.
+        step: the last recorded one.
+        exit_reasons: of ranks that ended their own processes because another made no progress.
     """
-    told = [error for _, error in sorted(errors.items()) if isinstance(error, WorkerError)]
-    for kind in (USER, PROGRAM):
-        for error in told:
-            if error.kind == kind:
-                where = f"rank {error.rank} ({members.get(error.rank, 'unknown node')})"
-                text = f"error: {error.text}" if kind == USER else f"{where}:\n{error.text}"
-                return Failure(step, kind, f"{where}: {error.cause}", text, re.sub(r"\d+", "#", error.cause))
-    lost = [f"rank {rank} ({members.get(rank, 'unknown node')})" for rank in sorted(errors)]
-    lines = [*last_words.values(), *(error.cause for error in told)] or [
-        f"lost {', '.join(lost)}" if lost else "the worker group was lost"
-    ]
-    return Failure(step, PEER if told or last_words else LOST, f"{lines[0]} (last step {step})", f"error: {lines[0]}")
+    reported = [error for _, error in sorted(errors.items()) if isinstance(error, WorkerError)]
+    for error in sorted(reported, key=lambda error: error.kind != USER):
+        if error.kind in (USER, PROGRAM):
+            where = f"rank {error.rank} ({nodes.get(error.rank, 'unknown node')})"
+            text = f"error: {error.text}" if error.kind == USER else f"{where}:\n{error.text}"
+            return Failure(step, error.kind, f"{where}: {error.cause}", text, re.sub(r"\d+", "#", error.cause))
+    reasons = [*exit_reasons.values(), *(error.cause for error in reported)]
+    lost = ", ".join(f"rank {rank} ({nodes.get(rank, 'unknown node')})" for rank in sorted(errors))
+    cause = reasons[0] if reasons else f"lost {lost or 'the worker group'}"
+    return Failure(step, PEER if reasons else LOST, f"{cause} (last step {step})", f"error: {cause}")
 
 
-class Verdict(NamedTuple):
-    """Start again after `pause` seconds, or never if that is None."""
+class Decision(NamedTuple):
+    """Restart after `pause` seconds, or never if that is None."""
 
     pause: float | None
     reason: str
 
 
 class RestartPolicy:
-    """Counts the restarts that have come to nothing: those before which no newer checkpoint was committed."""
+    """Bounds the restarts in a row without a newer checkpoint."""
 
     def __init__(self, max_restarts: int) -> None:
         self.max_restarts = max_restarts
@@ -90,17 +88,17 @@ class RestartPolicy:
         self._committed = -1
         self._last: Failure | None = None
 
-    def judge(self, failure: Failure, committed: int) -> Verdict:
-        """Decide about a failure when `committed` is the step of the newest checkpoint, 0 without one."""
+    def decide(self, failure: Failure, committed: int) -> Decision:
+        """Decide on a restart after `failure`; `committed` is the step of the newest checkpoint, 0 without one."""
         if committed > self._committed:
             self._committed, self.count = committed, 0
         last, self._last = self._last, failure
         if failure.kind == USER:
-            return Verdict(None, "starting again would not help")
+            return Decision(None, "starting again would not help")
         if failure.kind == PROGRAM and last is not None and (last.step, last.error) == (failure.step, failure.error):
-            return Verdict(None, f"the same error twice after step {failure.step}, starting again would not help")
+            return Decision(None, f"the same error twice after step {failure.step}, starting again would not help")
         if self.count >= self.max_restarts:
-            return Verdict(None, f"{self.count} restarts without a new checkpoint (cluster.max_restarts)")
+            return Decision(None, f"{self.count} restarts without a new checkpoint (cluster.max_restarts)")
         self.count += 1
         pause = min(LONGEST_PAUSE, 2.0 ** (self.count - 1))
-        return Verdict(pause, f"restart {self.count} of {self.max_restarts} in {pause:.0f} s")
+        return Decision(pause, f"restart {self.count} of {self.max_restarts} in {pause:.0f} s")

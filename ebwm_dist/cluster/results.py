@@ -1,7 +1,7 @@
-"""What evaluations found: a record for each checkpoint in `evaluations.jsonl`, in Weights & Biases and as a line.
+"""Records of evaluations: one for each checkpoint in `evaluations.jsonl`, in Weights & Biases and on the console.
 
-A checkpoint that was evaluated again (it was saved anew, or an earlier try had failed) has several records; the last
-one counts.
+They hold `step, checkpoint` (its fingerprint), `workers, seconds, lag`, and the metrics or `error`. A checkpoint that
+was evaluated again has several records, of which the last one counts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.files import append_record, read_records
+from ebwm_dist.files import Record, append_record, read_records
 
 FILE = "evaluations.jsonl"
-Record = dict[str, Any]
-"""`step, checkpoint` (its fingerprint), `workers, seconds, lag` and either the figures or `error`."""
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Record]:
-    """Return the record of every step that was evaluated, in the order of the steps."""
+    """Return the last record of every evaluated step, sorted by step."""
     records = {record["step"]: record for record in read_records(run_dir / FILE) if "step" in record}
     return dict(sorted(records.items()))
 
@@ -40,23 +38,23 @@ class Results:
             self._wandb.write(record)
 
     def close(self) -> None:
-        """Finish what other services hold open."""
+        """Finish the run of Weights & Biases."""
         if self._wandb is not None:
             self._wandb.close()
 
 
 def follow_command(config: Config) -> str:
-    """Return the command that evaluates the checkpoints of a run, whatever trains it."""
+    """Return the command that evaluates the checkpoints of a run beside its training."""
     return f"python launchers/evaluate.py --follow {config.run_dir}"
 
 
 def trained_loss(record: Mapping[str, Any]) -> float | None:
-    """Return the loss after as many MCMC steps as the model was trained with."""
+    """Return the loss after the trained number of MCMC steps."""
     return record["loss"][record["trained_steps"] - 1] if "loss" in record else None
 
 
-def line(record: Mapping[str, Any]) -> str:
-    """Return a record as a line for the console."""
+def console_line(record: Mapping[str, Any]) -> str:
+    """Format a record for the console."""
     start = f"step {record['step']} evaluation"
     if "error" in record:
         return f"{start} FAILED after {record['tries']} tries: {record['error']}"

@@ -1,4 +1,4 @@
-"""A run on a terminal: how far it is, how well it goes, on which nodes, and what its evaluations found."""
+"""Show the status of a run on a terminal: progress, losses, speed, nodes, evaluations and events."""
 
 from __future__ import annotations
 
@@ -16,61 +16,62 @@ from rich.table import Table
 from rich.text import Text
 
 from ebwm_dist.cluster.results import trained_loss
-from ebwm_dist.cluster.run_status import Record, View, energy_gap, read_view
+from ebwm_dist.cluster.run_status import RunStatus, energy_gap, read_status
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import Record
 from ebwm_dist.training.metrics import duration, si
 
 REFRESH = 0.5
-"""Looks at the run folder a second."""
+"""Updates per second."""
 SILENT = 120.0
-"""Seconds without a record after which a run is said to be silent."""
+"""Seconds without a record after which a run is shown as silent."""
 _SPARKS = "▁▂▃▄▅▆▇█"
 _EVALUATIONS, _EVENTS = 8, 5
 
 
-def frame(view: View) -> RenderableType:
-    """Return all that is known of a run, as one picture."""
-    parts: list[RenderableType] = [_progress(view), _figures(view)]
-    if view.evaluations:
-        parts.append(_evaluations(view.evaluations[-_EVALUATIONS:]))
-    if view.nodes is not None:
-        parts.append(_nodes(view.nodes, view.time))
-    if view.events:
-        parts.append(_events(view))
-    return Panel(Group(*parts), title=f"{view.run_dir}", subtitle=state(view), title_align="left")
+def frame(status: RunStatus) -> RenderableType:
+    """Return the status of a run as one panel."""
+    parts: list[RenderableType] = [_progress(status), _figures(status)]
+    if status.evaluations:
+        parts.append(_evaluations(status.evaluations[-_EVALUATIONS:]))
+    if status.nodes is not None:
+        parts.append(_nodes(status.nodes, status.time))
+    if status.events:
+        parts.append(_events(status))
+    return Panel(Group(*parts), title=f"{status.run_dir}", subtitle=state(status), title_align="left")
 
 
 def live(run_dir: Path, console: Console, screen: bool = False) -> Live:
-    """Return a frame that follows the run inside its `with` block; what is printed on `console` goes above it.
+    """Return a panel that follows the run inside its `with` block; `console` prints above it.
 
     Raises:
         UserError: `run_dir` is no run folder.
     """
-    view = read_view(run_dir)
+    status = read_status(run_dir)
 
-    def look() -> RenderableType:
-        nonlocal view
+    def render() -> RenderableType:
+        nonlocal status
         with suppress(UserError):  # its files may be written in this moment
-            view = read_view(run_dir)
-        return frame(view)
+            status = read_status(run_dir)
+        return frame(status)
 
-    return Live(look(), get_renderable=look, console=console, screen=screen, refresh_per_second=REFRESH)
+    return Live(render(), get_renderable=render, console=console, screen=screen, refresh_per_second=REFRESH)
 
 
-def state(view: View) -> str:
-    """Return in some words whether the run goes on."""
-    if view.finished:
+def state(status: RunStatus) -> str:
+    """Return whether the run is going on, in some words."""
+    if status.finished:
         return "finished"
-    if view.events and view.events[-1]["event"] in ("end", "stop"):
-        return f"stopped: {view.events[-1].get('reason', '')}"
-    if view.silent is None:
+    if status.events and status.events[-1]["event"] in ("end", "stop"):
+        return f"stopped: {status.events[-1].get('reason', '')}"
+    if status.idle is None:
         return "no step yet"
-    age = f"last record {duration(view.silent)} ago"
-    return f"SILENT, {age}" if view.silent > SILENT else age
+    age = f"last record {duration(status.idle)} ago"
+    return f"SILENT, {age}" if status.idle > SILENT else age
 
 
 def sparks(values: Sequence[float], width: int) -> str:
-    """Return the course of some numbers in `width` characters, each a mean over its share of them."""
+    """Return a sparkline of `width` characters, each the mean of its share of `values`."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -81,34 +82,34 @@ def sparks(values: Sequence[float], width: int) -> str:
     return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
 
 
-def _progress(view: View) -> RenderableType:
+def _progress(status: RunStatus) -> RenderableType:
     grid = Table.grid(padding=(0, 1), expand=True)
     grid.add_column()
     grid.add_column(ratio=1)
     grid.add_column()
-    left = "" if view.seconds_left is None or view.finished else f"{duration(view.seconds_left)} left"
-    grid.add_row(f"step {view.step}/{view.last_step}", ProgressBar(view.last_step, view.step), left)
+    left = "" if status.seconds_left is None or status.finished else f"{duration(status.seconds_left)} left"
+    grid.add_row(f"step {status.step}/{status.last_step}", ProgressBar(status.last_step, status.step), left)
     return grid
 
 
-def _figures(view: View) -> RenderableType:
+def _figures(status: RunStatus) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
-    if view.train:
-        last = view.train[-1]
-        losses = [record["loss"] for record in view.train if record["loss"] is not None]
+    if status.train:
+        last = status.train[-1]
+        losses = [record["loss"] for record in status.train if record["loss"] is not None]
         grid.add_row("loss", f"{_number(last['loss'])}  {sparks(losses, 40)}")
         if (gap := energy_gap(last)) is not None:
-            gaps = [value for record in view.train if (value := energy_gap(record)) is not None]
+            gaps = [value for record in status.train if (value := energy_gap(record)) is not None]
             grid.add_row("energy gap", f"{_number(gap)}  {sparks(gaps, 40)}")
-        unit = "tokens" if view.config.model.embedding_dim is None else "frames"
+        unit = "tokens" if status.config.model.embedding_dim is None else "frames"
         memory = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
         speed = f"{si(last['tokens_per_second'])} {unit}/s, MFU {100 * last['mfu']:.1f} %, {memory}"
         grid.add_row("throughput", f"{speed}, waiting for data {100 * last['data_wait']:.1f} %")
         grid.add_row("optimizer", f"gradient norm {_number(last['grad_norm'])}, learning rate {last['lr']:.2e}")
-    if view.val is not None:
-        extra = f", perplexity {view.val['perplexity']:.2f}" if view.val.get("perplexity") else ""
-        grid.add_row("validation", f"{_number(view.val['loss_last_step'])} at step {view.val['step']}{extra}")
-    saved = ", ".join(map(str, view.checkpoints[:_EVALUATIONS])) or "none yet"
+    if status.val is not None:
+        extra = f", perplexity {status.val['perplexity']:.2f}" if status.val.get("perplexity") else ""
+        grid.add_row("validation", f"{_number(status.val['loss_last_step'])} at step {status.val['step']}{extra}")
+    saved = ", ".join(map(str, status.checkpoints[:_EVALUATIONS])) or "none yet"
     grid.add_row("checkpoints", saved)
     return grid
 
@@ -139,10 +140,10 @@ def _nodes(seen: Record, now: float) -> RenderableType:
     return table
 
 
-def _events(view: View) -> RenderableType:
-    title = f"{view.restarts} restart{'s' * (view.restarts != 1)}"
+def _events(status: RunStatus) -> RenderableType:
+    title = f"{status.restarts} restart{'s' * (status.restarts != 1)}"
     table = Table("time", "event", "step", "what", title=title, title_justify="left")
-    for event in view.events[-_EVENTS:]:
+    for event in status.events[-_EVENTS:]:
         what = event.get("reason") or f"{event.get('world_size', '?')} workers on {event.get('nodes', '?')} nodes"
         when = time.strftime("%d %b %H:%M:%S", time.localtime(event["time"]))
         style = "red" if event["event"] == "failure" else ""

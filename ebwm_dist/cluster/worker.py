@@ -1,7 +1,7 @@
 """One worker of a group: an actor that trains as a process of `launchers/train.py` does.
 
-The actor's main thread belongs to Ray; training runs in another, where Python allows no signal handlers. What asks to
-stop (a signal, the driver) therefore only leaves word with the `StopSignal` that the training loop looks at.
+The actor's main thread belongs to Ray and training runs in another one, where Python allows no signal handlers. Signals
+and stop requests of the driver are therefore passed on to the `StopSignal` that the training loop polls.
 """
 
 from __future__ import annotations
@@ -21,45 +21,42 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
 STOP_POLL = 1.0
-_PATIENCE = 5.0
+_EXIT_TIMEOUT = 5.0
 
-_asked: list[str] = []
-"""What has asked this process to stop."""
+_signals: list[str] = []
+"""Names of the signals this process has received."""
 
 
 def prepare() -> None:
-    """Make a process fit for being a rank, in its main thread and before the process group is made."""
+    """Set up a worker process in its main thread, before the process group is made."""
     import ray.train
 
-    signal.signal(signal.SIGTERM, lambda number, frame: _asked.append("SIGTERM"))
+    signal.signal(signal.SIGTERM, lambda number, frame: _signals.append("SIGTERM"))
     context = ray.get_runtime_context()
     os.environ["EBWM_NODE"] = f"{socket.gethostname()}, {node_name(context.get_node_id())}"
-    address = ray.util.get_node_ip_address()
-    if interface := interface_of(address):
-        # Left alone, gloo asks for the address of the host's name, which /etc/hosts may say is 127.0.0.1.
+    if interface := interface_of(ray.util.get_node_ip_address()):
+        # By default gloo looks up the host's name, for which /etc/hosts may give 127.0.0.1.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     for stream in (sys.stdout, sys.stderr):
-        # Ray begins every line of this process with what is said here.
+        # Ray puts this name in front of every line of this process.
         print(f":actor_name:rank {ray.train.get_context().get_world_rank()}", file=stream, flush=True)
 
 
 def node_name(node_id: str) -> str:
-    """Return what is said of a node besides its host, which several may share."""
+    """Return the name that tells apart nodes of the same host."""
     return f"node {node_id[:8]}"
 
 
 def interface_of(address: str) -> str | None:
-    """Return the network interface that has an address of this machine."""
+    """Return the network interface of this machine that has `address`."""
     import psutil
 
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return str(name)
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((str(name) for name, found in interfaces if address in [entry.address for entry in found]), None)
 
 
 def work(settings: dict[str, Any]) -> int:
-    """Train; return the step that the run has come to. Ray calls this on every worker of a group."""
+    """Train and return the last step; Ray calls this on every worker of a group."""
     import ray.train
 
     from ebwm_dist.training.shutdown import StopSignal
@@ -68,44 +65,43 @@ def work(settings: dict[str, Any]) -> int:
     config, control = settings["config"], settings["control"]
     rank = ray.train.get_context().get_world_rank()
     stop = StopSignal()
-    control.join.remote(rank, os.environ["EBWM_NODE"])
+    control.register.remote(rank, os.environ["EBWM_NODE"])
 
-    def tell(text: str) -> None:
-        with suppress(Exception):  # whatever comes of it, the process must then end
-            ray.get(control.leave.remote(rank, text), timeout=_PATIENCE)
+    def report_exit(reason: str) -> None:
+        with suppress(Exception):  # the process ends in any case
+            ray.get(control.report_exit.remote(rank, reason), timeout=_EXIT_TIMEOUT)
 
-    threading.Thread(target=_follow, args=(stop, control if rank == 0 else None), daemon=True).start()
+    threading.Thread(target=forward_stop, args=(stop, control if rank == 0 else None), daemon=True).start()
     try:
         _choose_device(config)
-        return train(config, stop, tell).step
+        return train(config, stop, report_exit).step
     except BaseException as error:
-        if isinstance(error, UserError):
-            text, cause = str(error), str(error)
-        else:
+        text = cause = str(error)
+        if not isinstance(error, UserError):
             text, cause = traceback.format_exc().rstrip(), f"{type(error).__name__}: {error}"
         raise WorkerError(kind_of(error), rank, cause, text) from None
 
 
 def _choose_device(config: Config) -> None:
-    """Let LOCAL_RANK say which of the GPUs that this process sees is its own."""
+    """Set LOCAL_RANK to this worker's GPU among those that its process sees."""
     if config.cluster.gpus_per_node:
         from ray.train.torch import get_device
 
         os.environ["LOCAL_RANK"] = str(get_device().index)
 
 
-def _follow(stop: Any, control: Any) -> None:
-    """Pass on requests to stop; one rank that asks the driver is enough, as all ranks then stop together."""
+def forward_stop(stop: Any, control: Any) -> None:
+    """Forward signals and, on rank 0, the driver's stop request to `stop`; all ranks then stop together."""
     import ray
 
     while stop.reason is None:
-        if _asked:
-            stop.reason = _asked[0]
+        if _signals:
+            stop.reason = _signals[0]
         elif control is not None:
             try:
-                stop.reason = ray.get(control.reason.remote(), timeout=60)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayActorError:  # the driver has ended
+                stop.reason = ray.get(control.stop_reason.remote(), timeout=60)
+            except ray.exceptions.RayActorError:
                 stop.reason = "the driver has ended"
+            except Exception:  # no answer for a moment; this thread must not end
+                pass
         time.sleep(STOP_POLL)

@@ -22,7 +22,7 @@ from ebwm_dist.run import Run
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardResult:
     """What is known after a part of the held-out data."""
 
     sums: Sums
@@ -34,7 +34,9 @@ class Shard:
     """Of held-out text."""
 
 
-def evaluate_shard(checkpoint: Path, index: int, count: int, settings: EvaluationConfig, device: torch.device) -> Shard:
+def evaluate_shard(
+    checkpoint: Path, index: int, count: int, settings: EvaluationConfig, device: torch.device
+) -> ShardResult:
     """Evaluate a checkpoint on the `index`-th of `count` shards of the held-out data."""
     run = Run(checkpoint, device)
     options = Options(
@@ -47,10 +49,10 @@ def evaluate_shard(checkpoint: Path, index: int, count: int, settings: Evaluatio
     frames = None
     if run.config.model.embedding_dim is not None:
         frames = errors_of_clips(suite.model, suite.batches(), steps, suite.data.preprocess)
-    return Shard(replace(sums, values=sums.values.cpu()), frames, suite.trained_steps, suite.tokens_per_byte)
+    return ShardResult(replace(sums, values=sums.values.cpu()), frames, suite.trained_steps, suite.tokens_per_byte)
 
 
-def merge(shards: Sequence[Shard]) -> dict[str, Any]:
+def merge(shards: Sequence[ShardResult]) -> dict[str, Any]:
     """Return the figures of all shards together: loss, perplexity and energy by MCMC steps, and errors of frames."""
     first = shards[0]
     sums = first.sums

@@ -1,7 +1,6 @@
-"""Ray actors that share the calls of a function: the dead and the stuck are replaced, and their calls made again.
+"""A pool of Ray actors that map a function over calls; actors that die or hang are replaced and their calls retried.
 
-An actor is given a call once it is known to live, so one that waits for a place in the cluster holds nothing up as
-long as another has one.
+An actor gets its first call when it has started, so one that waits for resources does not delay the others' calls.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from ray.exceptions import RayError, RayTaskError
 from ebwm_dist.errors import UserError
 
 TRIES = 3
-"""How often a call is made whose actors die, and how many actors in a row may die before they have done anything."""
+"""Tries of a call whose actors die, and actors in a row that may die before their first call."""
 _AHEAD = 4
-"""Calls per actor that may be done before an earlier one is: results are given in order, and memory is bounded."""
+"""Calls per actor that may finish before an earlier one: results keep the order of the calls, in bounded memory."""
 _TICK = 0.2
 _RAY_FOLDER = "/tmp/ray"
 _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -33,7 +32,7 @@ _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
 @contextmanager
 def connected(cpus: int) -> Iterator[None]:
-    """Use the Ray cluster that this process is in or RAY_ADDRESS names, or start one on this machine for the time."""
+    """Connect to the cluster of this process or of RAY_ADDRESS, or start one on this machine for the block."""
     started = not ray.is_initialized()
     if started and (address := os.environ.get("RAY_ADDRESS")):
         try:
@@ -42,7 +41,7 @@ def connected(cpus: int) -> Iterator[None]:
             reason = " ".join(str(error).split())
             raise UserError(f"there is no Ray cluster to join at RAY_ADDRESS={address}: {reason}") from None
     elif started:
-        # Ray would otherwise leave a token in the home directory, which later clusters ask for.
+        # Otherwise Ray leaves a token in the home directory, which later clusters demand.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(
             address="local",
@@ -68,7 +67,7 @@ def _short_folder() -> str | None:
 
 
 class _Worker:
-    """What the actors are."""
+    """The class of the actors."""
 
     def call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         return function(*arguments)
@@ -88,7 +87,7 @@ class _Busy(NamedTuple):
 
 
 class Pool:
-    """`size` actors with `cpus` and `gpus` of their own each."""
+    """`size` actors with `cpus` and `gpus` each."""
 
     def __init__(self, size: int, cpus: float = 1, gpus: float = 0) -> None:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
@@ -96,18 +95,18 @@ class Pool:
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, _Busy] = {}
-        self._stillborn = 0
+        self._failed_starts = 0
         for _ in range(size):
             self._start()
 
     @property
     def size(self) -> int:
-        """Return the number of actors, whatever state they are in."""
+        """Return the number of actors in any state."""
         return len(self._idle) + len(self._starting) + len(self._busy)
 
     @property
-    def waits(self) -> bool:
-        """Return whether there is no actor that could do anything."""
+    def is_starting(self) -> bool:
+        """Return whether no actor has started yet."""
         return not self._idle and not self._busy
 
     def map(
@@ -117,16 +116,16 @@ class Pool:
         timeout: float = float("inf"),
         tick: Callable[[], None] = lambda: None,
     ) -> Iterator[Any]:
-        """Yield what `function(*arguments)` gives for each of `calls`, in their order.
+        """Yield `function(*arguments)` for each of `calls`, in their order.
 
         Args:
             function: importable by the actors.
-            calls: the arguments of each call, taken as they are needed.
-            timeout: seconds after which an actor is taken to hang in a call.
-            tick: called all the time; what it raises ends the work.
+            calls: the arguments of each call, consumed as they are needed.
+            timeout: seconds of a call after which its actor is replaced.
+            tick: called several times a second; an exception ends the map.
 
         Raises:
-            Exception: what a call has raised, or why actors died in it `TRIES` times.
+            Exception: that of a call, or the reason its actors died `TRIES` times.
         """
         source = (_Call(number, arguments) for number, arguments in enumerate(calls))
         again, results = deque[_Call](), dict[int, Any]()
@@ -141,8 +140,8 @@ class Pool:
                         more = False
                         continue
                     taken = max(taken, call.number + 1)
-                    self._make(call, function, timeout)
-                self._welcome()
+                    self._submit(call, function, timeout)
+                self._collect_started()
                 for busy, result, failure in self._finished(timeout):
                     if isinstance(failure, RayTaskError):
                         raise failure.cause
@@ -166,14 +165,14 @@ class Pool:
             ray.kill(actor)
         self._idle, self._starting, self._busy = [], {}, {}
 
-    def _make(self, call: _Call, function: Callable[..., Any], timeout: float) -> None:
+    def _submit(self, call: _Call, function: Callable[..., Any], timeout: float) -> None:
         actor = self._idle.pop()
         call.tries += 1
         reference = actor.call.remote(function, call.arguments)
         self._busy[reference] = _Busy(actor, call, time.monotonic() + timeout)
 
     def _finished(self, timeout: float) -> list[tuple[_Busy, Any, Exception | None]]:
-        """Wait a moment; return the calls that are over, each with its result or its failure."""
+        """Wait a moment; return the finished calls, each with its result or its failure."""
         if not self._busy:
             time.sleep(_TICK)
             return []
@@ -193,8 +192,8 @@ class Pool:
                 self._replace(busy.actor)
         return over
 
-    def _welcome(self) -> None:
-        """Take in the actors that have come to life."""
+    def _collect_started(self) -> None:
+        """Add the actors that have started to the idle ones."""
         if not self._starting:
             return
         ready, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
@@ -202,11 +201,11 @@ class Pool:
             actor, (_, failure) = self._starting.pop(reference), _outcome(reference)
             if failure is None:
                 self._idle.append(actor)
-                self._stillborn = 0
+                self._failed_starts = 0
                 continue
             self._replace(actor)
-            self._stillborn += 1
-            if self._stillborn >= TRIES:
+            self._failed_starts += 1
+            if self._failed_starts >= TRIES:
                 raise failure
 
     def _start(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ebwm_dist.cluster.capacity import SETTLE, CapacityError, allowed_nodes, best, count_nodes, wait_for_nodes
+from ebwm_dist.cluster.capacity import SETTLE, CapacityError, allowed_nodes, count_nodes, most_nodes, wait_for_nodes
 from ebwm_dist.config import Config
 from ebwm_dist.errors import ConfigError
 
@@ -24,7 +24,7 @@ def test_only_worlds_that_divide_the_batch() -> None:
     assert allowed_nodes(config(num_nodes=6, min_nodes=2)) == [6, 4, 3, 2]
     with pytest.raises(ConfigError, match="10 ranks"):
         allowed_nodes(config(num_nodes=5, min_nodes=2))
-    assert [best([4, 2], free) for free in (9, 4, 3, 2, 1)] == [4, 4, 2, 2, 0]
+    assert [most_nodes([4, 2], free) for free in (9, 4, 3, 2, 1)] == [4, 4, 2, 2, 0]
 
 
 def test_a_node_counts_as_often_as_its_workers_fit() -> None:

@@ -16,7 +16,7 @@ from ebwm_dist.checkpoint.folder import list_checkpoints, prune
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster import evaluation
 from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
-from ebwm_dist.cluster.results import Results, line, read_evaluations
+from ebwm_dist.cluster.results import Results, console_line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
@@ -139,7 +139,7 @@ def test_checkpoints_are_evaluated_newest_first_whatever_fails(
     for step in (1, 3, 4):
         expected = alone(paths[step - 1], config.evaluation)
         assert close_to({key: records[step][key] for key in expected}, expected)
-        assert records[step]["workers"] == 2 and line(records[step]) in said
+        assert records[step]["workers"] == 2 and console_line(records[step]) in said
     assert "mp_rank_00_model_states.pt has" in records[2]["error"] and records[2]["tries"] == 3
     evaluated = [text.split()[1] for text in said if text.startswith("step")]
     assert evaluated[:2] == ["3", "4"], said

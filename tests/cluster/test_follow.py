@@ -16,7 +16,7 @@ import pytest
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
 from ebwm_dist.cluster.results import read_evaluations
-from ebwm_dist.cluster.run_status import read_view
+from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.evaluation.shards import evaluate_shard, merge
 from tests.cluster.clusters import cluster, submit_command
@@ -94,5 +94,5 @@ def test_a_submitted_run_is_evaluated_by_the_nodes_it_leaves_free(tmp_path: Path
     assert "driver: step 30 evaluation | loss" in text
     assert {"ebwm_step", "ebwm_loss", "ebwm_energy_gap", "ebwm_nodes_alive"} <= seen, seen
     assert not list((run_dir / "checkpoints").glob("*lease*"))
-    view = read_view(run_dir)
-    assert view.finished and view.nodes is not None and sum(node["alive"] for node in view.nodes["nodes"]) == 4
+    status = read_status(run_dir)
+    assert status.finished and status.nodes is not None and sum(node["alive"] for node in status.nodes["nodes"]) == 4

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from ebwm_dist.cluster import group as groups
+from ebwm_dist.cluster import worker
 from ebwm_dist.cluster.capacity import wait_for_nodes
+from ebwm_dist.cluster.evaluation import is_finished
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.config import Config
 
@@ -44,6 +48,32 @@ def test_an_error_while_watching_neither_ends_nor_deafens_the_training(
     assert group.run(watch) == 3
     warnings = capsys.readouterr().out
     assert warnings.count("WARNING") == 1 and "the cluster does not answer" in warnings
+
+
+def test_a_worker_hears_of_a_stop_after_answers_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STOP_POLL", 0.0)
+    answers = iter([RaySystemError("no answer"), OSError("no answer"), None, "SIGTERM"])
+
+    def get(reference: None, timeout: float) -> str | None:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("ray.get", get)
+    stop = SimpleNamespace(reason=None)
+    worker.forward_stop(stop, SimpleNamespace(stop_reason=SimpleNamespace(remote=lambda: None)))
+    assert stop.reason == "SIGTERM"
+
+
+def test_a_run_is_finished_at_the_step_it_was_to_stop_after(tmp_path: Path) -> None:
+    config = Config()
+    config.training.stop_after = 4
+    for step, finished in ((3, False), (4, True)):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "COMMITTED.json").touch()
+        assert is_finished(config, tmp_path) == finished
 
 
 def test_nodes_are_waited_for_while_the_cluster_does_not_answer() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
-from ebwm_dist.cluster.run_status import read_view
+from ebwm_dist.cluster.run_status import read_status
 from tests.cluster.clusters import QUIET, wait_for
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY, steps_done
 from tests.runs import write_config
@@ -142,9 +142,9 @@ def test_the_script_of_slurm_on_three_machines(name: str, tmp_path: Path) -> Non
     submit(stop=True)
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 17\n" and 5 <= saved() < 150, told()
     assert submit(stop=False) == 0 and saved() == 150, told()
-    view = read_view(run_dir)
-    assert [event["world_size"] for event in view.events if event["event"] == "start"] == [2, 2]
-    assert view.nodes is not None
-    assert {node["address"] for node in view.nodes["nodes"]} == {ADDRESS.format(number) for number in numbers}
+    status = read_status(run_dir)
+    assert [event["world_size"] for event in status.events if event["event"] == "start"] == [2, 2]
+    assert status.nodes is not None
+    assert {node["address"] for node in status.nodes["nodes"]} == {ADDRESS.format(number) for number in numbers}
     steps = [json.loads(line)["step"] for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
     assert 150 in steps and len(steps) == len(set(steps)), steps

@@ -35,7 +35,7 @@ def test_an_error_is_the_same_on_another_rank_and_node() -> None:
     policy = RestartPolicy(9)
     for rank, node, pause in ((0, "host, node a", 1), (1, "other, node c", None)):
         error = WorkerError("program", rank, f"ValueError: bad in rank {rank}", "Traceback ...")
-        assert policy.judge(describe({rank: error}, {rank: node}, 7, {}), 5).pause == pause
+        assert policy.decide(describe({rank: error}, {rank: node}, 7, {}), 5).pause == pause
 
 
 def test_kinds_of_errors() -> None:
@@ -52,27 +52,27 @@ def test_kinds_of_errors() -> None:
 
 def test_restarts_without_progress_are_bounded_and_ever_slower() -> None:
     policy = RestartPolicy(8)
-    pauses = [policy.judge(failure(), 5).pause for _ in range(9)]
+    pauses = [policy.decide(failure(), 5).pause for _ in range(9)]
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, None]
-    assert RestartPolicy(0).judge(failure(), 5).pause is None
+    assert RestartPolicy(0).decide(failure(), 5).pause is None
 
 
 def test_a_newer_checkpoint_gives_new_restarts() -> None:
     policy = RestartPolicy(2)
-    verdicts = [policy.judge(failure(), committed) for committed in (0, 0, 5, 5, 10, 10, 10)]
-    assert [verdict.pause for verdict in verdicts] == [1, 2, 1, 2, 1, 2, None]
-    assert "2 restarts without a new checkpoint" in verdicts[-1].reason
+    decisions = [policy.decide(failure(), committed) for committed in (0, 0, 5, 5, 10, 10, 10)]
+    assert [decision.pause for decision in decisions] == [1, 2, 1, 2, 1, 2, None]
+    assert "2 restarts without a new checkpoint" in decisions[-1].reason
 
 
 def test_the_same_error_at_the_same_step_is_not_tried_again() -> None:
     policy = RestartPolicy(9)
-    assert policy.judge(failure("program", 7, "ValueError: a"), 5).pause == 1
-    assert policy.judge(failure("program", 7, "ValueError: b"), 5).pause == 2
-    assert policy.judge(failure("program", 8, "ValueError: b"), 5).pause == 4
-    verdict = policy.judge(failure("program", 8, "ValueError: b"), 5)
-    assert verdict.pause is None and "the same error twice after step 8" in verdict.reason
+    assert policy.decide(failure("program", 7, "ValueError: a"), 5).pause == 1
+    assert policy.decide(failure("program", 7, "ValueError: b"), 5).pause == 2
+    assert policy.decide(failure("program", 8, "ValueError: b"), 5).pause == 4
+    decision = policy.decide(failure("program", 8, "ValueError: b"), 5)
+    assert decision.pause is None and "the same error twice after step 8" in decision.reason
 
     for kind in ("lost", "peer"):  # two machines may fail at the same step
         policy = RestartPolicy(9)
-        assert all(policy.judge(failure(kind), 5).pause for _ in range(2))
-    assert RestartPolicy(9).judge(failure("user"), 5).pause is None
+        assert all(policy.decide(failure(kind), 5).pause for _ in range(2))
+    assert RestartPolicy(9).decide(failure("user"), 5).pause is None

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ebwm_dist.cluster import dashboard
 from ebwm_dist.cluster.dashboard import Dashboard
-from ebwm_dist.cluster.run_status import read_view
+from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.cluster.watch import frame, live, sparks
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.errors import UserError
@@ -61,7 +61,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def shown(run_dir: Path) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(frame(read_view(run_dir)))
+    console.print(frame(read_status(run_dir)))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -106,13 +106,13 @@ def test_a_run_that_has_barely_begun_or_is_over(run_dir: Path, tmp_path: Path) -
     text = shown(run_dir)
     assert "step 0/10" in text and "no step yet" in text and "none yet" in text
     with pytest.raises(UserError, match="does not exist: name a folder that"):
-        read_view(tmp_path / "nowhere")
+        read_status(tmp_path / "nowhere")
 
 
 def test_only_the_end_of_long_metrics_is_read(run_dir: Path) -> None:
     write_lines(run_dir / "metrics.jsonl", [train_record(step) for step in range(1, 3001)])
-    view = read_view(run_dir)
-    assert view.step == 3000 and 100 < len(view.train) < 2000 and view.silent is not None
+    status = read_status(run_dir)
+    assert status.step == 3000 and 100 < len(status.train) < 2000 and status.idle is not None
 
 
 def test_sparks() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
-from ebwm_dist.cluster.run_status import read_view
+from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.errors import ConfigError
@@ -56,7 +56,7 @@ def test_a_run_and_its_checkpoint(run_dir: Path) -> None:
         config = Run(path).config
         assert (config.mcmc.gradient, config.mcmc.step_size_jitter) == ("full", 2.0)
         assert (config.training.position_chunk, config.evaluation.max_mcmc_steps) == (8, 3)
-    assert read_view(run_dir).config == config
+    assert read_status(run_dir).config == config
 
 
 def test_an_export(run_dir: Path, tmp_path: Path) -> None:
