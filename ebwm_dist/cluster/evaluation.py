@@ -64,7 +64,7 @@ class Follower:
         self.folder = ""
         with suppress(FileNotFoundError):  # the folder of a job may have been replaced; its paths are absolute
             self.folder = os.getcwd()
-        self.results = Results(config, run_dir)
+        self.results = Results(config, run_dir, log)
         known = read_evaluations(run_dir).values()
         self.done = {(record["step"], record["checkpoint"]) for record in known if "error" not in record}
         self.failures: dict[tuple[int, str], list[float]] = {}

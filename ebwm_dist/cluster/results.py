@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,36 @@ def read_evaluations(run_dir: Path) -> dict[int, Record]:
 
 
 class Results:
-    """Writes the evaluations of a run."""
+    """Writes the evaluations of a run; a failure of Weights & Biases is logged once and ends nothing else."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self._path = run_dir / FILE
-        self._wandb = _Wandb(config, run_dir) if config.wandb.mode != "disabled" else None
+    def __init__(self, config: Config, run_dir: Path, log: Callable[[str], None] = print) -> None:
+        self._path, self._log = run_dir / FILE, log
+        self._wandb: _Wandb | None = None
+        if config.wandb.mode != "disabled":
+            with self._wandb_failures():
+                self._wandb = _Wandb(config, run_dir)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the record of an evaluation; numbers that JSON cannot hold become null."""
         append_record(self._path, record)
         if self._wandb is not None:
-            self._wandb.write(record)
+            with self._wandb_failures():
+                self._wandb.write(record)
 
     def close(self) -> None:
         """Finish the run of Weights & Biases."""
         if self._wandb is not None:
-            self._wandb.close()
+            with self._wandb_failures():
+                self._wandb.close()
+
+    @contextmanager
+    def _wandb_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._log(f"WARNING: evaluations are not sent to Weights & Biases any more: {reason}")
 
 
 def follow_command(config: Config) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,6 +188,22 @@ def test_a_follower_goes_on_where_another_was_killed(config: Config, monkeypatch
     config.seed = 1
     add_checkpoint(config, 2)
     assert [step for _, (step, _) in second.pending()] == [3, 2]
+
+
+def test_evaluations_are_recorded_without_wandb(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server cannot be reached, at the start or later: one line says so."""
+    record = {"step": 2, "checkpoint": "a", "loss": [2.0], "trained_steps": 1}
+    config.wandb.mode = "online"
+    sent = SimpleNamespace(define_metric=lambda *_, **__: None)
+    for init in (lambda **_: 1 / 0, lambda **_: sent):
+        monkeypatch.setattr("wandb.init", init)
+        warnings: list[str] = []
+        results = Results(config, Path(config.run_dir), warnings.append)
+        for step in (1, 2):
+            results.write({**record, "step": step})
+        results.close()
+        assert len(warnings) == 1 and warnings[0].startswith("WARNING: evaluations are not sent to Weights & Biases")
+    assert list(read_evaluations(Path(config.run_dir))) == [1, 2]
 
 
 @pytest.mark.slow
