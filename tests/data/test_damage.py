@@ -57,19 +57,19 @@ def test_intact_data_has_no_problems(tiny: Manifest) -> None:
 
 def test_missing_shard(copied: Manifest) -> None:
     (copied.folder / NAME).unlink()
-    with pytest.raises(DataError, match=f"missing shard: .*{NAME}"):
+    with pytest.raises(DataError, match=f"missing file: .*{NAME}"):
         copied.check_files()
-    with pytest.raises(DataError, match=f"missing shard: .*{NAME}"):
+    with pytest.raises(DataError, match=f"missing file: .*{NAME}"):
         read_all(copied)
     (problem,) = problems(copied, deep=False)
-    assert "missing shard" in problem and NAME in problem
+    assert "missing file" in problem and NAME in problem
 
 
 def test_missing_index(copied: Manifest) -> None:
     (copied.folder / "train-000003.index.json").unlink()
-    with pytest.raises(DataError, match=r"missing shard: .*train-000003\.index\.json"):
+    with pytest.raises(DataError, match=r"missing file: .*train-000003\.index\.json"):
         copied.check_files()
-    with pytest.raises(DataError, match=r"missing shard: .*train-000003\.index\.json"):
+    with pytest.raises(DataError, match=r"missing file: .*train-000003\.index\.json"):
         read_all(copied)
 
 

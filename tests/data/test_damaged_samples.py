@@ -83,7 +83,7 @@ def test_replacements_depend_on_order_and_damage_alone(pair: tuple[Mixture, Mixt
 
 
 def test_by_default_a_damaged_sample_ends_the_stream(pair: tuple[Mixture, Mixture]) -> None:
-    with pytest.raises(DataError, match=r"missing shard: .*train-000001\.tar"):
+    with pytest.raises(DataError, match=r"missing file: .*train-000001\.tar"):
         SampleStream(
             DataConfig(sequence_length=16),
             pair[1],

@@ -186,13 +186,13 @@ FAULTS = [
     Fault(missing_member, "at the place of its"),
     Fault(swapped_members, "at the place of its"),
     Fault(swapped_payloads, "not those that were written", BLOCKS),
-    Fault(bad_json, "its JSON is invalid", CLIPS),
+    Fault(bad_json, "not those that were written", CLIPS),
     Fault(wrong_dtype, "it holds >", BLOCKS),
     Fault(beyond_the_vocabulary, "beyond the vocabulary", ("tokens",)),
     Fault(not_finite, "not finite", ("latents",)),
     Fault(unreadable_video, "unreadable", CLIPS),
     Fault(zero_length, "the file ends"),
-    Fault(missing_shard, "missing shard"),
+    Fault(missing_shard, "missing file"),
 ]
 CASES = [pytest.param(f, kind, id=f"{f.do.__name__}-{kind}") for f in FAULTS for kind in f.kinds]
 

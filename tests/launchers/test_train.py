@@ -180,7 +180,7 @@ def copied_data(launch_arguments: list[str], tmp_path: Path) -> Path:
         (["data.path=/nowhere/text"], "data folder /nowhere/text does not exist; run `make data`, or for your own"),
         (["model.vocab_size=400"], "model.vocab_size is 400, but the tokens in "),
         (["data.sequence_length=8"], "data.sequence_length is 8, but the tokens in "),
-        (["data.path=COPY/without-shard"], "missing shard: COPY/without-shard/train-000001.tar does not exist"),
+        (["data.path=COPY/without-shard"], "missing file: COPY/without-shard/train-000001.tar does not exist"),
         (["data.path=COPY/other-tokenizer"], "COPY/other-tokenizer/tokenizer.model"),
         (["training.global_batch_size=14"], "training.global_batch_size = 14: 2 ranks with "),
     ],

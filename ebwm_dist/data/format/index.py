@@ -18,7 +18,6 @@ import numpy as np
 
 from ebwm_dist.data.format.manifest import Manifest, Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, check_count
-from ebwm_dist.errors import DataError
 from ebwm_dist.files import write_atomically
 
 TAR_BLOCK = 512  # bytes of the header in front of every member's payload
@@ -67,11 +66,7 @@ def write_index(folder: Path, shard: Shard, records: Sequence[Record], checksums
 
 def read_index(manifest: Manifest, shard: Shard) -> Index:
     """Read the index beside a shard and check it against the shard's entry in the manifest."""
-    path = f"{manifest.name}/{shard.index_path}"
-    try:
-        raw = manifest.read(shard.index_path, shard.sha256)
-    except FileNotFoundError:
-        raise DataError(f"missing shard: the index {path} does not exist; {manifest.how_to_repair}") from None
+    raw, path = manifest.read(shard.index_path, shard.sha256), f"{manifest.name}/{shard.index_path}"
     try:
         content = json.loads(raw)
         owner = (str(content["shard"]), str(content["sha256"]))
@@ -85,23 +80,20 @@ def read_index(manifest: Manifest, shard: Shard) -> Index:
         )
         checksums = np.array([crc for r in content["records"] for crc in r["crc32"]], dtype=np.uint32)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DataError(
-            f"index {path} is damaged ({type(error).__name__}: {error}); {manifest.how_to_repair}"
-        ) from None
+        raise manifest.error(f"index {path} is damaged ({type(error).__name__}: {error})") from None
     if owner != (shard.path, shard.sha256):
-        raise DataError(
+        raise manifest.error(
             f"shard that disagrees with its manifest: {path} is the index of {owner[0]} (sha256 {owner[1][:12]}), the "
-            f"manifest lists {shard.path} (sha256 {shard.sha256[:12]}): one of them is from another data set; "
-            f"{manifest.how_to_repair}"
+            f"manifest lists {shard.path} (sha256 {shard.sha256[:12]}): one of them is from another data set"
         )
     if len(checksums) != shard.samples:
-        raise DataError(
+        raise manifest.error(
             f"shard that disagrees with its manifest: the index of {shard.path} lists {len(checksums)} samples, "
-            f"the manifest says {shard.samples}; {manifest.how_to_repair}"
+            f"the manifest says {shard.samples}"
         )
     for record in records:
         if reason := _fault(record, manifest.sample_format, shard.bytes):
-            raise DataError(f"{shard.path}, key {record.key}: {reason}; {manifest.how_to_repair}")
+            raise manifest.error(f"{shard.path}, key {record.key}: {reason}")
     return Index(records, checksums)
 
 
@@ -117,7 +109,7 @@ def finished_shard(folder: Path, name: str) -> Shard | None:
 
 
 def _fault(record: Record, sample_format: SampleFormat, size: int) -> str | None:
-    """Return what is wrong with a record of a shard of `size` bytes."""
+    """Return the problem of a record of a shard of `size` bytes, or None."""
     if "/" in record.key or "\\" in record.key:
         return "its key is not a plain name"  # but a path, by which unpacking the tar might escape its folder
     found, extensions = tuple(member.extension for member in record.members), sample_format.extensions

@@ -111,11 +111,6 @@ class Manifest:
         return hashlib.sha256(json.dumps([VERSION, describe_format(self.sample_format), shards]).encode()).hexdigest()
 
     @property
-    def how_to_repair(self) -> str:
-        """Return the end of messages about a file that is missing or damaged."""
-        return f"restore the file or run {self.sample_format.tool} again"
-
-    @property
     def token_format(self) -> TokenFormat:
         """Return the format of token rows; a folder of anything else is a DataError."""
         if not isinstance(self.sample_format, TokenFormat):
@@ -182,9 +177,18 @@ class Manifest:
                 f"{file} is incomplete or damaged ({type(error).__name__}: {error}); {_MAKE_AGAIN}"
             ) from None
 
+    def error(self, problem: str) -> DataError:
+        """Return the error about a file that is missing or damaged."""
+        return DataError(f"{problem}; restore the file or run {self.sample_format.tool} again")
+
     def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
         """Return the content of a small file of the folder; a cached copy must be of the same `version`."""
-        return self.remote.read(name, version, sha256) if self.remote else (self.folder / name).read_bytes()
+        if self.remote is not None:
+            return self.remote.read(name, version, sha256)
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise self.error(f"missing file: {self.folder / name} does not exist") from None
 
     def read_tokenizer(self) -> bytes:
         """Return the tokenizer that the shards were made with."""
@@ -195,7 +199,10 @@ class Manifest:
         """Return a file descriptor to read a shard with."""
         if self.remote is not None:
             return self.remote.open(shard.path, shard.bytes, shard.sha256)
-        return os.open(self.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.open(self.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self.error(f"missing file: {self.folder / shard.path} does not exist") from None
 
     def fetch(self, shard: Shard) -> None:
         """Bring a remote shard and its index to this machine."""
@@ -211,12 +218,12 @@ class Manifest:
         """Check that a shard and its index exist and that its size is the manifest's."""
         for path in (self.folder / shard.path, self.folder / shard.index_path):
             if not path.is_file():
-                raise DataError(f"missing shard: {path} does not exist, the manifest lists it; {self.how_to_repair}")
+                raise self.error(f"missing file: {path} does not exist, the manifest lists it")
         size = (self.folder / shard.path).stat().st_size
         if size != shard.bytes:
-            raise DataError(
+            raise self.error(
                 f"shard that disagrees with its manifest: {self.folder / shard.path} has {size} bytes, "
-                f"the manifest says {shard.bytes}; {self.how_to_repair}"
+                f"the manifest says {shard.bytes}"
             )
 
     def check_tokenizer(self, sha256: str, name: str) -> None:

@@ -8,7 +8,6 @@ dtypes against index and manifest. Nothing is ever unpickled.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import zlib
@@ -34,12 +33,7 @@ class OpenShard:
         self.manifest = manifest
         self.index = read_index(manifest, shard)
         self._first = np.cumsum([0, *(record.samples for record in self.index.records)])
-        try:
-            self._fd = manifest.open(shard)
-        except FileNotFoundError:
-            raise DataError(
-                f"missing shard: {manifest.folder / shard.path} does not exist; {manifest.how_to_repair}"
-            ) from None
+        self._fd = manifest.open(shard)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -83,7 +77,7 @@ class OpenShard:
             raise self._damage(record, "its bytes are not those that were written (CRC-32)")
 
     def _damage(self, record: Record, reason: str) -> DataError:
-        return DataError(f"{self.shard.path}, key {record.key}: {reason}; {self.manifest.how_to_repair}")
+        return self.manifest.error(f"{self.shard.path}, key {record.key}: {reason}")
 
 
 class BlockShard(OpenShard):
@@ -153,20 +147,12 @@ class ClipShard(OpenShard):
             self._check_name(record, member, raw[at - TAR_BLOCK : at])
             files[member.extension] = raw[at : at + member.size]
             checksum = zlib.crc32(files[member.extension], checksum)
-        self._check_info(record, files["json"])
         self._check_sum(record, number, checksum)
         frames = self._decode(record, [files[extension] for extension in self._format.media])
         if frames.shape != self._format.shape:
             found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._format.shape))
             raise self._damage(record, f"its frames are {found}, the manifest says {expected}")
         return frames[None]
-
-    def _check_info(self, record: Record, info: bytes) -> None:
-        try:
-            if not isinstance(json.loads(info), dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
-            raise self._damage(record, f"its JSON is invalid ({error})") from None
 
     def _decode(self, record: Record, media: Sequence[bytes]) -> np.ndarray:
         from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
@@ -175,7 +161,7 @@ class ClipShard(OpenShard):
         try:
             return decode_clip(media[0], name) if self._format.storage == "mp4" else decode_jpegs(media, name)
         except DataError as error:
-            raise DataError(f"{error}; {self.manifest.how_to_repair}") from None
+            raise self.manifest.error(str(error)) from None
 
 
 class ShardReader:

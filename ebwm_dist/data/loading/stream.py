@@ -166,11 +166,7 @@ class SampleStream:
     ) -> None:
         mixture = as_mixture(mixture)
         _check_length(data, mixture)
-        if global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_world_size):
-            raise ConfigError(
-                f"training.global_batch_size={global_batch_size} is not a multiple of training.micro_batch_size="
-                f"{micro_batch_size} times {dp_world_size} data-parallel ranks"
-            )
+        assert global_batch_size % (micro_batch_size * dp_world_size) == 0, "see check_world"
         if len(mixture.sources) == 1 and mixture.train_samples < global_batch_size:
             raise DataError(
                 f"the train split of {mixture.name} has {mixture.train_samples} samples, fewer than one global batch "
@@ -227,17 +223,11 @@ class SampleStream:
     def _loader(self) -> DataLoader[RawBatch | UserError]:
         dataset = _MicroBatches(self._mixture, self._order, self._plan, 2 * self._window, self._skip, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
-        if self._num_workers == 0:
-            return DataLoader(dataset, batch_size=None, collate_fn=_as_is, generator=own)
-        # Each worker runs torch on one thread, as all DataLoader workers do.
+        workers: dict[str, Any] = {}
+        if self._num_workers:  # each of which runs torch on one thread, as all DataLoader workers do
+            workers = {"multiprocessing_context": _start_fork_server(), "worker_init_fn": _die_with_parent}
         return DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=_as_is,
-            generator=own,
-            num_workers=self._num_workers,
-            multiprocessing_context=_start_fork_server(),
-            worker_init_fn=_die_with_parent,
+            dataset, batch_size=None, collate_fn=_as_is, generator=own, num_workers=self._num_workers, **workers
         )
 
     def state_dict(self) -> dict[str, Any]:
