@@ -17,7 +17,7 @@ from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import run_tool
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import Fields, add_document_arguments
-from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build
+from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build_text_shards
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         holdout=tuple(sorted(set(options.holdout))),
         holdout_fraction=options.holdout_fraction,
     )
-    report = build(
+    report = build_text_shards(
         options.input,
         Tokenizer(options.tokenizer),
         options.out,

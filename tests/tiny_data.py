@@ -11,7 +11,7 @@ import sentencepiece
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_dist.prepare.documents import DocumentReader, find_documents
-from ebwm_dist.prepare.text_shards import Layout, build
+from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.workers.executors import LOCAL, Work
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "ten", "vas", "sho", "bel", "dor", "fin")
@@ -57,4 +57,4 @@ def make_tiny_data(
     tokenizer = train_tokenizer(texts, folder / "tokenizer.model", vocab_size=vocab_size)
     assert tokenizer.vocab_size == vocab_size, f"ask for at most {tokenizer.vocab_size} tokens, or more documents"
     layout = Layout(sequence_length, samples_per_member=8, members_per_shard=4, holdout=(HELD_OUT,))
-    return build([source], tokenizer, folder, layout, work=work).manifest
+    return build_text_shards([source], tokenizer, folder, layout, work=work).manifest

@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer: lossless, so that text decodes to exactly what was encoded."""
+"""The sentencepiece tokenizer: training a lossless one, loading, encoding and decoding."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memo
 
 
 class Tokenizer:
-    """Encode and decode text with the model at `path`, or of the bytes `content` that are from there.
+    """Encode and decode text with the model at `path`, or with the bytes `model` that were read from there.
 
-    The one character that does not survive is U+2581, which sentencepiece uses for the space.
+    Even a lossless one changes U+2581, which sentencepiece uses for the space.
     """
 
-    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
         self.path = Path(path)
         name = f"tokenizer {printable(path)}"
         try:
-            content = self.path.read_bytes() if content is None else content
+            model = self.path.read_bytes() if model is None else model
         except OSError as error:
             raise DataError(
                 f"{name} cannot be read ({error.strerror}); make one with data_tools/train_tokenizer.py --out PATH"
             ) from None
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(content)
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise DataError(f"{name} is not a sentencepiece model") from None
-        self.sha256: str = sha256_of_bytes(content)
+        self.sha256: str = sha256_of_bytes(model)
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id: int = self._processor.pad_id()
         self.bos_id: int = self._processor.bos_id()
@@ -79,17 +79,10 @@ class Tokenizer:
 
 def load_tokenizer(manifest: Manifest) -> Tokenizer:
     """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
-    content = manifest.read_tokenizer() if manifest.remote else None
-    tokenizer = Tokenizer(manifest.folder / manifest.token_format.tokenizer, content)
+    model = manifest.read_tokenizer() if manifest.remote else None
+    tokenizer = Tokenizer(manifest.folder / manifest.token_format.tokenizer, model)
     manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
     return tokenizer
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.splitlines():
-            for start in range(0, len(line), _LONGEST_LINE):
-                yield line[start : start + _LONGEST_LINE]
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_type: str = "unigram") -> Tokenizer:
@@ -102,7 +95,9 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
 
     def lines() -> Iterator[str]:
         try:
-            yield from _lines(texts)
+            for text in texts:
+                for line in text.splitlines():
+                    yield from (line[start : start + _LONGEST_LINE] for start in range(0, len(line), _LONGEST_LINE))
         except BaseException as error:
             failures.append(error)
             raise

@@ -1,7 +1,6 @@
-"""Make a data folder of text: documents -> tokens -> packed rows -> shards -> manifest.
+"""Build a data folder of text: documents -> tokens -> packed rows -> shards -> manifest.
 
-The old manifest is removed first and the new one written last, so a folder with a manifest is always whole. A run that
-was interrupted keeps its shards: the next one reads all documents again, but encodes only those after the last shard.
+After an interruption the next run reads all documents again, but encodes only those after the last finished shard.
 """
 
 from __future__ import annotations
@@ -22,18 +21,11 @@ from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import printable, write_atomically
+from ebwm_dist.files import printable, sha256_of_file, write_atomically
 from ebwm_dist.prepare.build_state import begin, finish, load_position, save_position, up_to_date
-from ebwm_dist.prepare.documents import (
-    Document,
-    DocumentReader,
-    Fields,
-    Reject,
-    find_documents,
-    is_held_out,
-)
+from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, Reject, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
-from ebwm_dist.prepare.listing import InputFile, describe_inputs
+from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.packing import Packer
 from ebwm_dist.workers.executors import LOCAL, Work
 
@@ -45,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows are laid out and which groups are held out: all settings that change the shards."""
+    """Rows, shards and held-out groups: the settings that change the shards."""
 
     sequence_length: int
     samples_per_member: int = 64
@@ -56,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Report:
-    """What `build` did."""
+    """Result of `build_text_shards`."""
 
     manifest: Manifest
     up_to_date: bool
@@ -66,9 +58,9 @@ class Report:
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the whole shards of a split end: after `offset` tokens of the document that follows `documents` others.
+    """Where the finished shards of a split end: after `offset` tokens of the document that follows `documents` others.
 
-    They hold `samples` rows; `tokens` are those of the documents before, and `last` is the last token of the last row.
+    They hold `samples` rows; `tokens` counts those of the documents before, and `last` is the last row's last token.
     """
 
     shards: int
@@ -80,7 +72,7 @@ class _Position:
 
 
 class _SplitBuilder:
-    """Collects one split: packs its tokens, writes its shards, counts what went in; begins where a run before ended."""
+    """Packs and writes one split and counts its documents, from the end of the shards of an interrupted run on."""
 
     def __init__(self, folder: Path, split: str, sample_format: TokenFormat, layout: Layout) -> None:
         self._folder, self._split, self._length = folder, split, sample_format.sequence_length
@@ -94,14 +86,14 @@ class _SplitBuilder:
         self._added, self._samples, self._tokens = self._start.documents, self._start.samples, self._start.tokens
 
     def is_done(self, document: Document) -> bool:
-        """Count the next document; tell whether the shards that are there hold all of it."""
+        """Count the next document; return whether the shards of an interrupted run hold all of it."""
         self.groups.add(document.group)
         self._documents += 1
         self._text_bytes += len(document.text.encode("utf-8"))
         return self._documents <= self._start.documents
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append the tokens of the next document that was not done."""
+        """Append the tokens of the next document that is not done."""
         resumed = self._added == self._start.documents
         for block in self._packer.add(tokens[self._start.offset :] if resumed else tokens):
             shards = len(self._writer.shards)
@@ -113,7 +105,7 @@ class _SplitBuilder:
         self._tokens += len(tokens)
 
     def _save(self, tokens: np.ndarray) -> None:
-        """Keep the position after the last shard, which ends within the document of these tokens."""
+        """Save the position after the last shard, which ends within the document of these tokens."""
         offset = self._samples * self._length - self._tokens
         shards = self._start.shards + len(self._writer.shards)
         position = _Position(shards, self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
@@ -128,7 +120,7 @@ class _SplitBuilder:
 
 
 def _resume(folder: Path, split: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
-    """Return where to go on and the shards before it, if they are all whole; else the beginning."""
+    """Return the saved position and the shards before it, if all of them are whole; else the beginning."""
     try:
         position = _Position(**load_position(folder, split))
     except TypeError:
@@ -138,7 +130,7 @@ def _resume(folder: Path, split: str, beginning: _Position) -> tuple[_Position, 
     return (position, kept) if len(kept) == position.shards else (beginning, [])
 
 
-def build(
+def build_text_shards(
     inputs: Iterable[str | Path],
     tokenizer: Tokenizer,
     out: Path,
@@ -149,7 +141,12 @@ def build(
     allow_lossy: bool = False,
     work: Work = LOCAL,
 ) -> Report:
-    """Make the data folder `out`, unless it holds exactly this already."""
+    """Build the data folder `out`, unless it is up to date.
+
+    Raises:
+        UserError: missing or malformed inputs, a held-out group that is not in the input, a split without documents,
+            or a lossy tokenizer without `allow_lossy`.
+    """
     start = time.monotonic()
     if lost := tokenizer.losses():
         message = f"tokenizer {printable(tokenizer.path)} is lossy: decoding does not give back {', '.join(lost)}"
@@ -160,14 +157,15 @@ def build(
     fields = fields or Fields()
     source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}
     source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}
-    if (existing := up_to_date(out, source)) is not None and _has_tokenizer(existing):
-        rejects = existing.source["rejects"]
-        return Report(existing, True, time.monotonic() - start, rejects)
+    model = out / TOKENIZER_NAME
+    has_model = model.is_file() and sha256_of_file(model) == tokenizer.sha256
+    if (existing := up_to_date(out, source)) is not None and has_model:
+        return Report(existing, True, time.monotonic() - start, existing.source["rejects"])
 
     begin(out, source)
     (out / REJECTS_NAME).unlink(missing_ok=True)
-    if not (out / TOKENIZER_NAME).exists() or Tokenizer(out / TOKENIZER_NAME).sha256 != tokenizer.sha256:
-        write_atomically(out / TOKENIZER_NAME, tokenizer.path.read_bytes())
+    if not has_model:
+        write_atomically(model, tokenizer.path.read_bytes())
 
     reader = DocumentReader(files, fields, on_error)
     sample_format = TokenFormat(
@@ -181,7 +179,7 @@ def build(
         tokenizer_sha256=tokenizer.sha256,
     )
     builders = {name: _SplitBuilder(out, name, sample_format, layout) for name in SPLITS}
-    _fill(builders, reader, tokenizer, layout, files, work)
+    _add_documents(builders, reader, tokenizer, layout, work)
     if reader.rejects:
         _write_rejects(out / REJECTS_NAME, reader.rejects)
     manifest = Manifest(
@@ -195,15 +193,14 @@ def build(
     return Report(manifest, False, time.monotonic() - start, len(reader.rejects))
 
 
-def _fill(
+def _add_documents(
     builders: dict[str, _SplitBuilder],
     reader: DocumentReader,
     tokenizer: Tokenizer,
     layout: Layout,
-    files: list[InputFile],
     work: Work,
 ) -> None:
-    """Send every document to its split; both must get some, and every group named must exist."""
+    """Add every document to its split; both must get some, and every group of `layout.holdout` must exist."""
     from tqdm import tqdm
 
     names = frozenset(layout.holdout)
@@ -221,18 +218,9 @@ def _fill(
     for name, builder in builders.items():
         if not builder.groups:
             raise UserError(
-                f"no document is left for the {name} split of {', '.join(f.name for f in files[:3])}: "
+                f"no document is left for the {name} split of {', '.join(f.name for f in reader.files[:3])}: "
                 "choose other groups with --holdout, or another --holdout-fraction"
             )
-
-
-def _has_tokenizer(manifest: Manifest) -> bool:
-    """Tell whether the tokenizer beside the shards is the one they were made with."""
-    try:
-        manifest.check_tokenizer(Tokenizer(manifest.folder / TOKENIZER_NAME).sha256, TOKENIZER_NAME)
-    except DataError:
-        return False
-    return True
 
 
 def _write_rejects(path: Path, rejects: list[Reject]) -> None:

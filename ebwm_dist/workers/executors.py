@@ -1,7 +1,7 @@
 """Run a function on many tasks: in this process, in several, or on a Ray cluster. Results come in the tasks' order.
 
-The function must be importable and its result depend on its task alone; then the executor changes nothing but the
-time. Few tasks are in flight, which bounds memory when tasks are made as they are needed.
+The function must be importable and its result depend on the task alone, so that the executor changes only the time it
+takes. Few tasks are in flight, which bounds memory when tasks are made as they are needed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ebwm_dist.errors import UserError
 
@@ -29,17 +29,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Work:
-    """Who does the work of a tool, which does not depend on it."""
+    """Executor of a tool's tasks; what the tool makes does not depend on it."""
 
     executor: str = "local"
     workers: int = 1
     gpus_per_worker: float = 0.0
-    """Of `ray`."""
+    """Only for `ray`."""
     progress: bool = False
 
     @staticmethod
     def of(options: argparse.Namespace) -> Work:
-        """Read what `add_arguments` has added, for a tool that shows its progress."""
+        """Return the executor chosen by the arguments of `add_arguments`, with a progress bar."""
         return Work(options.executor, options.workers, options.gpus_per_worker, progress=True)
 
 
@@ -70,20 +70,27 @@ def _positive(text: str) -> int:
 
 
 def run_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work: Work) -> Iterator[Result]:
-    """Yield `function(task)` for every task."""
+    """Yield `function(task)` for every task.
+
+    Raises:
+        UserError: workers die; anything else that `function` raises is raised here as well.
+    """
     if work.executor == "local":
-        yield from map(function, tasks)
-    elif work.executor == "process":
-        yield from _in_processes(function, tasks, work.workers)
-    else:
-        yield from _on_ray(function, tasks, work)
+        return map(function, tasks)
+    return (_in_processes if work.executor == "process" else _on_ray)(function, tasks, work)
 
 
-def _in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def _in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work: Work) -> Iterator[Result]:
     # Spawned, not forked: the caller may hold threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    pool = ProcessPoolExecutor(work.workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    pending: deque[Future[Result]] = deque()
     try:
-        yield from _collect(lambda task: pool.submit(function, task), lambda future: future.result(), tasks, workers)
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) == _IN_FLIGHT * work.workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory?); run the same command again with fewer --workers"
@@ -111,16 +118,3 @@ def _on_ray(function: Callable[[Task], Result], tasks: Iterable[Task], work: Wor
             raise UserError(f"Ray's workers keep failing: {reason}; run the same command again to continue") from None
         finally:
             pool.close()
-
-
-def _collect(
-    submit: Callable[[Task], Any], result: Callable[[Any], Result], tasks: Iterable[Task], workers: int
-) -> Iterator[Result]:
-    """Keep a few tasks running and yield their results in order."""
-    pending: deque[Any] = deque()
-    for task in tasks:
-        pending.append(submit(task))
-        if len(pending) == _IN_FLIGHT * workers:
-            yield result(pending.popleft())
-    while pending:
-        yield result(pending.popleft())

@@ -16,7 +16,7 @@ from ebwm_dist.data.loading.mixture_reader import MixtureReader
 from ebwm_dist.data.loading.stream import Batch, SampleStream
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError
-from ebwm_dist.prepare.text_shards import Layout, build
+from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.tiny_data import HELD_OUT, tiny_documents
 
 G = 12
@@ -36,7 +36,7 @@ def pair(tiny: Manifest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mixt
     source = root / "other.jsonl"
     source.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(30)))
     layout = Layout(16, samples_per_member=4, members_per_shard=4, holdout=(HELD_OUT,))
-    other = build([source], load_tokenizer(tiny), root / "other", layout).manifest
+    other = build_text_shards([source], load_tokenizer(tiny), root / "other", layout).manifest
     damaged = Manifest.load(shutil.copytree(tiny.folder, root / "damaged"))
     (damaged.folder / "train-000001.tar").unlink()
     raw = bytearray((damaged.folder / "train-000004.tar").read_bytes())

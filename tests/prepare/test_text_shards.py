@@ -18,11 +18,10 @@ from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
 from ebwm_dist.files import printable
-from ebwm_dist.prepare import encoding
-from ebwm_dist.prepare import text_shards as build_module
+from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
-from ebwm_dist.prepare.text_shards import Layout, Report, build
+from ebwm_dist.prepare.text_shards import Layout, Report, build_text_shards
 from ebwm_dist.workers.executors import Work
 from tests.tiny_data import HELD_OUT, lossy_tokenizer, make_tiny_data, tiny_documents
 
@@ -85,7 +84,7 @@ def test_the_same_again_does_nothing_and_other_settings_replace_everything(
     source = write_lines(tmp_path / "in.jsonl", GOOD * 9)
 
     def run(layout: Layout) -> Report:
-        return build([source], tokenizer, tmp_path / "out", layout)
+        return build_text_shards([source], tokenizer, tmp_path / "out", layout)
 
     first = run(LAYOUT)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -111,21 +110,21 @@ def test_an_interrupted_run_is_continued(
     """After any number of shards, within a document or not, the next run makes the rest and the same bytes."""
     source, layout = tiny.folder.parent / f"{tiny.folder.name}.jsonl", Layout(16, 8, 4, holdout=(HELD_OUT,))
     assert sum(len(split.shards) for split in tiny.splits.values()) > stop
-    encoded, close, closed = [], build_module.ShardWriter.close, []
+    encoded, close, closed = [], text_shards.ShardWriter.close, []
 
-    def interrupted(writer: build_module.ShardWriter) -> None:
+    def interrupted(writer: text_shards.ShardWriter) -> None:
         if len(closed) == stop:
             raise KeyboardInterrupt
         close(writer)
         closed.append(writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.ShardWriter, "close", interrupted)
+        patch.setattr(text_shards.ShardWriter, "close", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build([source], tokenizer, tmp_path / "out", layout)
+            build_text_shards([source], tokenizer, tmp_path / "out", layout)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     monkeypatch.setattr(encoding, "encode_text", lambda t, text: encoded.append(text) or encode_text(t, text))
-    build([source], tokenizer, tmp_path / "out", layout)
+    build_text_shards([source], tokenizer, tmp_path / "out", layout)
     contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tiny.folder, tmp_path / "out")]
     assert contents[0] == contents[1]
     assert len(made) == stop and made == {path: path.stat().st_mtime_ns for path in made}
@@ -137,15 +136,15 @@ def test_an_interrupted_run_leaves_no_manifest(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", GOOD * 9)
-    build([source], tokenizer, tmp_path / "out", LAYOUT)
+    build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT)
     write_lines(source, GOOD * 10)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module.ShardWriter, "close", interrupt)
+    monkeypatch.setattr(text_shards.ShardWriter, "close", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build([source], tokenizer, tmp_path / "out", LAYOUT)
+        build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT)
     with pytest.raises(DataError, match="unfinished"):
         Manifest.load(tmp_path / "out")
 
@@ -166,14 +165,14 @@ def test_malformed_lines_are_named_or_skipped(tokenizer: Tokenizer, tmp_path: Pa
     source = tmp_path / "in.jsonl"
     source.write_bytes(b"\n".join([good[0], b"", line, good[1]]))
     with pytest.raises(DataError, match=f"in.jsonl, line 3: .*{reason}"):
-        build([source], tokenizer, tmp_path / "out", LAYOUT)
+        build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
-    report = build([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    report = build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
     (reject,) = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (reject["file"], reject["line"]) == ("in.jsonl", 3) and reason in reject["reason"]
     assert report.rejects == 1 and texts_of(report.manifest, "train") == [GOOD[0]["text"]]
-    again = build([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    again = build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
     assert again.up_to_date and again.rejects == 1
 
 
@@ -189,7 +188,7 @@ def test_folders_of_text_and_gzip_files(tokenizer: Tokenizer, tmp_path: Path) ->
     (folder / "d.jsonl.gz").write_bytes((folder / "c.jsonl.gz").read_bytes()[:24])
 
     fields = Fields(text="body")
-    report = build([folder], tokenizer, tmp_path / "out", LAYOUT, fields=fields, on_error="skip")
+    report = build_text_shards([folder], tokenizer, tmp_path / "out", LAYOUT, fields=fields, on_error="skip")
     assert texts_of(report.manifest, "train") == ["kalo\r\nmiru", "sho", "bel"]
     assert texts_of(report.manifest, "val") == ["tenvas\n"]
     assert report.manifest.train.groups == 2 and report.manifest.source["empty"] == 1
@@ -204,7 +203,7 @@ def test_byte_order_marks_line_separators_and_blank_lines_are_no_errors(tokenize
     (tmp_path / "void.jsonl").touch()
     (tmp_path / "void.txt").touch()
     (tmp_path / "a.txt").write_bytes("\ufeffmiru\u2028".encode())
-    report = build([tmp_path], tokenizer, tmp_path / "out", LAYOUT)
+    report = build_text_shards([tmp_path], tokenizer, tmp_path / "out", LAYOUT)
     assert texts_of(report.manifest, "train") == ["miru\u2028", "ka\u2028lo\x85"]
     assert texts_of(report.manifest, "val") == [GOOD[1]["text"]] and report.manifest.source["empty"] == 1
 
@@ -216,12 +215,12 @@ def test_file_names_that_are_not_utf8(tokenizer: Tokenizer, tmp_path: Path) -> N
     (folder / "b.txt").write_text("miru")
     (folder / os.fsdecode(b"bad\xe9.jsonl")).write_bytes(b"{")
     with pytest.raises(DataError, match=r"caf\\xe9/bad\\xe9.jsonl, line 1: invalid JSON"):
-        build([folder], tokenizer, folder / "out", LAYOUT)
+        build_text_shards([folder], tokenizer, folder / "out", LAYOUT)
     layout = Layout(8, holdout=(printable(os.fsdecode(b"gar\xe7on")),))
-    manifest = build([folder], tokenizer, folder / "out", layout, on_error="skip").manifest
+    manifest = build_text_shards([folder], tokenizer, folder / "out", layout, on_error="skip").manifest
     assert manifest.held_out_groups == (r"gar\xe7on",) and texts_of(manifest, "val") == ["kalo"]
     assert json.loads((folder / "out" / "rejects.jsonl").read_text())["file"] == r"bad\xe9.jsonl"
-    assert build([folder], tokenizer, folder / "out", layout, on_error="skip").up_to_date
+    assert build_text_shards([folder], tokenizer, folder / "out", layout, on_error="skip").up_to_date
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
@@ -229,7 +228,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tokenizer: Tokenizer, 
     source = write_lines(tmp_path / "in.jsonl", GOOD)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"--out .*{out} cannot be made"):
-        build([source], tokenizer, tmp_path / out, LAYOUT)
+        build_text_shards([source], tokenizer, tmp_path / out, LAYOUT)
 
 
 def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
@@ -240,11 +239,21 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
         list(DocumentReader(files))
 
 
+def test_a_damaged_copy_of_the_tokenizer_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", GOOD)
+    copy = tmp_path / "out" / "tokenizer.model"
+    for _ in range(2):
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(b"damaged")
+        assert not build_text_shards([source], tokenizer, copy.parent, LAYOUT).up_to_date
+        assert copy.read_bytes() == tokenizer.path.read_bytes()
+
+
 def test_a_tokenizer_replaced_during_a_build_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", GOOD)
     tokenizer.sha256 = "0" * 64  # as if the file had been another when it was opened
     with pytest.raises(DataError, match="tokenizer.model has changed since the build began"):
-        build([source], tokenizer, tmp_path / "out", LAYOUT)
+        build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT)
 
 
 def test_linked_compressed_and_upper_case_files_are_documents_and_hidden_ones_are_not(
@@ -261,7 +270,7 @@ def test_linked_compressed_and_upper_case_files_are_documents_and_hidden_ones_ar
         file.write("tenvas")
     (folder / "c.JSONL").write_text('{"text": "miru"}\n')
     (folder / "d.txt.gz").write_bytes((folder / "b.txt.gz").read_bytes()[:24])
-    report = build([folder], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
+    report = build_text_shards([folder], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
     assert texts_of(report.manifest, "train") == ["miru", "kalo"]
     assert texts_of(report.manifest, "val") == ["tenvas"] and report.manifest.held_out_groups == ("b",)
     assert "d.txt.gz" in (tmp_path / "out" / "rejects.jsonl").read_text()
@@ -273,7 +282,7 @@ def test_an_output_folder_among_the_inputs_is_left_alone(tokenizer: Tokenizer, t
         (tmp_path / name).write_text(text)
 
     def run(*inputs: Path) -> Report:
-        return build(inputs, tokenizer, out, LAYOUT, on_error="skip")
+        return build_text_shards(inputs, tokenizer, out, LAYOUT, on_error="skip")
 
     assert run(tmp_path).rejects == 1 and run(tmp_path).up_to_date
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -287,9 +296,9 @@ def test_a_lossy_tokenizer_is_refused_or_warned_of(tmp_path: Path, caplog: pytes
     source = write_lines(tmp_path / "in.jsonl", GOOD)
     lossy = lossy_tokenizer(tmp_path / "lossy.model", byte_fallback=True)
     with pytest.raises(DataError, match="lossy.model is lossy: .*repeated spaces, newlines.*--allow-lossy"):
-        build([source], lossy, tmp_path / "out", LAYOUT)
+        build_text_shards([source], lossy, tmp_path / "out", LAYOUT)
     assert not (tmp_path / "out").exists()
-    report = build([source], lossy, tmp_path / "out", LAYOUT, allow_lossy=True)
+    report = build_text_shards([source], lossy, tmp_path / "out", LAYOUT, allow_lossy=True)
     assert "newlines" in caplog.text and texts_of(report.manifest, "val") == ["tenvas sho"]
 
 
@@ -306,7 +315,7 @@ def test_wrong_inputs_and_splits_are_user_errors(tokenizer: Tokenizer, tmp_path:
         ((), "no document is left for the val split"),
     ):
         with pytest.raises(UserError, match=message):
-            build([source], tokenizer, tmp_path / "out", Layout(8, holdout=holdout))
+            build_text_shards([source], tokenizer, tmp_path / "out", Layout(8, holdout=holdout))
         assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -318,7 +327,9 @@ def test_the_hashed_split_has_about_its_fraction_and_grows_with_it() -> None:
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.vocab_size = 70_000
-    report = build([tiny.folder.parent / "text.jsonl"], tokenizer, tmp_path / "out", Layout(16, holdout=(HELD_OUT,)))
+    report = build_text_shards(
+        [tiny.folder.parent / "text.jsonl"], tokenizer, tmp_path / "out", Layout(16, holdout=(HELD_OUT,))
+    )
     assert report.manifest.token_format.dtype == "uint32"
     expected = np.concatenate(list(ShardReader(tiny).blocks()))
     assert np.array_equal(np.concatenate(list(ShardReader(report.manifest).blocks())), expected)
