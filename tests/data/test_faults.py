@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from data_tools import verify
-from ebwm_dist.data.format.index import TAR_BLOCK, Record, read_index
+from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, read_index
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat
@@ -41,7 +41,7 @@ class Victim:
         self.path = manifest.folder / self.shard.path
         self.records = read_index(manifest, self.shard).records
 
-    def rows(self, records: Iterable[Record]) -> set[int]:
+    def rows(self, records: Iterable[IndexEntry]) -> set[int]:
         """Return the samples of some records, by their numbers in the shard."""
         starts = dict(zip(self.records, np.cumsum([0, *(r.samples for r in self.records)]).tolist(), strict=False))
         return {starts[record] + i for record in records for i in range(record.samples)}
@@ -56,7 +56,7 @@ class Victim:
             file.truncate(size)
         return self.rows(self.records[RECORD:])
 
-    def span(self, record: Record) -> slice:
+    def span(self, record: IndexEntry) -> slice:
         """Return the bytes of all members of a record, headers included."""
         padded = -(-record.members[-1].size // TAR_BLOCK) * TAR_BLOCK
         return slice(record.members[0].offset - TAR_BLOCK, record.members[-1].offset + padded)

@@ -33,7 +33,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Record:
+class IndexEntry:
     """The members of one key, in the order of the tar, and the number of samples in them."""
 
     key: str
@@ -45,11 +45,11 @@ class Record:
 class Index:
     """The records of a shard in order, and the CRC-32 of the stored bytes of each of its samples `[samples]`."""
 
-    records: tuple[Record, ...]
+    records: tuple[IndexEntry, ...]
     checksums: np.ndarray
 
 
-def write_index(folder: Path, shard: Shard, records: Sequence[Record], checksums: Sequence[int]) -> None:
+def write_index(folder: Path, shard: Shard, records: Sequence[IndexEntry], checksums: Sequence[int]) -> None:
     """Write the index of a shard, atomically."""
     left = iter(checksums)
     listed = [
@@ -71,7 +71,7 @@ def read_index(manifest: Manifest, shard: Shard) -> Index:
         content = json.loads(raw)
         owner = (str(content["shard"]), str(content["sha256"]))
         records = tuple(
-            Record(
+            IndexEntry(
                 str(r["key"]),
                 tuple(Member(str(e), check_count(o), check_count(s)) for e, o, s in r["members"]),
                 len(r["crc32"]),
@@ -108,7 +108,7 @@ def finished_shard(folder: Path, name: str) -> Shard | None:
         return None
 
 
-def _fault(record: Record, sample_format: SampleFormat, size: int) -> str | None:
+def _fault(record: IndexEntry, sample_format: SampleFormat, size: int) -> str | None:
     """Return the problem of a record of a shard of `size` bytes, or None."""
     if "/" in record.key or "\\" in record.key:
         return "its key is not a plain name"  # but a path, by which unpacking the tar might escape its folder

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ebwm_dist.data.format.index import TAR_BLOCK, Member, Record, read_index
+from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, Member, read_index
 from ebwm_dist.data.format.manifest import Manifest, Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.errors import DataError
@@ -57,7 +57,7 @@ class OpenShard:
     def _key(self, number: int, row: int) -> str:
         return self.index.records[number].key
 
-    def _bytes(self, record: Record, size: int, offset: int) -> bytes:
+    def _bytes(self, record: IndexEntry, size: int, offset: int) -> bytes:
         try:
             raw = os.pread(self._fd, size, offset)
         except OSError as error:
@@ -66,17 +66,17 @@ class OpenShard:
             raise self._damage(record, f"the file ends {size - len(raw)} bytes too early")
         return raw
 
-    def _check_name(self, record: Record, member: Member, header: bytes) -> None:
+    def _check_name(self, record: IndexEntry, member: Member, header: bytes) -> None:
         """Check the tar header in front of a member."""
         name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
         if name != f"{record.key}.{member.extension}":
             raise self._damage(record, f"at the place of its {member.extension} the shard has {name!r} instead")
 
-    def _check_sum(self, record: Record, row: int, checksum: int) -> None:
+    def _check_sum(self, record: IndexEntry, row: int, checksum: int) -> None:
         if checksum != self.index.checksums[row]:
             raise self._damage(record, "its bytes are not those that were written (CRC-32)")
 
-    def _damage(self, record: Record, reason: str) -> DataError:
+    def _damage(self, record: IndexEntry, reason: str) -> DataError:
         return self.manifest.error(f"{self.shard.path}, key {record.key}: {reason}")
 
 
@@ -108,7 +108,7 @@ class BlockShard(OpenShard):
     def _key(self, number: int, row: int) -> str:
         return f"{self.index.records[number].key}#{row}"
 
-    def _check_header(self, record: Record) -> int:
+    def _check_header(self, record: IndexEntry) -> int:
         """Check tar name and npy header of a record; return the file position of its first row."""
         (member,) = record.members
         raw = self._bytes(record, TAR_BLOCK + _NPY_HEADER, member.offset - TAR_BLOCK)
@@ -154,7 +154,7 @@ class ClipShard(OpenShard):
             raise self._damage(record, f"its frames are {found}, the manifest says {expected}")
         return frames[None]
 
-    def _decode(self, record: Record, media: Sequence[bytes]) -> np.ndarray:
+    def _decode(self, record: IndexEntry, media: Sequence[bytes]) -> np.ndarray:
         from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
 
         name = f"{self.shard.path}, key {record.key}"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ebwm_dist.data.format.index import TAR_BLOCK, Member, Record, write_index
+from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, Member, write_index
 from ebwm_dist.data.format.manifest import Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.files import sha256_of_file
@@ -41,7 +41,7 @@ class _TarShards:
         from webdataset.writer import TarWriter
 
         if self._file is None:
-            self._records: list[Record] = []
+            self._records: list[IndexEntry] = []
             self._checksums: list[int] = []
             self._file = open(self._partial, "wb")  # noqa: SIM115 (closed with the shard)
             self._tar = TarWriter(self._file, user="ebwm", group="ebwm", mode=0o644, mtime=0, encoder=False)
@@ -52,7 +52,7 @@ class _TarShards:
             end += TAR_BLOCK + -(-len(files[extension]) // TAR_BLOCK) * TAR_BLOCK
         self._tar.write({"__key__": key, **files})
         assert self._tar.tarstream.offset == end
-        self._records.append(Record(key, tuple(members), len(checksums)))
+        self._records.append(IndexEntry(key, tuple(members), len(checksums)))
         self._checksums += checksums
         if len(self._records) == self._records_per_shard:
             self.close()
