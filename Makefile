@@ -22,6 +22,12 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # A package path meant for another interpreter would win over what is installed here.
 unexport PYTHONPATH PYTHONHOME
 
+# Train a configuration into its run folder. A run that was stopped leaves with 0 as well, but what follows needs its end.
+define train
+$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/$(1).yaml run_dir=$(2)
+$(VENV)/bin/python launchers/watch.py $(2) --finished
+endef
+
 .PHONY: setup data data-video data-shapes train train-video train-shapes test check clean
 
 setup: $(STAMP)
@@ -41,18 +47,18 @@ data-video: $(VIDEO_SHARDS)
 data-shapes: $(SHAPES_LATENTS)
 
 train: setup data
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/quickstart.yaml
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_quickstart.yaml
+	$(call train,quickstart,runs/quickstart)
+	$(call train,ar_quickstart,runs/quickstart_ar)
 	$(VENV)/bin/python launchers/quickstart_report.py
 
 train-video: setup data-video
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_video_quickstart.yaml
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_video_quickstart.yaml
+	$(call train,ebwm_video_quickstart,runs/video_quickstart)
+	$(call train,ar_video_quickstart,runs/video_quickstart_ar)
 	$(VENV)/bin/python launchers/video_report.py
 
 train-shapes: setup data-shapes
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ebwm_video_shapes.yaml
-	$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/ar_video_shapes.yaml
+	$(call train,ebwm_video_shapes,runs/video_shapes)
+	$(call train,ar_video_shapes,runs/video_shapes_ar)
 	$(VENV)/bin/python launchers/video_report.py --ebwm runs/video_shapes --ar runs/video_shapes_ar
 
 test: setup

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.run import Run
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help="run folder (its newest checkpoint), a checkpoint, or an address")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
     args = parser.parse_args()
-    try:
-        print(f"exported to {export_run(Run(args.run), args.out)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    print(f"exported to {export_run(Run(args.run), args.out)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

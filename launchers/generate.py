@@ -53,7 +53,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         run(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

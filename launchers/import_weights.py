@@ -7,15 +7,14 @@ no tokenizer: that code uses one of another kind, whose token ids go in and out 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 from ebwm_dist.inference.published import import_weights
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and import."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="Lightning checkpoint, or its state dict")
@@ -24,14 +23,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.variant=adaln")
     args = parser.parse_intermixed_args()
-    try:
-        config = load_config(args.config, args.overrides)
-        print(f"imported to {import_weights(args.weights, config, args.pad_id, args.out)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    config = load_config(args.config, args.overrides)
+    print(f"imported to {import_weights(args.weights, config, args.pad_id, args.out)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 from ebwm_dist.evaluation.comparison import compare
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ebt", type=Path, default=Path("runs/quickstart"), help="run folder of the EBT")
     parser.add_argument("--ar", type=Path, default=Path("runs/quickstart_ar"), help="run folder of the twin")
     args = parser.parse_args()
-    try:
-        compare(args.ebt, args.ar)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    compare(args.ebt, args.ar)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -41,8 +41,8 @@ def main() -> int:
         if rank == 0 and config.evaluation.workers:
             print(f"evaluation.workers = {config.evaluation.workers}: to start them beside, {follow_command(config)}")
         train(config)
-    except UserError as error:
-        if rank == 0 or not error.same_on_all_ranks:
+    except (UserError, OSError) as error:
+        if rank == 0 or not getattr(error, "same_on_all_ranks", False):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
             # A launcher ends all ranks as soon as one has failed; rank 0 must have spoken by then.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 from ebwm_dist.evaluation.video import compare
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -18,13 +17,8 @@ def main() -> int:
     )
     parser.add_argument("--ar", type=Path, default=Path("runs/video_quickstart_ar"), help="run folder of the twin")
     args = parser.parse_args()
-    try:
-        compare(args.ebwm, args.ar)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    compare(args.ebwm, args.ar)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -18,6 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--once", action="store_true", help="print the status once and exit")
+    parser.add_argument("--finished", action="store_true", help="only check that the run is finished, for scripts")
     args = parser.parse_args()
 
     from rich.console import Console
@@ -26,13 +27,18 @@ def main() -> int:
     from ebwm_dist.cluster.watch import frame, live
 
     try:
+        if args.finished:
+            status = read_status(args.run)
+            if not status.finished:
+                raise UserError(f"{args.run} stopped before step {status.last_step}: start it again, and it goes on")
+            return 0
         if args.once:
             Console().print(frame(read_status(args.run)))
             return 0
         with live(args.run, Console(), screen=True):
             while True:
                 time.sleep(60)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

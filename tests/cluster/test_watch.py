@@ -20,6 +20,7 @@ from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.cluster.watch import frame, live, sparks
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.errors import UserError
+from launchers import watch as watch_command
 from tests.launchers.jobs import REPOSITORY
 from tests.runs import write_config
 
@@ -126,6 +127,18 @@ def test_the_command_prints_a_frame(run_dir: Path) -> None:
     command[2] = str(run_dir / "checkpoints")
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_scripts_learn_whether_a_run_is_finished(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make` trains the twin only then; a run that ends early on purpose is finished."""
+    monkeypatch.setattr(sys, "argv", ["watch.py", str(run_dir), "--finished"])
+    assert watch_command.main() == 1
+    assert capsys.readouterr().err == f"error: {run_dir} stopped before step 10: start it again, and it goes on\n"
+    config = load_config(run_dir / "config.yaml", ["training.stop_after=4"])
+    save_config(config, run_dir / "config.yaml")
+    assert watch_command.main() == 0
 
 
 def test_ray_is_told_the_same_figures(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,7 @@ def copied_data(launch_arguments: list[str], tmp_path: Path) -> Path:
         (["data.sequence_length=8"], "data.sequence_length is 8, but the tokens in "),
         (["data.path=COPY/without-shard"], "missing file: COPY/without-shard/train-000001.tar does not exist"),
         (["data.path=COPY/other-tokenizer"], "COPY/other-tokenizer/tokenizer.model"),
+        (["data.path=COPY/unreadable"], "COPY/unreadable/manifest.json"),
         (["training.global_batch_size=14"], "training.global_batch_size = 14: 2 ranks with "),
     ],
 )
@@ -194,9 +195,11 @@ def test_a_user_error_is_one_line(
     overrides: list[str],
     message: str,
 ) -> None:
-    for name in ("without-shard", "other-tokenizer"):
+    for name in ("without-shard", "other-tokenizer", "unreadable"):
         shutil.copytree(copied_data, tmp_path / name)
     (tmp_path / "without-shard" / "train-000001.tar").unlink()
+    (tmp_path / "unreadable" / "manifest.json").unlink()
+    (tmp_path / "unreadable" / "manifest.json").mkdir()
     with (tmp_path / "other-tokenizer" / "tokenizer.model").open("ab") as stream:
         stream.write(b"\x22\x00")  # an empty field: still a tokenizer, but not the one that made the shards
     overrides = [text.replace("COPY", str(tmp_path)) for text in overrides]
@@ -230,6 +233,7 @@ def test_a_run_folder_that_cannot_be_used_is_one_line_and_stays(
 ) -> None:
     """It holds a checkpoint that does not fit, another process trains there, or it cannot be made."""
     (tmp_path / "file").touch()
+    (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
     lock = RunLock(tmp_path / "locked")
     lock.take()
     before = {path: path.stat().st_mtime_ns for path in one_rank[0].rglob("*.pt")}
@@ -240,6 +244,7 @@ def test_a_run_folder_that_cannot_be_used_is_one_line_and_stays(
         [*launch_arguments, f"run_dir={one_rank[0]}", "checkpoint.resume=never"],
         [*launch_arguments, f"run_dir={tmp_path / 'locked'}"],
         [*launch_arguments, f"run_dir={tmp_path / 'file' / 'run'}"],
+        [*launch_arguments, f"run_dir={tmp_path / 'odd'}"],
     ]
     result = subprocess.run(
         [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
@@ -258,6 +263,7 @@ def test_a_run_folder_that_cannot_be_used_is_one_line_and_stays(
         f"error: {one_rank[0]} holds checkpoints and checkpoint.resume is 'never': ",
         f"error: {tmp_path / 'locked'} is in use by process {os.getpid()} on ",
         f"error: run_dir = '{tmp_path / 'file' / 'run'}' cannot be written: Not a directory",
+        f"error: [Errno 21] Is a directory: '{tmp_path / 'odd' / 'metrics.jsonl'}'",
     ]
     lines = result.stderr.splitlines()
     assert len(lines) == len(wanted) and all(map(str.startswith, lines, wanted)), result.stderr
