@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Ten minutes before the time is up, this script (B:) is told; the run is then saved, and queued again.
+# Ten minutes before the time limit this script (B:) gets SIGTERM; it stops the run, which saves, and requeues the job.
 #SBATCH --signal=B:TERM@600
 set -euo pipefail
 
@@ -27,22 +27,22 @@ export RAY_AUTH_MODE=token
 (umask 077 && ray get-auth-token --generate > /dev/null)  # ~/.ray/auth_token
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600  # seconds; 30 are few where many nodes read one file system
 
-# What has become of the run: symmetric-run itself may end with 1 after a success, when it loses the cluster it stops.
-fate=$(mktemp)
+# The exit code of the run: symmetric-run may exit with 1 after a success, when it loses the cluster that it stops.
+exit_code=$(mktemp)
 srun --kill-on-bad-exit=1 ray symmetric-run --address "${nodes[0]}:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
-    bash -c '"$@"; echo $? > "$0"' "$fate" \
+    bash -c '"$@"; echo $? > "$0"' "$exit_code" \
     python launchers/submit.py --address "$dashboard" --name "$name" --config "$config" \
     --num-nodes $((SLURM_JOB_NUM_NODES - 1)) --gpus-per-node 8 run_dir="$run_dir" \
     evaluation.workers=8 evaluation.gpus_per_worker=1 "$@" &
 run=$!
 
-asked=
-trap 'asked=yes; python launchers/submit.py --address "$dashboard" stop "$name" || true' TERM
+stopped=
+trap 'stopped=yes; python launchers/submit.py --address "$dashboard" stop "$name" || true' TERM
 wait "$run" || true
-if [[ -n $asked ]]; then
-    wait "$run" || true  # the signal has only interrupted the first wait
+if [[ -n $stopped ]]; then
+    wait "$run" || true  # the signal only interrupted the first wait
     scontrol requeue "$SLURM_JOB_ID"
 fi
-code=$(cat "$fate")
-rm "$fate"
+code=$(cat "$exit_code")
+rm "$exit_code"
 exit "${code:-1}"

@@ -25,7 +25,7 @@ def deepspeed_dict(config: Config, world_size: int) -> dict[str, Any]:
     check_deepspeed_keys(config.deepspeed)
     training, stage = config.training, config.zero.stage
     derived: dict[str, Any] = {
-        # A step is as many backwards as the trainer does before it steps. Told of more than one micro-batch, DeepSpeed
+        # A step is as many backwards as the trainer does before it steps. Given more than one micro-batch, DeepSpeed
         # would divide some of them by their number: those of a tensor that a pass has returned, at stages 0 and 1.
         "train_batch_size": training.micro_batch_size * world_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,

@@ -1,4 +1,4 @@
-"""What the free-form `deepspeed` section may hold: further keys of DeepSpeed that no other key decides."""
+"""Check the free-form `deepspeed` section: keys of DeepSpeed that follow from no other key."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _OWNED = {
     "steps_per_print": "set training.log_interval",
     "wandb": "set wandb.*",
 }
-# Everything else that may be passed on. DeepSpeed silently ignores top-level keys that it does not know, so a
-# misspelt one would go unnoticed; inside the sections it checks the names itself.
+# All others that may be passed on. DeepSpeed silently ignores unknown top-level keys, so a misspelt one would go
+# unnoticed; inside the sections it checks the names itself.
 _PASSED_ON = (
     "comms_logger",
     "communication_data_type",

@@ -32,7 +32,7 @@ class ModelConfig:
     kind: str = choice("ebt", "ar")
     """`ebt`: energy-based transformer; `ar`: autoregressive Transformer++ built from the same blocks."""
     variant: str = choice("default", "time_embed", "adaln")
-    """How the energy knows the MCMC step: not at all, by a learned token before the context, or by modulation."""
+    """Conditioning of the energy on the MCMC step: none, a learned token before the context, or adaptive norms."""
     num_landscapes: int = number(1, at_least=1)
     """Number of trained step conditionings; later steps repeat the last one. Always 1 for `default`."""
     embedding_dim: int | None = number(None, at_least=1)
@@ -52,7 +52,7 @@ class ModelConfig:
     rope_base: float = number(10000.0, above=1)
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
-    """Read predictions in and out with the token embedding of the context, instead of a matrix of their own."""
+    """Embed predictions with the token embedding of the context instead of a separate matrix."""
 
     @property
     def ffn_hidden_dim(self) -> int:
@@ -71,19 +71,19 @@ class MCMCConfig:
     num_steps_warmup: int = number(0, at_least=0)
     """Optimizer steps over which the number of MCMC steps grows from 1."""
     step_size: float = number(500.0, above=0)
-    """Initial value of the step size alpha. It has to be set from width and vocabulary."""
+    """Initial value of the step size alpha; depends on width and vocabulary."""
     learn_step_size: bool = True
     """Whether alpha is trained."""
     step_size_lr_multiplier: float | None = number(None, at_least=0)
     """Learning rate of alpha as a multiple of the model's, kept through the decay; null: 3 x `step_size`."""
     step_size_warmup: int = number(0, at_least=0)
-    """Optimizer steps over which the steps taken grow to their full size."""
+    """Optimizer steps over which alpha grows to its full size."""
     step_size_jitter: float = number(1.0, at_least=1)
     """Multiply alpha by a factor drawn from [1 / this, this] for every sample and position in training."""
     langevin_noise: float = number(0.0, at_least=0)
     """Standard deviation of the noise added to the state before every step, in training and evaluation."""
     loss: str = choice("mean", "last")
-    """Train on the mean of the losses after all steps, or on that after the last one (truncated)."""
+    """Train on the mean of the losses after all steps, or on the loss after the last one."""
     gradient: str = choice("truncated", "full")
     """`truncated`: the state that enters a step is a constant; `full`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
@@ -91,7 +91,7 @@ class MCMCConfig:
 
     Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
     initial_state: str = choice("random_noise", "zeros", "most_recent_embedding")
-    """Where a prediction starts: numbers drawn from N(0, 1), all zero, or a copy of the last observed embedding."""
+    """Initial state of a prediction: drawn from N(0, 1), zeros, or a copy of the last observed embedding."""
     replay_size: int = number(0, at_least=0)
     """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
     replay_fraction: float = number(0.5, above=0, at_most=1)
@@ -99,7 +99,7 @@ class MCMCConfig:
 
     @property
     def max_mcmc_steps(self) -> int:
-        """The largest number of MCMC steps that training takes, which is also that of evaluation."""
+        """The largest number of MCMC steps in training; validation takes as many."""
         return self.num_steps if self.max_num_steps is None else self.max_num_steps
 
     def replayed_rows(self, micro_batch_size: int) -> int:
@@ -140,7 +140,7 @@ class TrainingConfig:
     max_steps: int = number(1_000_000, at_least=1)
     """Optimizer steps of the whole run."""
     stop_after: int | None = number(None, at_least=1)
-    """Save and leave cleanly after this step; the same command without it goes on."""
+    """Save and exit after this step; the same command without it continues."""
     global_batch_size: int = number(256, at_least=1)
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: int = number(8, at_least=1)
@@ -160,11 +160,11 @@ class TrainingConfig:
     startup_timeout: float = number(1800.0, above=0)
     """Seconds until the first step must be done, loading and compiling included."""
     step_timeout: float = number(600.0, above=0)
-    """Seconds without progress after which a rank is taken to hang, once the first step is done."""
+    """Seconds without progress after the first step until a rank counts as hung."""
 
     @property
     def last_step(self) -> int:
-        """The step after which a run is left."""
+        """The step after which the run exits."""
         return self.max_steps if self.stop_after is None else self.stop_after
 
 
@@ -176,29 +176,29 @@ class DataConfig:
     """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
     or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
     mixture: dict[str, float] = field(default_factory=dict, metadata={"limits": {"above": 0}, "location": True})
-    """Several such folders and their weights, instead of `path`: of every 10,000 samples each gets its exact share."""
+    """Several such folders and their weights instead of `path`; the shares are exact over every 10,000 samples."""
     cache_dir: str = location(".cache/shards")
     """Where copies of remote files are kept; all processes of a machine may share it."""
     cache_gib: float = number(64.0, above=0)
-    """Most GiB that these copies take; the ones opened longest ago go first."""
+    """Limit of their size in GiB; the least recently used ones are deleted first."""
     fetch_timeout: float = number(300.0, at_least=0)
     """Seconds that a run waits for remote files while their storage cannot be reached, before it ends."""
     sequence_length: int = number(256, at_least=1)
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None
-    """What makes embeddings of the frames of clips, as they are read: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or
-    torchvision:MODEL. Latents have been encoded before: null."""
+    """Frozen encoder of the frames of clips: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or torchvision:MODEL; null for
+    text and for latents, which are encoded in advance."""
     encoder_weights: str | None = location(None)
     """Local file or folder of the encoder's weights; `pixels` has none."""
     min_crop_scale: float = number(1.0, above=0, at_most=1)
-    """Train on a random square of every clip, its side drawn from this share of the frame to all of it, and mirrored
-    half of the time: few videos then go further. 1: on whole frames as they are."""
+    """Augment clips by a random square crop, its side at least this share of the frame's, and by mirroring half of
+    them; 1: no augmentation."""
     shuffle_window: int = number(8, at_least=1)
-    """Shards whose samples are shuffled together; their index is what is held in memory."""
+    """Shards whose samples are shuffled together; only their index is held in memory."""
     num_workers: int = number(0, at_least=0)
     """Loader processes per rank; 0 reads in the training process. Does not change the order."""
     on_error: str = choice("fail", "skip")
-    """A damaged training sample: stop and name it, or let the next intact one take its place and count it."""
+    """A damaged training sample ends the run, or is replaced by the next intact one and counted."""
     log_sample_ids: bool = False
     """Write the keys of every global batch to samples.jsonl in the run folder."""
 
@@ -215,24 +215,24 @@ class ValidationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation of every checkpoint by processes of their own, on a Ray cluster, while the training goes on."""
+    """Evaluation of every checkpoint by separate processes on a Ray cluster, in parallel with the training."""
 
     workers: int = number(0, at_least=0)
-    """Processes that share the held-out data of each checkpoint; 0: checkpoints are not evaluated by themselves."""
+    """Processes that share the evaluation of each checkpoint; 0: no automatic evaluation."""
     cpus_per_worker: int = number(1, at_least=1)
-    """CPUs of each of them, which are also its threads."""
+    """CPUs and threads of each worker."""
     gpus_per_worker: float = number(0.0, at_least=0, at_most=1)
-    """GPU of each of them, or its share of one; 0: evaluate on the CPU."""
+    """GPUs of each worker, or a fraction of one; 0: evaluate on the CPU."""
     max_mcmc_steps: int = number(8, at_least=1)
-    """Losses are measured after every number of MCMC steps up to this."""
+    """Losses are measured after every MCMC step up to this one."""
     max_sequences: int = number(512, at_least=1)
     """At most this many held-out sequences, always the same ones."""
     batch_size: int = number(16, at_least=1)
     """Sequences at a time on each worker."""
     timeout: float = number(3600.0, above=0)
-    """Seconds after which a worker that is still at its part of a checkpoint is taken to hang, and replaced."""
+    """Seconds for one checkpoint after which a worker counts as hung and is replaced."""
     drain_timeout: float = number(600.0, at_least=0)
-    """Seconds after the end of the training in which the checkpoints that are left are still evaluated."""
+    """Seconds after the training to evaluate the remaining checkpoints."""
 
 
 @dataclass
@@ -246,8 +246,8 @@ class CheckpointConfig:
     resume: str = choice("auto", "never")
     """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
     remote: str | None = location(None)
-    """Address (s3://bucket/path, gs://, file://) where every checkpoint and the run's records are copied to while the
-    training goes on; a run folder that is behind it, or empty, continues from there."""
+    """Address (s3://bucket/path, gs://, file://) to which every checkpoint and the records of the run are copied in the
+    background; a run folder that is behind it, or empty, continues from there."""
 
 
 @dataclass
@@ -257,37 +257,37 @@ class ZeroConfig:
     stage: int = field(default=1, metadata={"choices": (0, 1, 2, 3)})
     """0: nothing, 1: optimizer state, 2: and gradients, 3: and parameters."""
     offload_optimizer: bool = False
-    """Keep the optimizer state, and take its steps, in the memory of the CPU (stages 1 to 3)."""
+    """Keep the optimizer state on the CPU and step there (stages 1 to 3)."""
     offload_parameters: bool = False
-    """Keep the parameters in the memory of the CPU until a block needs them (stage 3)."""
+    """Keep the parameters on the CPU until a block needs them (stage 3)."""
 
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases; `metrics.jsonl` is written whether or not it is used."""
+    """Weights & Biases, in addition to metrics.jsonl."""
 
     mode: str = choice("disabled", "offline", "online")
     """`offline` writes a local run that `wandb sync` uploads later."""
     project: str = "ebwm"
-    """Project that the run belongs to."""
+    """Name of the project."""
     name: str | None = None
-    """Name shown for the run; null: the run folder's name."""
+    """Name of the run; null: that of the run folder."""
 
 
 @dataclass
 class ClusterConfig:
-    """What a run takes of a Ray cluster: one worker for each accelerator. Other launchers do not look at it."""
+    """Resources of a run on a Ray cluster, with one worker per accelerator; unused by other launchers."""
 
     num_nodes: int = number(1, at_least=1)
     """Number of nodes."""
     min_nodes: int | None = number(None, at_least=1)
-    """Go on with as few nodes as this while others are missing; null: `num_nodes`."""
+    """Train on as few nodes as this while others are missing; null: `num_nodes`."""
     gpus_per_node: int = number(0, at_least=0)
-    """GPUs of each node, and so workers; 0: the workers compute on CPUs."""
+    """GPUs, and so workers, of each node; 0: train on CPUs."""
     cpus_per_node: int = number(1, at_least=1)
-    """Workers of each node where there are no GPUs; each is given one CPU."""
+    """Workers of each node without GPUs; each has one CPU."""
     max_restarts: int = number(5, at_least=0)
-    """Restarts in a row that may come to nothing: a newer checkpoint lets the count begin anew."""
+    """Restarts in a row without a newer checkpoint until the run fails."""
     capacity_timeout: float = number(1800.0, above=0)
     """Seconds to wait for `min_nodes` before giving up."""
 
@@ -317,4 +317,4 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed keys, passed through as they are; keys derived from the rest of this tree are refused."""
+    """Further DeepSpeed keys, passed through unchanged; keys that this tree determines are refused."""

@@ -77,7 +77,7 @@ def typed(name: str, value: Any) -> Any:
     """Return `value` in the type of the key `name`.
 
     Raises:
-        ConfigError: something would be lost by that, or the value is not allowed; names what is.
+        ConfigError: the conversion would lose something or the value is not allowed; the message lists what is.
     """
     key = KEYS[name]
     choices, limits = key.metadata.get("choices"), key.metadata.get("limits", {})

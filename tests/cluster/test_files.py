@@ -208,9 +208,9 @@ STUBS = {
 }
 
 
-@pytest.mark.parametrize(("told", "code"), [("", 0), ("", 3), ("TERM", 1)])
-def test_script_of_slurm(told: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job's fate is the script's; shortly before the time is up the run is stopped, then queued again."""
+@pytest.mark.parametrize(("signalled", "code"), [("", 0), ("", 3), ("TERM", 1)])
+def test_script_of_slurm(signalled: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script exits with the job's exit code; before the time limit it stops the run and requeues the job."""
     script = FILES / "slurm.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script.read_text(), re.MULTILINE))
@@ -231,13 +231,13 @@ def test_script_of_slurm(told: str, code: int, tmp_path: Path, monkeypatch: pyte
     while not (tmp_path / "srun.txt").exists() or not (tmp_path / "srun.txt").read_text().endswith("seed=3\n"):
         assert job.poll() is None
         time.sleep(0.05)
-    if told:
+    if signalled:
         job.send_signal(signal.SIGTERM)
     else:
         (tmp_path / "stop").write_text(str(code))
     assert job.wait(20) == code
-    assert (tmp_path / "scontrol.txt").exists() == bool(told)
-    if told:
+    assert (tmp_path / "scontrol.txt").exists() == bool(signalled)
+    if signalled:
         assert (tmp_path / "scontrol.txt").read_text() == "requeue 17\n"
         stop = (tmp_path / "stopped.txt").read_text().split()
         assert stop == ["launchers/submit.py", "--address", "http://127.0.0.1:8265", "stop", "ebt_1b"]
