@@ -76,7 +76,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; numbers that JSON cannot hold become null."""
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    # A path with a byte that is not UTF-8 has half a surrogate pair in its place, which JSON can spell.
+    write_atomically(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 def to_line(record: Mapping[str, Any]) -> str:

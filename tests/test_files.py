@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from ebwm_dist.files import append_record, merge_lines, parse, read_records, replacing, to_line, write_json
+from ebwm_dist.files import append_record, merge_lines, parse, printable, read_records, replacing, to_line, write_json
 
 
 def test_records_come_back(tmp_path: Path) -> None:
@@ -41,6 +42,17 @@ def test_json_files_hold_no_numbers_that_json_does_not_have(tmp_path: Path) -> N
     write_json(tmp_path / "a.json", {"loss": [math.nan, (math.inf, 1.5)], "name": "é"})
     text = (tmp_path / "a.json").read_text("utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == {"loss": [None, [None, 1.5]], "name": "é"}
+
+
+def test_names_that_are_not_utf8_survive_in_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "a.json", {"run_dir": name})
+    assert (
+        json.loads((tmp_path / "a.json").read_text("utf-8"))
+        == json.loads(to_line({"run_dir": name}))
+        == {"run_dir": name}
+    )
+    assert printable(Path(name)) == r"caf\xe9"
 
 
 def test_a_file_that_could_not_be_written_is_as_it_was(tmp_path: Path) -> None:
