@@ -7,14 +7,13 @@ was evaluated again has several records, of which the last one counts.
 from __future__ import annotations
 
 import math
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.files import Record, append_record, read_records
+from ebwm_dist.training.wandb_log import WandbLog
 
 FILE = "evaluations.jsonl"
 
@@ -26,36 +25,20 @@ def read_evaluations(run_dir: Path) -> dict[int, Record]:
 
 
 class Results:
-    """Writes the evaluations of a run; a failure of Weights & Biases is logged once and ends nothing else."""
+    """Writes the evaluations of a run."""
 
     def __init__(self, config: Config, run_dir: Path, log: Callable[[str], None] = print) -> None:
-        self._path, self._log = run_dir / FILE, log
-        self._wandb: _Wandb | None = None
-        if config.wandb.mode != "disabled":
-            with self._wandb_failures():
-                self._wandb = _Wandb(config, run_dir)
+        self._path = run_dir / FILE
+        self._wandb = WandbLog(config, run_dir, lambda text: log(f"WARNING: {text}"), evaluation=True)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add the record of an evaluation; numbers that JSON cannot hold become null."""
         append_record(self._path, record)
-        if self._wandb is not None:
-            with self._wandb_failures():
-                self._wandb.write(record)
+        self._wandb.write(record)
 
     def close(self) -> None:
-        """Finish the run of Weights & Biases."""
-        if self._wandb is not None:
-            with self._wandb_failures():
-                self._wandb.close()
-
-    @contextmanager
-    def _wandb_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._wandb = None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._log(f"WARNING: evaluations are not sent to Weights & Biases any more: {reason}")
+        """Finish the run in Weights & Biases."""
+        self._wandb.close()
 
 
 def follow_command(config: Config) -> str:
@@ -85,42 +68,3 @@ def console_line(record: Mapping[str, Any]) -> str:
     workers = f"{record['workers']} worker{'s' * (record['workers'] > 1)}"
     parts.append(f"{record['seconds']:.1f} s on {workers}, {record['lag']:.1f} s after it was saved")
     return " | ".join(parts)
-
-
-class _Wandb:
-    """A run of its own beside that of the training, as two processes cannot write to one; the same across restarts."""
-
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        import wandb
-
-        id_file = run_dir / "wandb_evaluation_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        name = config.wandb.name or run_dir.name
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=config.wandb.mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(console="off", silent=True),
-            project=config.wandb.project,
-            name=f"{name}-evaluation",
-            group=name,
-            job_type="evaluation",
-            dir=str(run_dir),
-        )
-        # Checkpoints are not evaluated in the order of their steps, which wandb's own count would have to follow.
-        self._run.define_metric("evaluation/*", step_metric="evaluation/step")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        values: dict[str, float] = {}
-        for key, value in record.items():
-            if isinstance(value, int | float):
-                values[f"evaluation/{key}"] = value
-            elif key in ("loss", "perplexity", "bits_per_byte"):
-                values |= {f"evaluation/{key}_{step + 1}": number for step, number in enumerate(value)}
-        for prediction, errors in record.get("frames", {}).items():
-            values |= {f"evaluation/frames_{prediction}/{name}": value for name, value in errors.items()}
-        self._run.log(values)
-
-    def close(self) -> None:
-        self._run.finish()

@@ -1,21 +1,18 @@
-"""Where figures go: metrics.jsonl always, Weights & Biases when configured, and one console line a person can read."""
+"""Where figures go: metrics.jsonl, the console and its log file."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
-from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import ConfigError, UserError
+from ebwm_dist.errors import UserError
 from ebwm_dist.files import METRICS_FILE, append_lines, parse, to_line, write_atomically
 
 Record = Mapping[str, Any]
@@ -79,38 +76,6 @@ class SampleLog(MetricsLog):
     """samples.jsonl of a run: `{"step": N, "samples": [keys of the global batch in its order]}` for each step."""
 
     name = "samples.jsonl"
-
-
-class WandbLog:
-    """One Weights & Biases run per run folder, across restarts."""
-
-    def __init__(self, config: Config, run_dir: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("wandb.mode is set but wandb is not installed: pip install 'ebwm_dist[wandb]'") from error
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=cast("Literal['online', 'offline']", config.wandb.mode),
-            settings=wandb.Settings(console="off", silent=True),
-            project=config.wandb.project,
-            name=config.wandb.name or run_dir.name,
-            dir=str(run_dir),
-            config=dataclasses.asdict(config),
-        )
-
-    def write(self, record: Record) -> None:
-        """Log the numbers of `record` under `train/` or `val/`."""
-        values = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        self._run.log(values, step=record["step"])
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
 
 
 class Console:

@@ -38,10 +38,11 @@ from ebwm_dist.run import CONFIG_FILE, save_sample_format
 from ebwm_dist.training.backend import set_collective_timeout, setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import create_engine
-from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, WandbLog, train_line, val_line
+from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, train_line, val_line
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.step_statistics import StepStatistics, targets_per_rank
+from ebwm_dist.training.wandb_log import WandbLog
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
 
 COLLECTIVE_MARGIN = 30.0
@@ -153,8 +154,7 @@ class Trainer:
                     f"training goes on from step {self.state.step}: {metrics.dropped} records of later steps "
                     f"are kept in {metrics.replaced}"
                 )
-            if config.wandb.mode != "disabled":
-                self.logs.append(WandbLog(config, self.run_dir))
+            self.logs.append(WandbLog(config, self.run_dir, lambda text: self._say(f"WARNING: {text}", sys.stderr)))
         self.console.start_bar(config.training.max_steps, self.state.step)
         self._say(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {world.world_size} x {name}, "

@@ -196,13 +196,14 @@ def test_evaluations_are_recorded_without_wandb(config: Config, monkeypatch: pyt
     config.wandb.mode = "online"
     sent = SimpleNamespace(define_metric=lambda *_, **__: None)
     for init in (lambda **_: 1 / 0, lambda **_: sent):
+        monkeypatch.setattr("wandb.login", lambda timeout: True)
         monkeypatch.setattr("wandb.init", init)
         warnings: list[str] = []
         results = Results(config, Path(config.run_dir), warnings.append)
         for step in (1, 2):
             results.write({**record, "step": step})
         results.close()
-        assert len(warnings) == 1 and warnings[0].startswith("WARNING: evaluations are not sent to Weights & Biases")
+        assert len(warnings) == 1 and warnings[0].startswith("WARNING: Weights & Biases is not used: ")
     assert list(read_evaluations(Path(config.run_dir))) == [1, 2]
 
 
@@ -213,7 +214,7 @@ def test_wandb_has_a_run_of_the_evaluations(config: Config) -> None:
     run_dir = Path(config.run_dir)
     record = {"step": 2, "checkpoint": "a", "loss": [2.0, 1.5], "trained_steps": 2, "frames": {"1": {"mse": 0.5}}}
     for step in (2, 1):
-        results = Results(config, run_dir)
+        results = Results(config, run_dir, pytest.fail)
         results.write({**record, "step": step})
         results.close()
     assert list(read_evaluations(run_dir)) == [1, 2]
