@@ -15,8 +15,7 @@ from pathlib import Path
 
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import run_tool
-from ebwm_dist.files import printable
-from ebwm_dist.prepare.documents import Fields, add_document_arguments
+from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument
 from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build_text_shards
 from ebwm_dist.workers.executors import Work, add_arguments
 
@@ -31,15 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of context per sample (default: 256)")
     parser.add_argument("--samples-per-member", type=int, default=64, help="samples per tar member (default: 64)")
     parser.add_argument("--members-per-shard", type=int, default=64, help="tar members per shard (default: 64)")
-    parser.add_argument(
-        "--holdout",
-        nargs="+",
-        type=printable,
-        action="extend",
-        default=[],
-        metavar="GROUP",
-        help="groups held out for validation",
-    )
+    add_groups_argument(parser, "--holdout", "groups held out for validation")
     parser.add_argument(
         "--holdout-fraction",
         type=float,

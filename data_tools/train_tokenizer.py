@@ -16,8 +16,15 @@ from pathlib import Path
 
 from ebwm_dist.data.tokenizer import train_tokenizer
 from ebwm_dist.errors import UserError, run_tool
-from ebwm_dist.files import printable, sha256_of_file, write_json
-from ebwm_dist.prepare.documents import DocumentReader, Fields, add_document_arguments, find_documents, is_held_out
+from ebwm_dist.files import sha256_of_file, write_json
+from ebwm_dist.prepare.documents import (
+    DocumentReader,
+    Fields,
+    add_document_arguments,
+    add_groups_argument,
+    find_documents,
+    is_held_out,
+)
 from ebwm_dist.prepare.listing import describe_inputs
 
 
@@ -31,15 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model-type", choices=("unigram", "bpe"), default="unigram", help="unigram (default) encodes faster"
     )
-    parser.add_argument(
-        "--exclude-group",
-        nargs="+",
-        type=printable,
-        action="extend",
-        default=[],
-        metavar="GROUP",
-        help="groups not to learn from",
-    )
+    add_groups_argument(parser, "--exclude-group", "groups not to learn from")
     parser.add_argument(
         "--exclude-fraction", type=float, default=0.0, help="the --holdout-fraction of tokenize_text.py (default: 0)"
     )

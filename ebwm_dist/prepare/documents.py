@@ -73,6 +73,11 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_groups_argument(parser: argparse.ArgumentParser, flag: str, what: str) -> None:
+    """Add an argument that names groups and may be repeated."""
+    parser.add_argument(flag, nargs="+", type=printable, action="extend", default=[], metavar="GROUP", help=what)
+
+
 def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[InputFile]:
     """List the document files among `inputs`, files or folders; `outputs` are what the tool writes."""
     files = list_inputs(inputs, SUFFIXES, outputs)
