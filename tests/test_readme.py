@@ -73,7 +73,7 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
     (checkout / "my_text").mkdir()
     for number, document in enumerate(tiny_documents(60, words=200)):
         (checkout / "my_text" / f"document-{number}.txt").write_text(document["text"])
-    small = "training.max_steps=2 optimizer.warmup_steps=1 training.global_batch_size=4 training.micro_batch_size=4"
+    small = "training.max_steps=2 training.global_batch_size=4 training.micro_batch_size=4"
     for command in OWN_TEXT:
         command = command.replace("8000", "300")
         if "launchers/train.py" in command:
@@ -94,7 +94,7 @@ def test_own_video_can_be_trained_on(checkout: Path) -> None:
     for seed in range(3):
         frames = moving_shapes(seed, 125, 48, 64)
         (checkout / "my_videos" / f"{seed}.mp4").write_bytes(encode_clip(frames, 0.04))
-    small = "training.max_steps=2 optimizer.warmup_steps=1 training.global_batch_size=2 training.micro_batch_size=2"
+    small = "training.max_steps=2 training.global_batch_size=2 training.micro_batch_size=2"
     for command in OWN_VIDEO:
         command = command.replace("--holdout-fraction 0.05", "--holdout 0.mp4")
         if "launchers/train.py" in command:

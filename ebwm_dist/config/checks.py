@@ -123,9 +123,7 @@ def _check_replay(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     optimizer, max_steps, stop_after = config.optimizer, config.training.max_steps, config.training.stop_after
-    warmup, decay, end = optimizer.warmup_steps, optimizer.decay_steps, f"training.max_steps = {max_steps}"
-    if warmup >= max_steps:
-        _refuse("optimizer.warmup_steps", warmup, f"must be less than {end}")
+    warmup, decay, end = config.warmup_steps, optimizer.decay_steps, f"training.max_steps = {max_steps}"
     if decay is not None and optimizer.schedule == "cosine" and not warmup < decay <= max_steps:
         rule = f"the cosine ends after optimizer.warmup_steps = {warmup} and by {end}"
         _refuse("optimizer.decay_steps", decay, rule)

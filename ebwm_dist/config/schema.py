@@ -124,7 +124,7 @@ class OptimizerConfig:
     schedule: str = choice("cosine", "wsd")
     """After the warm-up: cosine to `final_lr_ratio`, or stable and then linear to it (WSD)."""
     warmup_steps: int = number(10_000, at_least=0)
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0, at most `training.max_steps`."""
     decay_steps: int | None = number(None, at_least=1)
     """Cosine: the step at which the decay ends; WSD: the length of the final decay.
 
@@ -318,3 +318,8 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed keys, passed through unchanged; keys that this tree determines are refused."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up in this run, which may be shorter than `optimizer.warmup_steps`, as a trial is."""
+        return min(self.optimizer.warmup_steps, self.training.max_steps)

@@ -121,15 +121,15 @@ def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float
 
 def lr_scale(config: Config, step: int) -> float:
     """Return the learning rate of `step`, counted from 1, as a fraction of the peak."""
-    opt, max_steps = config.optimizer, config.training.max_steps
-    if step <= opt.warmup_steps:
-        return step / opt.warmup_steps
+    opt, warmup, max_steps = config.optimizer, config.warmup_steps, config.training.max_steps
+    if step <= warmup:
+        return step / warmup
     if opt.schedule == "wsd":
         length = max_steps // 10 if opt.decay_steps is None else opt.decay_steps
         progress = (step - (max_steps - length)) / max(1, length)
         shape = 1 - min(1.0, max(0.0, progress))
     else:
         end = max_steps if opt.decay_steps is None else opt.decay_steps
-        progress = (step - opt.warmup_steps) / max(1, end - opt.warmup_steps)
+        progress = (step - warmup) / max(1, end - warmup)
         shape = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return opt.final_lr_ratio + (1 - opt.final_lr_ratio) * shape

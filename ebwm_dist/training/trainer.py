@@ -164,6 +164,11 @@ class Trainer:
         )
         if config.data.mixture:
             self._say(self.data.describe_shares(config.data.path))
+        if config.warmup_steps < config.optimizer.warmup_steps:
+            self._say(
+                f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than training.max_steps: "
+                f"the warm-up takes {config.warmup_steps} steps, all of the run"
+            )
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""

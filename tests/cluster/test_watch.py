@@ -70,7 +70,7 @@ def shown(run_dir: Path) -> str:
 def test_a_frame_has_all_there_is(run_dir: Path) -> None:
     text = shown(run_dir)
     for expected in (
-        "step 6/10", "4s left", "loss", "5.4000  █▇▅▄▂▁", "energy gap", "0.7500", "192 tokens/s, MFU 0.0 %, 1.00 GiB",
+        "step 6/10", "4s left", "loss", "5.4000  █▇▅▄▂▁", "energy gap", "0.7500", "192 tokens/s, 1.00 GiB",
         "5.5000 at step 4, perplexity 244.70", "checkpoints  4", "failed: no", "DEAD", "alive", "1 restart",
         "rank 3 has died", "2 workers on 1 nodes", "last record 0m00s ago",
     ):  # fmt: skip

@@ -58,6 +58,11 @@ def test_schedules(schedule: str, decay_steps: int | None, points: dict[int, flo
     assert {step: lr_scale(settings, step) for step in points} == pytest.approx(points)
 
 
+def test_a_run_shorter_than_its_warm_up_ends_at_the_peak() -> None:
+    settings = config(warmup_steps=1000)
+    assert [lr_scale(settings, step) for step in (1, 50, 100)] == pytest.approx([0.01, 0.5, 1.0])
+
+
 def test_no_warm_up_starts_at_the_peak() -> None:
     assert lr_scale(config(schedule="wsd", warmup_steps=0), 1) == 1.0
 

@@ -193,12 +193,19 @@ def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: l
     train_in_turn(rank, world_size, config, [overrides])
 
 
-def test_a_stop_during_validation_does_not_wait_for_its_end(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_a_stop_during_validation_does_not_wait_for_its_end(
+    tiny_data: Path, tiny_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run is shorter than its warm-up, too, as a trial may be."""
     run_dir = tmp_path / "run"
     overrides = [f"data.path={tiny_data}", f"run_dir={run_dir}", "validation.interval=4", "training.max_steps=6"]
+    overrides.append("optimizer.warmup_steps=12")
     run_distributed_test(stopped_in_validation, 2, tiny_config, overrides)
     assert [r["step"] for r in metrics(run_dir, "val")] == [4, 6]
     assert [r["step"] for r in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert [r["lr"] for r in metrics(run_dir)] == pytest.approx([3e-3 * step / 6 for step in range(1, 7)])
+    clipped = "optimizer.warmup_steps = 12 is more than training.max_steps: the warm-up takes 6 steps"
+    assert capfd.readouterr().out.count(clipped) == 2  # at both starts
 
 
 def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad_steps: set[int]) -> None:
