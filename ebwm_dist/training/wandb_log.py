@@ -52,7 +52,7 @@ class WandbLog:
             action()
         except Exception as error:  # wandb's own, of its service process, or of the network
             self._run = None
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300].rstrip(".")
             self._warn(f"Weights & Biases is not used: {reason}; check wandb.* and its key, or set wandb.mode=offline")
 
     def _start(self, config: Config, run_dir: Path) -> None:

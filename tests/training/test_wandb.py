@@ -33,7 +33,7 @@ def test_a_restarted_run_is_the_same_run(tiny_data: Path, tiny_config: Path, tmp
     [
         ("online", {}, "No API key configured"),
         ("offline", {"project": "a/b"}, "Invalid project name 'a/b'"),
-        ("online", {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "connection refused"),
+        ("online", {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
         ("offline", {"installed": ""}, "wandb"),
     ],
 )
