@@ -49,17 +49,18 @@ data-shapes: $(SHAPES_LATENTS)
 train: setup data
 	$(call train,quickstart,runs/quickstart)
 	$(call train,ar_quickstart,runs/quickstart_ar)
-	$(VENV)/bin/python launchers/quickstart_report.py
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/quickstart --baseline runs/quickstart_ar
 
 train-video: setup data-video
 	$(call train,ebwm_video_quickstart,runs/video_quickstart)
 	$(call train,ar_video_quickstart,runs/video_quickstart_ar)
-	$(VENV)/bin/python launchers/video_report.py
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/video_quickstart \
+		--baseline runs/video_quickstart_ar
 
 train-shapes: setup data-shapes
 	$(call train,ebwm_video_shapes,runs/video_shapes)
 	$(call train,ar_video_shapes,runs/video_shapes_ar)
-	$(VENV)/bin/python launchers/video_report.py --ebwm runs/video_shapes --ar runs/video_shapes_ar
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/video_shapes --baseline runs/video_shapes_ar
 
 test: setup
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal --slow-part $(SLOW_PART) \

@@ -93,6 +93,11 @@ class Run:
         """Optimizer steps the model was trained for."""
         return int((self._export or read_marker(self.checkpoint))["step"])
 
+    @property
+    def trained_steps(self) -> int:
+        """MCMC steps that training takes at most; 1 of an autoregressive model."""
+        return self.config.mcmc.max_mcmc_steps if self.config.model.kind == "ebt" else 1
+
     @cached_property
     def sample_format(self) -> dict[str, Any]:
         """The description of a training sample: `kind` and the fields of that kind in `data/format/sample_format.py`.

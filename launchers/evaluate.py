@@ -3,6 +3,9 @@
 Writes evaluation.json and evaluation.html. Several processes share the work:
 `torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
 
+With `--summary`, losses by MCMC steps and errors of frames on all held-out data are printed beside those of the
+autoregressive twin `--baseline`, and summary.json and a picture are written into the run folder.
+
 With `--follow runs/quickstart --workers 2`, Ray actors evaluate every checkpoint of a run that may still be going on,
 and write evaluations.jsonl; a terminal shows the run meanwhile. RAY_ADDRESS names the cluster; without it they run on
 this machine.
@@ -15,10 +18,11 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from ebwm_dist.errors import UserError
+
+SUMMARY_BATCH_SIZE = 32
 
 
 def numbers(kind: type) -> Callable[[str], list[float]]:
@@ -35,6 +39,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="of --follow; default: evaluation.workers of the run, or 1")
     parser.add_argument("--gpus-per-worker", type=float, help="of --follow; default: that of the run")
     parser.add_argument("--baseline", help="another one, to set beside it")
+    parser.add_argument("--summary", action="store_true", help="only compare errors with those of the twin --baseline")
     parser.add_argument("--data", help="data folder or address; default: the data it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
     parser.add_argument("--steps", type=numbers(int), default=[1, 2, 4, 8], help="numbers of MCMC steps (1,2,4,8)")
@@ -43,27 +48,40 @@ def main() -> int:
         "--energy-tolerance", type=numbers(float), default=[0.01, 0.1], help="early stopping (0.01,0.1)"
     )
     parser.add_argument("--max-sequences", type=int, default=512, help="held-out sequences (512)")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time on each process (16)")
-    parser.add_argument("--other-text", type=Path, help="strange text; default: docstrings of Python's library")
-    parser.add_argument("--choices", type=Path, help='JSON lines {"context", "choices", "answer"} to rank')
+    parser.add_argument("--batch-size", type=int, help="sequences at a time on each process (16; --summary: 32)")
+    parser.add_argument(
+        "--ood-text", type=Path, help="out-of-distribution text; default: docstrings of Python's library"
+    )
+    parser.add_argument("--choices", type=Path, help="multiple choice: JSON lines {context, choices, answer}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     args = parser.parse_args()
-    if args.follow is not None:
-        return follow(args)
+    if args.summary and (args.follow or not args.baseline):
+        parser.error("--summary compares --run with --baseline: name both")
+    return evaluate(args) if args.follow is None else follow(args)
 
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a run, and a baseline beside it; files of the command line are read before anything else."""
     from ebwm_dist.distributed import join
-    from ebwm_dist.evaluation.run import evaluate_runs
+    from ebwm_dist.evaluation.evaluate import evaluate_runs, summarise_runs
+    from ebwm_dist.evaluation.multiple_choice import read_questions
+    from ebwm_dist.evaluation.out_of_distribution import read_text
     from ebwm_dist.evaluation.suite import Options
 
-    options = Options(
-        args.steps, args.candidates, args.energy_tolerance, args.max_sequences, args.batch_size, args.choices
-    )
     world = None
     try:
         world = join()
-        if args.other_text is not None:
-            options = replace(options, other_text=args.other_text.read_text("utf-8"))
-        files = evaluate_runs(args.run, args.baseline, args.data, args.out, options, world)
+        options = Options(
+            args.steps,
+            args.candidates,
+            args.energy_tolerance,
+            args.max_sequences,
+            (SUMMARY_BATCH_SIZE if args.summary else 16) if args.batch_size is None else args.batch_size,
+            () if args.choices is None else read_questions(args.choices),
+            None if args.ood_text is None else read_text(args.ood_text),
+        )
+        work = summarise_runs if args.summary else evaluate_runs
+        files = work(args.run, args.baseline, args.data, args.out, options, world)
     except (UserError, OSError) as error:
         if world is None or world.rank == 0:
             print(f"error: {error}", file=sys.stderr)

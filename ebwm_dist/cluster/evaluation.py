@@ -26,7 +26,7 @@ from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster.results import Results, console_line, follow_command, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.evaluation.shards import ShardResult, evaluate_shard, merge
+from ebwm_dist.evaluation.errors_by_step import ErrorsByStep, evaluate_shard, merge
 from ebwm_dist.files import Record
 from ebwm_dist.run import Run
 from ebwm_dist.workers.pool import Pool, connected
@@ -46,7 +46,7 @@ class Cancelled(Exception):
     """The follower was cancelled during an evaluation."""
 
 
-def _evaluate_in(folder: str, settings: EvaluationConfig, checkpoint: Path, index: int, count: int) -> ShardResult:
+def _evaluate_in(folder: str, settings: EvaluationConfig, checkpoint: Path, index: int, count: int) -> ErrorsByStep:
     """Evaluate a shard in an actor; `folder` is where the relative paths of the configuration begin."""
     with suppress(OSError):  # on another machine it need not exist
         os.chdir(folder)

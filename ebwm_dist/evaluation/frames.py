@@ -1,13 +1,16 @@
 """How far predicted frames are from the true ones, as embeddings and as pictures, beside a copy of the last frame.
 
+A frame that starts another scene cannot be foreseen and does not count.
+
 Shapes: K MCMC steps, B clips, S predicted frames of each, E width of an embedding, N frames of H x W pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,85 +19,113 @@ from torch import Tensor
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
-from ebwm_dist.evaluation.video import clip_errors
+from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
+SCENE_CHANGE = 40.0
+"""Mean difference of two frames, of 255, from which on the second is taken for the start of another scene."""
 
 
 @dataclass(frozen=True)
-class ClipErrors:
-    """The errors of clips, a mean over its frames for each."""
+class FrameErrors:
+    """The errors of clips, which those of other clips can be joined to; all on the CPU."""
 
-    columns: dict[tuple[str, str], Tensor]
-    """Name of the prediction and of the error -> errors [B], float64 on the CPU."""
-    counted: Tensor
-    """Clips [B] that do not only fill a batch up."""
+    sums: dict[tuple[str, str], Tensor]
+    """Name of the prediction and of the error -> sums [B] over the frames of a clip that count, in float64."""
+    frames: Tensor
+    """Number of these frames [B]; 0 of a clip that only fills a batch up."""
+    scene_changes: Tensor
+    """Number of the other frames [B]; 0 of a clip that only fills a batch up."""
 
     @classmethod
-    def joined(cls, parts: Sequence[ClipErrors]) -> ClipErrors:
+    def joined(cls, parts: Sequence[FrameErrors]) -> FrameErrors:
         """Return the errors of the clips of all parts."""
-        columns = {key: torch.cat([part.columns[key] for part in parts]) for key in parts[0].columns}
-        return cls(columns, torch.cat([part.counted for part in parts]))
+        sums = {key: torch.cat([part.sums[key] for part in parts]) for key in parts[0].sums}
+        frames, changes = (torch.cat(x) for x in zip(*((p.frames, p.scene_changes) for p in parts), strict=True))
+        return cls(sums, frames, changes)
 
-    def means(self) -> dict[str, dict[str, float]]:
-        """Return the means: of `copy`, and of the prediction after each MCMC step by number."""
-        result: dict[str, dict[str, float]] = {}
-        for (name, error), values in self.columns.items():
+    def gathered(self, world: World) -> FrameErrors:
+        """Return the errors of the clips of all ranks."""
+        sums = {key: world.gather_rows(values) for key, values in self.sums.items()}
+        return FrameErrors(sums, world.gather_rows(self.frames), world.gather_rows(self.scene_changes))
+
+    def figures(self) -> dict[str, Any]:
+        """Return `frames`, the mean errors of each prediction by name, and `scene_changes`.
+
+        `mse_minus_copy` is a mean over clips and its standard error.
+        """
+        some = self.frames > 0
+        frames = self.frames[some]
+        result: dict[str, dict[str, Any]] = {}
+        for (name, error), sums in self.sums.items():
             # Summed in an order that does not depend on which rank has had which clip.
-            value = values[self.counted].sort().values.mean().item()
+            value = (sums[some].sort().values.sum() / frames.sum()).item()
             if error == "pixel_mse":
                 error, value = "psnr", 10 * math.log10(255**2 / max(value, 1e-9))
             result.setdefault(name, {})[error] = value
-        return result
+        for name, errors in result.items():
+            change = self.sums[name, "mse"] - self.sums["copy", "mse"]
+            errors["mse_minus_copy"] = mean_and_error((change[some] / frames).sort().values)
+        return {"frames": result, "scene_changes": int(self.scene_changes.sum())}
 
 
-def frame_errors(
-    model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor, world: World
-) -> dict[str, dict[str, float]]:
-    """Return the mean errors over the clips of all ranks."""
-    own = errors_of_clips(model, batches, num_steps, observer)
-    columns = {key: world.gather_rows(values) for key, values in own.columns.items()}
-    return ClipErrors(columns, world.gather_rows(own.counted)).means()
+def frame_errors(model: Model, batches: Iterable[Batch], num_steps: int, preprocess: FramePreprocessor) -> FrameErrors:
+    """Return the errors of all that `predictions` yields, with PSNR and SSIM where embeddings can be decoded."""
+    return FrameErrors.joined([_errors(model, batch, num_steps, preprocess) for batch in batches])
 
 
 @torch.no_grad()
-def errors_of_clips(model: Model, batches: Iterable[Batch], num_steps: int, observer: FramePreprocessor) -> ClipErrors:
-    """Return the errors of `copy`, and of the prediction after each MCMC step.
+def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreprocessor) -> FrameErrors:
+    observed = preprocess(batch.observed)
+    truth, counted = observed[:, 1:], batch.counted.to(observed.device)[:, None]
+    kept = ~scene_changes(preprocess, observed)
+    pictures = preprocess.decode(truth).float() if preprocess.decodable else None
+    sums = {}
+    for name, predicted, _ in predictions(model, observed, batch.sample_ids, num_steps):
+        errors = {
+            "mse": (predicted - truth).square().mean(2),
+            "smooth_l1": F.smooth_l1_loss(predicted, truth, reduction="none").mean(2),
+        }
+        if pictures is not None:
+            decoded = preprocess.decode(predicted).float()
+            errors["pixel_mse"] = (decoded - pictures).square().mean((2, 3, 4))
+            errors["ssim"] = similarity(decoded.flatten(0, 1), pictures.flatten(0, 1)).view(kept.shape)
+        for error, values in errors.items():
+            sums[name, error] = (values.double() * (kept & counted)).sum(-1).cpu()
+    return FrameErrors(sums, (kept & counted).sum(-1).cpu(), (~kept & counted).sum(-1).cpu())
 
-    An autoregressive model has one prediction, `1`. Where embeddings can be decoded there are `psnr` and `ssim` too.
+
+@torch.no_grad()
+def predictions(
+    model: Model, observed: Tensor, sample_ids: Tensor, num_steps: int
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yield name, prediction [B, S, E] and energy [B, S] of what follows each but the last of `observed`.
+
+    These are `copy`, and of an energy-based model the initial state `0` and the state after each step by its number; an
+    autoregressive model has one prediction, `1`.
     """
-    columns: dict[tuple[str, str], list[Tensor]] = {}
-    kept = []
-    for batch in batches:
-        observed = observer(batch.observed)
-        context, truth = observed[:, :-1], observed[:, 1:]
-        predictions = {"copy": context.float()}
-        if isinstance(model, EnergyBasedTransformer):
-            start = model.space.start(batch.sample_ids, model.seed, 0, context.shape[1], context)
-            for step, (_, state) in enumerate(model.refine(context, start, num_steps, batch.sample_ids)):
-                if step:
-                    predictions[str(step)] = state
-        else:
-            predictions["1"] = model.predict(context).float()
-        for name, predicted in predictions.items():
-            every = torch.ones(truth.shape[:2], device=truth.device)
-            errors = {
-                name: sums / every.shape[1] for name, sums in clip_errors(observer, predicted, truth, every).items()
-            }
-            if observer.decodable:
-                found = similarity(observer.decode(predicted).flatten(0, 1), observer.decode(truth).flatten(0, 1))
-                errors["ssim"] = found.view(truth.shape[:2]).mean(-1)
-            for error, values in errors.items():
-                columns.setdefault((name, error), []).append(values.double().cpu())
-        kept.append(batch.counted)
-    return ClipErrors({key: torch.cat(parts) for key, parts in columns.items()}, torch.cat(kept))
+    context = observed[:, :-1]
+    yield "copy", context.float(), None
+    if isinstance(model, EnergyBasedTransformer):
+        start = model.space.start(sample_ids, model.seed, 0, context.shape[1], context)
+        for step, (energy, state) in enumerate(model.refine(context, start, num_steps, sample_ids)):
+            yield str(step), state, energy
+    else:
+        yield "1", model.predict(context).float(), None
+
+
+def scene_changes(preprocess: FramePreprocessor, observed: Tensor) -> Tensor:
+    """Return which of the frames but the first start another scene [B, S]; without pictures, none."""
+    if not preprocess.decodable:
+        return torch.zeros(len(observed), observed.shape[1] - 1, dtype=torch.bool, device=observed.device)
+    return preprocess.decode(observed).float().diff(dim=1).abs().mean((2, 3, 4)) > SCENE_CHANGE
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Return the structural similarity [N] (SSIM) of frames [N, H, W, 3] uint8: 1 where they are the same.
+    """Return the structural similarity [N] (SSIM) of frames [N, H, W, 3] from 0 to 255: 1 where they are the same.
 
     Means, variances and the covariance are those of uniform windows, with the constants of the original definition.
     """

@@ -1,4 +1,4 @@
-"""Verification: which of several continuations fits best, by its energy and by its likelihood."""
+"""Multiple choice: which of several continuations fits best, by its energy and by its likelihood."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pathlib import Path
 import torch
 
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.out_of_distribution import read_text
 from ebwm_dist.evaluation.predictions import tabulate
+from ebwm_dist.files import printable
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.build import Model
+
+FORMAT = '{"context": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Question:
-    """A context, what may follow it, and which of that does."""
+    """A context, its possible continuations, and the index of the right one."""
 
     context: str
     choices: tuple[str, ...]
@@ -41,23 +46,30 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read JSON lines `{"context": ..., "choices": [...], "answer": index}`."""
+    """Read JSON lines of `FORMAT`; blank lines do not count."""
     questions = []
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            content = json.loads(line)
-            question = Question(str(content["context"]), tuple(map(str, content["choices"])), int(content["answer"]))
-            question.choices[question.answer]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f'{path} line {number}: expected {{"context": ..., "choices": [...], "answer": index}} ({error!r})'
-            ) from None
-        questions.append(question)
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # U+2028 and the like may stand in a line
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line)))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else error
+                raise UserError(f"{printable(path)} line {number}: expected {FORMAT} ({reason})") from None
+    if not questions:
+        raise UserError(f"{printable(path)} holds no questions: expected lines of {FORMAT}")
     return questions
+
+
+def _question(content: dict[str, object]) -> Question:
+    context, choices, answer = content["context"], content["choices"], content["answer"]
+    if not isinstance(context, str) or not isinstance(choices, list):
+        raise ValueError("context is no text, or choices are no list")
+    if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError("choices are fewer than two, or not all of them are texts")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer = {answer!r} is not an index of the choices")
+    "".join((context, *choices)).encode("utf-8")  # a ValueError for half of a surrogate pair
+    return Question(context, tuple(choices), answer)
 
 
 def score(
@@ -72,7 +84,7 @@ def score(
 ) -> list[Score]:
     """Score the second of each pair of tokens as what follows the first, which must not be empty.
 
-    Of a pair that is too long for the model, the beginning is not looked at.
+    A pair that is too long for the model loses its beginning.
     """
     rows = [[*context, *following][-max_context - 1 :] for context, following in pairs]
     lengths = [min(len(following), len(row) - 1) for (_, following), row in zip(pairs, rows, strict=True)]
@@ -96,6 +108,25 @@ def score(
                 greedy=bool(table.correct[place, span].all()),
             )
     return [scores[number] for number in range(len(rows))]
+
+
+def score_choices(
+    model: Model,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    max_context: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[list[Score]]:
+    """Score the choices of every question."""
+    pairs = [
+        (tokenizer.encode(question.context) or [tokenizer.eos_id], tokenizer.encode(choice))
+        for question in questions
+        for choice in question.choices
+    ]
+    settings = {"pad_id": tokenizer.pad_id, "max_context": max_context, "batch_size": batch_size, "device": device}
+    flat = iter(score(model, pairs, thinking=Thinking(), **settings))  # type: ignore[arg-type]
+    return [[next(flat) for _ in question.choices] for question in questions]
 
 
 def accuracies(questions: Sequence[Question], scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""What a model predicts at every position of many sequences, and how sure it is: the tables all figures are made of.
+"""Predictions at every position of many sequences, with their uncertainties: the tables that figures are made of.
 
 Shapes: R sequences of all ranks, B of a batch, S predicted positions, V vocabulary.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ebwm_dist.data.loading.order import permutation
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
 from ebwm_dist.inference.thinking import Thinking, think_sequences
@@ -26,10 +25,10 @@ Batches = Callable[[], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers [R, S] in float64, on the CPU and the same on every rank; sequences in the order of their ids."""
+    """Columns [R, S] in float64, on the CPU and the same on every rank; sequences in the order of their ids."""
 
-    counted: Tensor
-    """Whether there is anything to predict."""
+    target_mask: Tensor
+    """False at padding."""
     losses: Tensor
     """Loss of the prediction: cross-entropy of a token, SmoothL1 of an embedding."""
     entropies: Tensor | None
@@ -46,13 +45,13 @@ class Table:
     """Energy evaluations that it has cost."""
 
     def mean(self, numbers: Tensor) -> float:
-        """Return the mean over all counted positions."""
-        return numbers[self.counted].mean().item()
+        """Return the mean over all targets."""
+        return numbers[self.target_mask].mean().item()
 
     def by_sequence(self, numbers: Tensor) -> Tensor:
-        """Return the mean of each sequence [R] that has anything to predict."""
-        counts = self.counted.sum(-1)
-        return ((numbers * self.counted).sum(-1) / counts)[counts > 0]
+        """Return the mean of each sequence [R] that has targets."""
+        counts = self.target_mask.sum(-1)
+        return ((numbers * self.target_mask).sum(-1) / counts)[counts > 0]
 
     def change(self, before: Table) -> tuple[float, float]:
         """Return the mean loss minus that of another table of the same sequences, and its standard error over them."""
@@ -67,82 +66,45 @@ def tabulate(
     batches: Iterable[Batch],
     thinking: Thinking,
     world: World,
-    observe: Callable[[Tensor], Tensor] | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Table:
-    """Predict every position of the batches of all ranks; `observe` turns samples into what the model observes."""
+    """Predict every position of the batches of all ranks; without `preprocess`, samples are moved to the device."""
     columns: dict[str, list[Tensor]] = {}
     for batch in batches:
-        observed = batch.observed.to(world.device) if observe is None else observe(batch.observed)
+        observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
         rows = _rows(model, observed, batch.sample_ids.tolist(), thinking)
-        rows |= {"ids": batch.sample_ids, "kept": batch.counted}
+        rows |= {"ids": batch.sample_ids, "in_batch": batch.counted}
         for name, values in rows.items():
             columns.setdefault(name, []).append(values.cpu())
     gathered = {name: world.gather_rows(torch.cat(parts)) for name, parts in columns.items()}
     order = gathered.pop("ids").argsort(stable=True)
-    order = order[gathered.pop("kept")[order]]
+    order = order[gathered.pop("in_batch")[order]]
     table: dict[str, Tensor | None] = dict.fromkeys(("entropies", "correct", "energies", "observed"))
     for name, values in gathered.items():
-        table[name] = values[order] if name == "counted" else values[order].to(torch.float64)
+        table[name] = values[order] if name == "target_mask" else values[order].to(torch.float64)
     return Table(**table)  # type: ignore[arg-type]
 
 
 def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) -> dict[str, Tensor]:
     """Return the columns [B, S] of a batch."""
     context, targets = observed[:, :-1], observed[:, 1:]
+    scorer: Any = model.space if isinstance(model, EnergyBasedTransformer) else model
+    mask = scorer.target_mask(targets)
     parts: dict[str, list[Tensor]] = {}
 
-    def add(name: str, values: Tensor) -> None:
-        parts.setdefault(name, []).append(values)
+    def add(start: int, stop: int, predicted: Tensor, **columns: Tensor) -> None:
+        columns["losses"] = scorer.losses(predicted, targets[:, start:stop])
+        if targets.ndim == 2:
+            log_p = predicted.float().log_softmax(-1)
+            columns["entropies"] = -(log_p.exp() * log_p).sum(-1)
+            columns["correct"] = predicted.argmax(-1) == targets[:, start:stop]
+        for name, values in columns.items():
+            parts.setdefault(name, []).append(values)
 
     if isinstance(model, EnergyBasedTransformer):
-        space = model.space
-        counted = space.target_mask(targets)
         for start, stop, thought in think_sequences(model, context, thinking, seeds):
-            add("losses", space.losses(thought.state, targets[:, start:stop]))
-            if targets.ndim == 2:
-                add("entropies", _entropy(thought.state))
-                add("correct", thought.state.argmax(-1) == targets[:, start:stop])
-            add("energies", thought.energy)
-            add("steps", thought.steps)
-            add("nfe", thought.nfe)
-        add("observed", model.energies(observed))
+            add(start, stop, thought.state, energies=thought.energy, steps=thought.steps, nfe=thought.nfe)
+        parts["observed"] = [model.energies(observed)]
     else:
-        counted = model.target_mask(targets)
-        predicted = model.predict(context)
-        add("losses", model.losses(predicted, targets))
-        if targets.ndim == 2:
-            add("entropies", _entropy(predicted))
-            add("correct", predicted.argmax(-1) == targets)
-        for name in ("steps", "nfe"):
-            add(name, torch.zeros_like(counted))
-    return {"counted": counted} | {name: torch.cat(values, 1) for name, values in parts.items()}
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    log_p = logits.float().log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-def shuffled(batches: Batches, pad_id: int | None) -> Iterator[Batch]:
-    """Yield the same sequences with their states in another order, the same one whoever holds the sequence."""
-    for batch in batches():
-        observed = batch.observed.clone()
-        for row, number in zip(observed, batch.sample_ids.tolist(), strict=True):
-            length = len(row) if pad_id is None else int((row != pad_id).sum())
-            row[:length] = row[torch.from_numpy(permutation(length, number))]
-        yield replace(batch, observed=observed)
-
-
-def rows_of_tokens(tokens: np.ndarray, length: int, rows: int) -> np.ndarray:
-    """Cut tokens [n] into at most `rows` rows [R, S+1] that overlap by one, as they are packed for training."""
-    rows = min(rows, (len(tokens) - 1) // length)
-    return tokens[np.arange(rows)[:, None] * length + np.arange(length + 1)]
-
-
-def row_batches(rows: np.ndarray, batch_size: int, world: World) -> Iterator[Batch]:
-    """Yield this rank's batches of rows [R, S+1], of one size on all ranks; rows that fill up do not count."""
-    for start in range(0, len(rows), batch_size * world.world_size):
-        slots = start + world.rank * batch_size + np.arange(batch_size)
-        ids = torch.from_numpy(slots % len(rows))
-        observed = torch.from_numpy(rows[ids.numpy()].astype(np.int64))
-        yield Batch(observed, ids, [""] * batch_size, torch.from_numpy(slots < len(rows)))
+        add(0, context.shape[1], model.predict(context), steps=torch.zeros_like(mask), nfe=torch.zeros_like(mask))
+    return {"target_mask": mask} | {name: torch.cat(values, 1) for name, values in parts.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,21 +26,25 @@ th { border-bottom: 1px solid #888; font-weight: 600 } svg { max-width: 100%; he
 p.note { color: #555 }
 """
 
+Models = dict[str, dict[str, Any]]
+"""The measurements of `model` and, if there is one, `baseline`."""
+
 
 def render(evaluation: dict[str, Any]) -> str:
     """Return the page."""
-    result = evaluation["model"]
-    sections = [_overview(evaluation), _steps(result, evaluation.get("baseline"))]
-    if "frames" in result:
-        sections.append(_frames(evaluation))
-    if "thinking" in result:
-        sections.append(_thinking(result))
-    sections += [_calibration(result), _strange(result)]
-    if "choices" in result:
-        sections.append(_choices(evaluation))
+    models: Models = {name: evaluation[name] for name in ("model", "baseline") if name in evaluation}
+    model = models["model"]
+    sections = [_overview(models, evaluation["data"]), _steps(models)]
+    if "frames" in model["by_steps"]:
+        sections.append(_frames(models))
+    if "thinking" in model:
+        sections.append(_thinking(model))
+    sections += [_calibration(model), _out_of_distribution(model)]
+    if "multiple_choice" in model:
+        sections.append(_multiple_choice(models))
     if "comparison" in evaluation:
-        sections.append(_comparison(evaluation))
-    title = f"Evaluation of {html.escape(result['model']['path'])}"
+        sections.append(_comparison(evaluation["comparison"], models))
+    title = f"Evaluation of {html.escape(model['model']['path'])}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head>\n<body><h1>{title}</h1>\n{''.join(sections)}"
@@ -47,70 +53,75 @@ def render(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _overview(evaluation: dict[str, Any]) -> str:
-    data, rows = evaluation["data"], []
-    for name in ("model", "baseline"):
-        if name in evaluation:
-            model, steps = evaluation[name]["model"], evaluation[name]["by_steps"]
-            at = model["trained_steps"] - 1
-            row: list[Any] = [model["path"], model["kind"], f"{model['parameters']:,}", model["step"]]
-            row += [
-                steps["loss"][at],
-                *(steps[key][at] if key in steps else "" for key in ("perplexity", "bits_per_byte")),
-            ]
-            rows.append(row)
+def _overview(models: Models, data: dict[str, Any]) -> str:
+    rows = []
+    for one in models.values():
+        model, by_steps = one["model"], one["by_steps"]
+        figures = [by_steps[key][model["trained_steps"] - 1] if key in by_steps else "" for key in _LOSSES]
+        rows.append([model["path"], model["kind"], f"{model['parameters']:,}", model["step"], *figures])
     note = f"{data['sequences']:,} held-out sequences of {data['folder']}, {data['predictions']:,} predictions."
-    return f"<p>{html.escape(note)}</p>" + _table(
-        ["model", "kind", "parameters", "step", "loss", "perplexity", "bits per byte"], rows
-    )
+    return f"<p>{html.escape(note)}</p>" + _table(["model", "kind", "parameters", "step", *_LOSSES.values()], rows)
 
 
-def _steps(result: dict[str, Any], baseline: dict[str, Any] | None) -> str:
-    steps = result["by_steps"]
-    columns = [name for name in ("loss", "perplexity", "bits_per_byte") if name in steps]
+_LOSSES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+
+
+def _steps(models: Models) -> str:
+    model, baseline = models["model"], models.get("baseline")
+    steps = model["by_steps"]
+    columns = [name for name in _LOSSES if name in steps]
     rows = [[number, *(steps[name][i] for name in columns)] for i, number in enumerate(steps["steps"])]
-    head = ["MCMC steps", *(name.replace("_", " ") for name in columns)]
+    head = ["MCMC steps", *(_LOSSES[name] for name in columns)]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps["steps"], steps["loss"], "o-", color=BLUE, label="loss")
     if "energy" in steps:
         head += ["change of the loss from step 1", "energy"]
         for i, row in enumerate(rows):
             row += [_plus_minus(*steps["change_from_first"][i]), steps["energy"][i + 1]]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(steps["steps"], steps["loss"], "o-", color=BLUE, label="loss")
-    trained = result["model"]["trained_steps"]
-    if "energy" in steps:
-        left.axvline(trained, color=GRAY, linestyle=":", label="as trained")
+        left.axvline(model["model"]["trained_steps"], color=GRAY, linestyle=":", label="as trained")
         energy = left.twinx()
         energy.plot([0, *steps["steps"]], steps["energy"], "s--", color=ORANGE)
         energy.set_ylabel("energy", color=ORANGE)
-    if baseline is not None:
-        left.axhline(baseline["by_steps"]["loss"][0], color=GRAY, linestyle="--", label="baseline")
-    left.set(title="After each MCMC step", xlabel="MCMC steps", ylabel="held-out loss")
-    left.legend()
     right.plot(steps["flops_per_prediction"], steps["loss"], "o-", color=BLUE, label="MCMC steps")
-    for row in result.get("thinking", []):
+    for row in model.get("thinking", []):
         if row["candidates"] > 1 or row["energy_tolerance"] is not None or row["accept_only_decrease"]:
             right.plot(row["flops_per_prediction"], row["loss"], "^", label=_way(row))
     if baseline is not None:
         other = baseline["by_steps"]
+        left.axhline(other["loss"][0], color=GRAY, linestyle="--", label="baseline")
         right.plot(other["flops_per_prediction"], other["loss"], "D", color=GRAY, label="baseline")
+    left.set(title="After each MCMC step", xlabel="MCMC steps", ylabel="held-out loss")
+    left.legend()
     right.set(title="Against the compute of a prediction", xlabel="FLOPs per prediction", xscale="log")
     right.legend(fontsize="small")
     return "<h2>Loss by MCMC steps</h2>" + _table(head, rows) + _svg(figure)
 
 
-def _frames(evaluation: dict[str, Any]) -> str:
-    rows = [["copy of the last frame", *evaluation["model"]["frames"]["copy"].values()]]
-    for name in ("model", "baseline"):
-        for step, errors in evaluation.get(name, {}).get("frames", {}).items():
+def _frames(models: Models) -> str:
+    copied = models["model"]["by_steps"]["frames"]["copy"]
+    rows = [["copy of the last frame", *_errors(copied)]]
+    for name, one in models.items():
+        for step, errors in one["by_steps"]["frames"].items():
             if step != "copy":
-                rows.append([f"{name}, step {step}", *errors.values()])
-    note = "Mean errors of the predicted frames, of normalised embeddings, and of pictures where they can be decoded."
-    head = [name.replace("_", " ") for name in evaluation["model"]["frames"]["copy"]]
-    return f"<h2>Frames</h2><p>{note}</p>" + _table(["", *head], rows)
+                rows.append([f"{name}, step {step}", *_errors(errors)])
+    changes = models["model"]["by_steps"]["scene_changes"]
+    page = (
+        "<h2>Frames</h2><p>Mean errors of the predicted frames, of normalised embeddings, and of pictures where they "
+        f"can be decoded. {changes:,} frames that start another scene do not count.</p>"
+    ) + _table(["", *(name.replace("_", " ") for name in copied)], rows)
+    if "true_frame_is_lower" in models["model"]:
+        shares = models["model"]["true_frame_is_lower"]
+        page += "<p>How often the true next frame has a lower energy than frames that do not follow.</p>"
+        page += _table(["", "share"], [[name, _plus_minus(*pair)] for name, pair in shares.items()])
+    return page
 
 
-def _thinking(result: dict[str, Any]) -> str:
+def _errors(errors: dict[str, Any]) -> list[Any]:
+    return [_plus_minus(*value) if name == "mse_minus_copy" else value for name, value in errors.items()]
+
+
+def _thinking(model: dict[str, Any]) -> str:
     rows = [
         [
             _way(row),
@@ -121,13 +132,13 @@ def _thinking(result: dict[str, Any]) -> str:
             row["mean_nfe"],
             f"{row['flops_per_prediction']:.3g}",
         ]
-        for row in result["thinking"]
+        for row in model["thinking"]
     ]
-    head = ["thinking", "loss", "change (± standard error)", "energy", "steps taken", "nfe", "FLOPs"]
+    head = ["thinking", "loss", "change (± standard error)", "energy", "steps taken", "NFE", "FLOPs"]
     return (
-        "<h2>Thinking</h2><p>Ways to think about each prediction, against that of training. Noise is drawn anew for "
-        "these, so that losses differ a little from those above.</p>" + _table(head, rows)
-    )
+        "<h2>Thinking</h2><p>Ways to think about each prediction, against that of training. NFE counts energy "
+        "evaluations. Noise is drawn anew for these, so that losses differ a little from those above.</p>"
+    ) + _table(head, rows)
 
 
 def _way(row: dict[str, Any]) -> str:
@@ -137,89 +148,79 @@ def _way(row: dict[str, Any]) -> str:
     if row["energy_tolerance"] is not None:
         parts.append(f"stop at {row['energy_tolerance']:g}")
     if row["accept_only_decrease"]:
-        parts.append("only downhill")
+        parts.append("only decreases")
     return ", ".join(parts)
 
 
-def _calibration(result: dict[str, Any]) -> str:
-    found = result["calibration"]
+def _calibration(model: dict[str, Any]) -> str:
+    found = model["calibration"]
     names = [name for name in COLORS if name in found]
-    rows = [
-        [
-            name,
-            *(found[name][key] for key in ("pearson", "spearman", "spearman_of_sequences")),
-            *(found[name]["risk_coverage"][key] for key in ("aurc", "best", "chance")),
-        ]
-        for name in names
-    ]
+    if not names:
+        return ""
+    rows = []
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, name in enumerate(names):
+        one, curve = found[name], found[name]["risk_coverage"]
+        rows.append([name, *(one[key] for key in ("pearson", "spearman", "spearman_of_sequences"))])
+        rows[-1] += [curve[key] for key in ("aurc", "best", "chance")]
         axes = left if number == 0 else left.twiny()
-        bins = found[name]["reliability"]
-        axes.plot([b["uncertainty"] for b in bins], [b["loss"] for b in bins], "o-", color=COLORS[name])
+        axes.plot(*zip(*((b["uncertainty"], b["loss"]) for b in one["reliability"]), strict=True), "o-", c=COLORS[name])
         axes.set_xlabel(f"mean {name} of a tenth of the predictions", color=COLORS[name])
-        curve = found[name]["risk_coverage"]
         right.plot(curve["coverage"], curve["risk"], color=COLORS[name], label=f"{name}, AURC {curve['aurc']:.3f}")
     left.set_ylabel("mean loss")
-    if not names:
-        return ""
-    right.axhline(found["loss"], color=GRAY, linestyle="--", label="knowing nothing")
-    right.set(
-        title="Risk-coverage", xlabel="share of predictions kept, the most certain ones", ylabel="their mean loss"
-    )
+    right.axhline(found["loss"], color=GRAY, linestyle="--", label="random")
+    right.set(title="Risk-coverage", xlabel="share of predictions kept, the most certain first", ylabel="mean loss")
     right.legend()
     accuracy = f" The most probable token is right in {found['accuracy']:.1%}." if "accuracy" in found else ""
     head = ["uncertainty", "Pearson", "Spearman", "Spearman of sequences", "AURC", "best possible", "chance"]
     return (
-        "<h2>Does the model know when it is wrong?</h2><p>Correlation of its uncertainty with the true loss of the "
-        f"prediction, and the loss that is left when uncertain predictions are given up.{accuracy}</p>"
-        + _table(head, rows)
-        + _svg(figure)
-    )
+        "<h2>Calibration</h2><p>Correlation of the model's uncertainty with the true loss of its predictions, and the "
+        f"loss that is left when uncertain predictions are dropped.{accuracy}</p>"
+    ) + (_table(head, rows) + _svg(figure))
 
 
-def _strange(result: dict[str, Any]) -> str:
-    worlds = result["out_of_distribution"]
-    scores = [name for name in next(iter(worlds.values())) if name != "sequences"]
+def _out_of_distribution(model: dict[str, Any]) -> str:
+    kinds = model["out_of_distribution"]
+    scores = [name for name in next(iter(kinds.values())) if name != "sequences"]
     rows = [
-        [f"{world} ({found['sequences']} sequences)", *(_plus_minus(*found[name]["auroc"]) for name in scores)]
-        for world, found in worlds.items()
+        [f"{kind} ({found['sequences']} sequences)", *(_plus_minus(*found[name]["auroc"]) for name in scores)]
+        for kind, found in kinds.items()
     ]
-    figure = Figure(figsize=(10, 2.6 * len(worlds)), layout="constrained")
-    grid = figure.subplots(len(worlds), len(scores), squeeze=False)
-    for line, (world, found) in zip(grid, worlds.items(), strict=True):
+    figure = Figure(figsize=(10, 2.6 * len(kinds)), layout="constrained")
+    grid = figure.subplots(len(kinds), len(scores), squeeze=False)
+    for line, (kind, found) in zip(grid, kinds.items(), strict=True):
         for axes, name in zip(line, scores, strict=True):
             _histogram(axes, *found[name]["scores"])
-            axes.set_title(f"{world}\n{name}", fontsize="small")
+            axes.set_title(f"{kind}\n{name}", fontsize="small")
     return (
-        "<h2>Does it notice what is strange?</h2><p>Chance that a strange sequence scores higher than a held-out one "
-        "(AUROC ± standard error): 0.5 is a guess; below it the strange ones score lower. Orange: strange sequences, "
-        "blue: held-out ones.</p>" + _table(["strange sequences", *scores], rows) + _svg(figure)
-    )
+        "<h2>Out of distribution</h2><p>Chance that an out-of-distribution sequence (orange) scores higher than a "
+        "held-out one (blue): AUROC ± standard error. 0.5 is a guess; below it they score lower.</p>"
+    ) + (_table(["sequences", *scores], rows) + _svg(figure))
 
 
-def _histogram(axes: Axes, strange: Sequence[float], usual: Sequence[float]) -> None:
-    low, high = min(*strange, *usual), max(*strange, *usual)
-    edges = [low + (high - low) * i / 30 for i in range(31)] if high > low else 10
-    for values, color in ((usual, BLUE), (strange, ORANGE)):
-        axes.hist(values, bins=edges, density=True, alpha=0.6, color=color)
+def _histogram(axes: Axes, ood: Sequence[float], held_out: Sequence[float]) -> None:
+    pair = [[value for value in values if math.isfinite(value)] for values in (held_out, ood)]
+    if all(pair):
+        low, high = (limit(*pair[0], *pair[1]) for limit in (min, max))
+        edges = [low + (high - low) * i / 30 for i in range(31)] if high > low else 10
+        for values, color in zip(pair, (BLUE, ORANGE), strict=True):
+            axes.hist(values, bins=edges, density=True, alpha=0.6, color=color)
     axes.set_yticks([])
 
 
-def _choices(evaluation: dict[str, Any]) -> str:
-    rows = []
-    for name in ("model", "baseline"):
-        for way, pair in evaluation.get(name, {}).get("choices", {}).get("accuracy", {}).items():
-            rows.append([f"{name}: {way}", _plus_minus(*pair)])
-    number = evaluation["model"]["choices"]["questions"]
-    return f"<h2>Choices</h2><p>Share of {number} questions answered rightly.</p>" + _table(
-        ["chosen by", "right"], rows
-    )
+def _multiple_choice(models: Models) -> str:
+    rows = [
+        [f"{name}: {way}", _plus_minus(*pair)]
+        for name, one in models.items()
+        for way, pair in one["multiple_choice"]["accuracy"].items()
+    ]
+    number = models["model"]["multiple_choice"]["questions"]
+    note = f"Accuracy over {number} questions, by the score that chooses."
+    return f"<h2>Multiple choice</h2><p>{note}</p>" + _table(["chosen by", "accuracy"], rows)
 
 
-def _comparison(evaluation: dict[str, Any]) -> str:
-    found = evaluation["comparison"]
+def _comparison(found: dict[str, Any], models: Models) -> str:
     rows = [
         [
             name,
@@ -230,29 +231,27 @@ def _comparison(evaluation: dict[str, Any]) -> str:
             ),
             found[name]["loss"],
         ]
-        for name in ("model", "baseline")
+        for name in models
     ]
-    text = "<h2>Beside the baseline</h2>" + _table(
-        ["", "parameters", "training tokens", "training FLOPs", "held-out loss"], rows
-    )
+    head = ["", "parameters", "training tokens", "training FLOPs", "held-out loss"]
+    page = "<h2>Beside the baseline</h2>" + _table(head, rows)
     if "equal_flops" not in found:
-        return text + '<p class="note">An export tells nothing of its training: no comparison at equal FLOPs.</p>'
+        return page + '<p class="note">An export has no record of its training: no comparison at equal FLOPs.</p>'
     equal = found["equal_flops"]
     losses = " and ".join(
         f"{name} {'was not validated as early' if equal[name] is None else format(equal[name], '.4f')}"
-        for name in ("model", "baseline")
+        for name in models
     )
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, color in (("model", BLUE), ("baseline", ORANGE)):
-        curve = evaluation[name]["model"]["validation_by_flops"]
+    for (name, one), color in zip(models.items(), (BLUE, ORANGE), strict=True):
+        curve = one["model"]["validation_by_flops"]
         axes.plot([x for x, _ in curve], [y for _, y in curve], "o-", color=color, label=name)
     axes.axvline(equal["flops"], color=GRAY, linestyle=":", label="equal FLOPs")
     axes.set(title="Validation while training", xlabel="training FLOPs", ylabel="loss", xscale="log")
     axes.legend()
-    return (
-        text + f"<p>At {equal['flops']:.3g} training FLOPs, by the runs' own validations: {losses}.</p>" + _svg(figure)
-    )
+    note = f"At {equal['flops']:.3g} training FLOPs, by the runs' own validations: {losses}."
+    return f"{page}<p>{note}</p>{_svg(figure)}"
 
 
 def _plus_minus(value: float, error: float) -> str:
@@ -270,10 +269,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _svg(figure: Figure) -> str:
     """Return a figure as an element of the page; text stays text, and no date makes it differ from run to run."""
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluation"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "evaluation"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     # The document type and the metadata name addresses elsewhere; the element alone needs neither.

@@ -1,4 +1,4 @@
-"""How well a number tells when a prediction is wrong, or an input strange: correlation, risk-coverage, AUROC.
+"""How well a score predicts errors or detects out-of-distribution inputs: correlation, risk-coverage, AUROC.
 
 Everything is computed in float64 from vectors of N observations. Tokens of one sequence are not independent, so
 standard errors are only given where observations are whole sequences, or bins are described.
@@ -67,9 +67,9 @@ class RiskCoverage:
     aurc: float
     """Mean of the risk over all coverages: smaller is better."""
     best: float
-    """That of the true loss itself, which no uncertainty can beat."""
+    """That of the true loss itself, the lower bound."""
     chance: float
-    """That of an uncertainty that knows nothing: the mean loss."""
+    """That of a random uncertainty: the mean loss."""
 
 
 def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCoverage:
@@ -77,7 +77,7 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCo
     loss = loss.to(torch.float64)
 
     def risks(by: Tensor) -> Tensor:
-        # Equal uncertainties cannot be told apart: their losses count as their mean.
+        # Losses of equal uncertainties count as their mean.
         _, group, counts = torch.unique(by, return_inverse=True, return_counts=True)
         means = torch.zeros(len(counts), dtype=torch.float64, device=by.device).index_add_(0, group, loss) / counts
         kept = means[group][by.argsort(stable=True)]
@@ -94,13 +94,19 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCo
     )
 
 
-def auroc(strange: Tensor, usual: Tensor) -> tuple[float, float]:
-    """Return the chance that a strange score [M] is above a usual one [N], and its standard error (DeLong's)."""
-    m, n = len(strange), len(usual)
-    strange, usual = strange.to(torch.float64), usual.to(torch.float64)
-    among_all = ranks(torch.cat((strange, usual)))
+def auroc(ood: Tensor, held_out: Tensor) -> tuple[float, float]:
+    """Return the chance that a score of `ood` [M] is above one of `held_out` [N], and its standard error (DeLong's)."""
+    m, n = len(ood), len(held_out)
+    ood, held_out = ood.to(torch.float64), held_out.to(torch.float64)
+    among_all = ranks(torch.cat((ood, held_out)))
     # For each score, the share of the other side that it is on the right side of; ties count half.
-    right_strange = (among_all[:m] - ranks(strange)) / n
-    right_usual = 1 - (among_all[m:] - ranks(usual)) / m
-    variance = sum(v.var(correction=1).item() / len(v) for v in (right_strange, right_usual) if len(v) > 1)
-    return right_strange.mean().item(), math.sqrt(variance)
+    right_ood = (among_all[:m] - ranks(ood)) / n
+    right_held_out = 1 - (among_all[m:] - ranks(held_out)) / m
+    variance = sum(v.var(correction=1).item() / len(v) for v in (right_ood, right_held_out) if len(v) > 1)
+    return right_ood.mean().item(), math.sqrt(variance)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean [N] and its standard error, as if the values were independent."""
+    values = values.to(torch.float64)
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.inf

@@ -1,4 +1,4 @@
-"""The unigram baseline: what perplexity knowing only the frequency of each token gives on the held-out split."""
+"""The unigram baseline: the perplexity of a model that has only the frequency of each token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import numpy as np
 
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
+from ebwm_dist.run import ValidationData
+
+
+def unigram_perplexity(data: ValidationData, max_sequences: int) -> float:
+    """Return the perplexity on held-out text of the training text's frequencies, with one added to each count.
+
+    Data sets of a mixture count by their shares, those that are held out by the samples that are evaluated.
+    """
+    size = data.mixture.manifest.token_format.vocab_size
+    train, val = np.zeros(size), np.zeros(size)
+    for source, held_out in zip(data.mixture.sources, data.counts(max_sequences), strict=True):
+        counts = target_counts(source.manifest, "train") + 1
+        train += source.quota * counts / counts.sum()
+        val += target_counts(source.manifest, "val") * held_out / source.manifest.val.samples
+    log_probabilities = np.log(train / train.sum())
+    return float(np.exp(-(val * log_probabilities).sum() / val.sum()))
 
 
 def target_counts(manifest: Manifest, split: str) -> np.ndarray:
@@ -16,11 +32,3 @@ def target_counts(manifest: Manifest, split: str) -> np.ndarray:
         counts += np.bincount(block[:, 1:].reshape(-1), minlength=token_format.vocab_size)
     counts[token_format.pad_id] = 0
     return counts
-
-
-def unigram_perplexity(manifest: Manifest) -> float:
-    """Return the perplexity on `val` of token frequencies counted on `train`, with one added to each count."""
-    train = target_counts(manifest, "train") + 1
-    val = target_counts(manifest, "val")
-    log_probabilities = np.log(train / train.sum())
-    return float(np.exp(-(val * log_probabilities).sum() / val.sum()))

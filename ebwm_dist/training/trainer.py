@@ -28,7 +28,7 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
-from ebwm_dist.evaluation.perplexity import evaluate
+from ebwm_dist.evaluation.losses import evaluate
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE

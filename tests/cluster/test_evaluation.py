@@ -22,11 +22,11 @@ from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.encoders.preprocessing import build_preprocessor, embedding_statistics
-from ebwm_dist.evaluation.shards import evaluate_shard, merge
+from ebwm_dist.evaluation.errors_by_step import evaluate_shard, merge
 from ebwm_dist.workers.pool import Pool, connected
 from tests.cluster.clusters import wait_for
 from tests.cluster.flaky import flaky
-from tests.cluster.made_runs import add_checkpoint, make_run
+from tests.made_runs import add_checkpoint, make_run
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
 from tests.tiny_shards import make_tiny_clips
@@ -87,7 +87,7 @@ def test_any_number_of_shards_gives_the_same_figures(kind: str, folder: Path, co
     path = add_checkpoint(config, 1)
     whole = alone(path, config.evaluation)
     assert whole["steps"] == [1, 2, 3] and whole["tokens"] > 0 and whole["loss"][0] != whole["loss"][2]
-    assert kind == "text" or set(whole["frames"]["3"]) == {"mse", "smooth_l1", "psnr", "ssim"}
+    assert kind == "text" or set(whole["frames"]["3"]) == {"mse", "smooth_l1", "psnr", "ssim", "mse_minus_copy"}
     for count in (2, 5):
         shards = [evaluate_shard(path, index, count, config.evaluation, CPU) for index in range(count)]
         assert close_to(merge(shards), whole)

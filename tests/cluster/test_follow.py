@@ -18,7 +18,7 @@ from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
 from ebwm_dist.cluster.results import read_evaluations
 from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.evaluation.shards import evaluate_shard, merge
+from ebwm_dist.evaluation.errors_by_step import evaluate_shard, merge
 from tests.cluster.clusters import cluster, submit_command
 from tests.cluster.test_evaluation import CPU, close_to
 from tests.launchers.jobs import REPOSITORY, Job

@@ -9,7 +9,6 @@ import torch
 
 from ebwm_dist.config import Config, MCMCConfig, ModelConfig
 from ebwm_dist.data.loading.stream import Batch
-from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.frames import frame_errors, similarity
 from ebwm_dist.mcmc.build import build_model
@@ -47,11 +46,13 @@ def test_errors_of_every_step(kind: str) -> None:
     counted = torch.tensor([True, True, False])
     batch = Batch(observed, torch.arange(3), [""] * 3, counted)
     device = torch.device("cpu")
-    found = frame_errors(model, [batch], 2, FramePreprocessor(device), World(0, 0, 1, device))
+    found = frame_errors(model, [batch], 2, FramePreprocessor(device)).figures()["frames"]
     losses, _, tokens = model.evaluate(observed[:2], torch.arange(2), 2)
-    assert list(found) == ["copy", *map(str, range(1, len(losses) + 1))]
+    assert list(found) == ["copy", *map(str, range(0 if kind == "ebt" else 1, len(losses) + 1))]
     for step, loss in enumerate(losses, 1):
         assert found[str(step)]["smooth_l1"] == pytest.approx((loss.sum() / tokens.sum()).item(), rel=1e-5)
     difference = (observed[:2, :-1] - observed[:2, 1:]).double()
     assert found["copy"]["mse"] == pytest.approx(difference.square().mean().item(), rel=1e-5)
-    assert set(found["copy"]) == {"mse", "smooth_l1"} and all(map(math.isfinite, found["1"].values()))
+    assert set(found["copy"]) == {"mse", "smooth_l1", "mse_minus_copy"} and math.isfinite(found["1"]["mse"])
+    predicted = found["1"]["mse"] - found["copy"]["mse"]
+    assert found["1"]["mse_minus_copy"][0] == pytest.approx(predicted, rel=1e-5) and found["1"]["mse_minus_copy"][1] > 0

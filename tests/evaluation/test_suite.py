@@ -16,8 +16,9 @@ from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.run import evaluate_runs
-from ebwm_dist.evaluation.suite import Options, side_by_side
+from ebwm_dist.evaluation.evaluate import evaluate_runs, side_by_side
+from ebwm_dist.evaluation.multiple_choice import read_questions
+from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import Run
@@ -29,7 +30,7 @@ QUESTION = {"context": "ka lo", "choices": [" mi ru", " ten vas sho"], "answer":
 
 
 def options(folder: Path) -> Options:
-    return Options((1, 3), (1, 2), (1e-2,), 17, 3, folder / "questions.jsonl")
+    return Options((1, 3), (1, 2), (1e-2,), 17, 3, read_questions(folder / "questions.jsonl"))
 
 
 def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
@@ -88,15 +89,15 @@ def test_figures(models: Path) -> None:
     curve = share["risk_coverage"]
     assert curve["best"] <= curve["aurc"] and curve["risk"][-1] == pytest.approx(usual["loss"])
     for world in ("shuffled", "other text"):
-        strange = model["out_of_distribution"][world]
-        assert strange["sequences"] == 17
-        assert all(0 <= strange[name]["auroc"][0] <= 1 for name in strange if name != "sequences")
+        ood = model["out_of_distribution"][world]
+        assert ood["sequences"] == 17
+        assert all(0 <= ood[name]["auroc"][0] <= 1 for name in ood if name != "sequences")
 
     baseline = found["baseline"]
     assert baseline["by_steps"]["loss"][0] == pytest.approx(baseline["calibration"]["loss"], rel=1e-6)
     assert "thinking" not in baseline and "energy" not in baseline["calibration"]
     assert found["comparison"]["baseline"]["parameters"] == baseline["model"]["parameters"]
-    assert "equal_flops" not in found["comparison"]  # exports tell nothing of their training
+    assert "equal_flops" not in found["comparison"]  # exports have no record of their training
 
 
 def test_choices_are_ranked_by_their_likelihood(models: Path) -> None:
@@ -109,14 +110,14 @@ def test_choices_are_ranked_by_their_likelihood(models: Path) -> None:
         tokens = torch.tensor([before + after])
         log_p = run.model.predict(tokens[:, :-1]).log_softmax(-1)[0]
         scores.append(sum(log_p[len(before) - 1 + i, token].item() for i, token in enumerate(after)))
-    accuracy = evaluation(models / "alone")["baseline"]["choices"]["accuracy"]
+    accuracy = evaluation(models / "alone")["baseline"]["multiple_choice"]["accuracy"]
     assert accuracy["likelihood"][0] == float(scores[1] > scores[0]) and accuracy["chance"][0] == 0.5
 
 
 def test_equal_flops() -> None:
     def run(curve: list[list[float]]) -> dict[str, Any]:
         model = {"parameters": 1, "tokens": 1, "training_flops": curve[-1][0], "validation_by_flops": curve}
-        return {"model": model, "calibration": {"loss": curve[-1][1]}}
+        return {"model": {**model, "trained_steps": 1}, "by_steps": {"loss": [curve[-1][1]]}}
 
     ours, theirs = run([[10.0, 5.0], [1000.0, 3.0]]), run([[1.0, 4.0], [100.0, 2.0]])
     equal = side_by_side(ours, theirs)["equal_flops"]
@@ -162,6 +163,3 @@ def test_other_data_is_refused(models: Path, tmp_path: Path) -> None:
         evaluate_runs(models / "ebt", None, str(tmp_path / "text"), tmp_path, options(models), join())
     with pytest.raises(UserError, match="--batch-size = 0: must be at least 1"):
         evaluate_runs(models / "ebt", None, None, tmp_path, Options(batch_size=0), join())
-    (tmp_path / "questions.jsonl").write_text('{"context": "a", "choices": ["b"], "answer": 1}\n')
-    with pytest.raises(UserError, match=r"questions.jsonl line 1: expected"):
-        evaluate_runs(models / "ebt", None, None, tmp_path, options(tmp_path), join())

@@ -1,30 +1,32 @@
-"""From two trained runs on clips to the comparison that `make train-video` ends with."""
+"""Evaluation of models of video, and the summary that `make train-video` ends with."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ebwm_dist.config.schema import EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest, Split
 from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.format.video_codec import encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.distributed import join
-from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.run import evaluate_runs
+from ebwm_dist.evaluation.errors_by_step import evaluate_shard, merge
+from ebwm_dist.evaluation.evaluate import evaluate_runs, measure_runs
 from ebwm_dist.evaluation.suite import Options
-from ebwm_dist.evaluation.video import BATCH_SIZE, Finished, compare, energies_of, wrong_frames
+from ebwm_dist.evaluation.true_frames import energies_of, wrong_frames
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from tests.distributed import run_distributed_test
-from tests.runs import train_in_turn
+from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
+from ebwm_dist.run import Run
+from launchers.evaluate import SUMMARY_BATCH_SIZE, main
+from tests.made_runs import finished_run
 
-CPU = torch.device("cpu")
-FRAMES, CLIPS = 5, {"train": 8, "val": BATCH_SIZE + 3}
+FRAMES, CLIPS = 5, {"train": 8, "val": SUMMARY_BATCH_SIZE + 3}
 CONFIG = """
 model: {variant: time_embed, num_landscapes: 2, embedding_dim: 12, dim: 16, num_layers: 1, num_heads: 2}
 mcmc: {num_steps: 2, step_size: 1.0, initial_state: most_recent_embedding}
@@ -34,15 +36,13 @@ data: {sequence_length: 4, encoder: "pixels:2"}
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the runs `ebwm` and `ar`, trained on clips whose colours drift; one has a scene change."""
-    folder = tmp_path_factory.mktemp("runs")
-    sample_format = ClipFormat(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
-    generator, splits = np.random.default_rng(0), {}
-    (folder / "clips").mkdir()
+def make_clips(folder: Path, seed: int) -> Manifest:
+    """Make clips whose colours drift; one of those held out has a scene change."""
+    content = ClipFormat(frames=FRAMES, frame_interval=0.1, height=16, width=16, storage="jpeg")
+    generator, splits = np.random.default_rng(seed), {}
+    folder.mkdir()
     for split, count in CLIPS.items():
-        writer = ClipWriter(folder / "clips", split, sample_format, 16)
+        writer = ClipWriter(folder, split, content, 16)
         for number in range(count):
             first, drift = generator.integers(60, 120, 3), generator.integers(-9, 9, 3)
             colours = first + drift * np.arange(FRAMES)[:, None]
@@ -51,59 +51,104 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.write([encode_jpeg(frame) for frame in frames], {"video": "a"})
         writer.close()
         splits[split] = Split(tuple(writer.shards), 1, {"videos": 1, "frames": count * FRAMES})
-    Manifest(folder / "clips", sample_format, splits, ()).save()
-    (folder / "tiny.yaml").write_text(CONFIG)
-    overrides = [
-        [f"data.path={folder / 'clips'}", f"model.kind={kind}", f"run_dir={folder / name}"]
-        for kind, name in (("ebt", "ebwm"), ("ar", "ar"))
-    ]
-    run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", overrides)
+    manifest = Manifest(folder, content, splits, ())
+    manifest.save()
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the runs `ebwm` and `ar`, and `mixed` on two data sets."""
+    folder = tmp_path_factory.mktemp("runs")
+    config, clips = folder / "tiny.yaml", make_clips(folder / "clips", 0)
+    config.write_text(CONFIG)
+    finished_run(config, clips, folder / "ebwm")
+    finished_run(config, clips, folder / "ar", ["model.kind=ar"])
+    other = make_clips(folder / "other", 1)
+    weights = f"data.mixture={{{clips.folder}: 1, {other.folder}: 3}}"
+    finished_run(config, clips, folder / "mixed", [weights])
     return folder
 
 
-def test_the_suite_takes_a_model_whose_candidates_are_all_the_same(runs: Path, tmp_path: Path) -> None:
+def all_clips(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the embeddings [N, S+1, E] of the held-out clips, and their ids."""
+    data = run.validation_data()
+    (batch,) = data.batches(CLIPS["val"], CLIPS["val"])
+    return data.preprocess(batch.observed), batch.sample_ids
+
+
+def test_candidates_that_are_all_the_same_are_left_out(runs: Path, tmp_path: Path) -> None:
     file, page = evaluate_runs(runs / "ebwm", runs / "ar", None, tmp_path, Options(batch_size=4), join())
     found = json.loads(file.read_text())
     assert [way["candidates"] for way in found["model"]["thinking"]] == [1] * 5
-    assert found["model"]["by_steps"]["copy_loss"] > 0 and page.stat().st_size > 10_000
+    assert found["model"]["by_steps"]["copy_loss"] > 0 and found["model"]["by_steps"]["scene_changes"] == 1
+    assert set(found["model"]["by_steps"]["frames"]) == {"copy", *map(str, range(9))}
+    assert set(found["baseline"]["by_steps"]["frames"]) == {"copy", "1"}
+    assert "1 frames that start another scene" in page.read_text() and "a frame of another clip" in page.read_text()
 
 
-def test_summary(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(runs / "ebwm", runs / "ar")
+def test_a_mixture_is_evaluated_in_shares(runs: Path) -> None:
+    """A quarter of the clips are of the first data set; shards give the figures of the whole."""
+    options = Options(steps=(1,), max_sequences=16, batch_size=4, only_errors=True)
+    found = measure_runs([Run(runs / "mixed"), Run(runs / "ebwm")], None, options, join())
+    assert found["data"]["sequences"] == 16 and found["data"]["folder"] == f"{runs / 'clips'} and {runs / 'other'}"
+    settings = EvaluationConfig(max_mcmc_steps=1, max_sequences=16, batch_size=4)
+    (checkpoint,) = (runs / "mixed" / "checkpoints").iterdir()
+    merged = merge([evaluate_shard(checkpoint, i, 3, settings, torch.device("cpu")) for i in range(3)])
+    for key in ("loss", "energy"):
+        assert merged[key] == pytest.approx(found["model"]["by_steps"][key], rel=1e-5)
+    assert merged["frames"]["1"]["mse"] == pytest.approx(found["model"]["by_steps"]["frames"]["1"]["mse"], rel=1e-5)
+
+
+def test_summary(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["evaluate.py", "--summary", "--run", str(runs / "ebwm"), "--baseline", str(runs / "ar")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
     summary = json.loads((runs / "ebwm" / "summary.json").read_text())
-    ebwm, ar = Finished.load(runs / "ebwm", CPU), Finished.load(runs / "ar", CPU)
-    observed = torch.cat([x for x, _ in ebwm.batches()])
-    ids = torch.cat([ids for _, ids in ebwm.batches()])
+    assert list(summary) == [
+        "ebwm", "ar", "copy", "energy_of_the_true_frame_is_lower", "clips", "scene_changes", "training_clips",
+        "frames", "seconds",
+    ]  # fmt: skip
+    ebwm, ar = Run(runs / "ebwm"), Run(runs / "ar")
+    model, twin = ebwm.model, ar.model
+    assert isinstance(model, EnergyBasedTransformer) and isinstance(twin, AutoregressiveEmbeddings)
+    observed, ids = all_clips(ebwm)
     assert len(observed) == summary["clips"] == CLIPS["val"] and summary["scene_changes"] == 1
+    assert summary["training_clips"] == CLIPS["train"] and summary["frames"] == 3 * 4 * 4
     kept = torch.ones(CLIPS["val"], FRAMES - 1, dtype=torch.bool)
     kept[0, -1] = False
     target = observed[:, 1:]
     assert summary["copy"]["mse"] == pytest.approx((observed[:, :-1] - target)[kept].square().mean().item(), rel=1e-5)
     assert summary["copy"]["mse_minus_copy"] == [0, 0]
-    twin = ar.model.predict(observed[:, :-1]).detach()
-    assert summary["ar"]["mse"] == pytest.approx((twin - target)[kept].square().mean().item(), rel=1e-5)
+    predicted = twin.predict(observed[:, :-1]).detach()
+    assert summary["ar"]["mse"] == pytest.approx((predicted - target)[kept].square().mean().item(), rel=1e-5)
     by_steps = summary["ebwm"]["by_steps"]
     assert list(by_steps) == ["0", "1", "2", "3", "4"] and summary["ebwm"]["trained_steps"] == 2
     before = dict(by_steps["0"])
     before.pop("energy")
     assert before == summary["copy"]  # where it starts
-    *_, (energy, state) = ebwm.model.refine(
-        observed[:, :-1], ebwm.model.space.start(ids, 0, 0, FRAMES - 1, observed[:, :-1]), 4, ids
-    )
+    start = model.space.start(ids, 0, 0, FRAMES - 1, observed[:, :-1])
+    *_, (energy, state) = model.refine(observed[:, :-1], start, 4, ids)
     assert by_steps["4"]["mse"] == pytest.approx((state - target)[kept].square().mean().item(), rel=1e-4)
     assert by_steps["4"]["energy"] == pytest.approx(energy.mean().item(), rel=1e-4)
-    pixels = (ebwm.observer.decode(observed[:, :-1]).double() - ebwm.observer.decode(target))[kept].square().mean()
+    decode = ebwm.validation_data().preprocess.decode
+    pixels = (decode(observed[:, :-1]).double() - decode(target))[kept].square().mean()
     assert summary["copy"]["psnr"] == pytest.approx(10 * np.log10(255**2 / pixels.item()), rel=1e-5)
-    assert all(0 <= share <= 1 for share, _ in summary["energy_of_the_true_frame_is_lower"].values())
+    lower = summary["energy_of_the_true_frame_is_lower"]
+    share = (energies_of(model, observed, target[:, 1:]) < energies_of(model, observed, observed[:, 1:-1])).double()
+    assert lower["the last frame again"][0] == pytest.approx(share.mean().item())
+    elsewhere = observed.roll(-(CLIPS["val"] // 2), 0)
+    share = (energies_of(model, observed, target[:, 1:]) < energies_of(model, observed, elsewhere[:, 2:])).double()
+    assert lower["a frame of another clip"][0] == pytest.approx(share.mean().item())
     assert (runs / "ebwm" / "video.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "copying the last frame" in printed and "scene" in printed and "twin" in printed
 
 
 def test_energies_are_those_of_candidates_in_their_place(runs: Path) -> None:
-    run = Finished.load(runs / "ebwm", CPU)
+    run = Run(runs / "ebwm")
     assert isinstance(run.model, EnergyBasedTransformer)
-    observed, _ = next(run.batches())
+    observed, _ = all_clips(run)
     true = energies_of(run.model, observed, observed[:, 2:])
     assert torch.allclose(true, run.model.energies(observed)[:, 1:], atol=1e-5)
 
@@ -116,11 +161,3 @@ def test_wrong_frames_never_are_the_true_ones() -> None:
         assert candidates.shape == (2, 7, 1) and (candidates != clips[:, 2:]).all()
     distance = {name: (candidates - clips[:, 2:]).abs() for name, candidates in wrong.items()}
     assert [int(x.min()) for x in distance.values()] == [1, 2, 3, 9]
-
-
-def test_runs_that_cannot_be_compared_are_refused(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "ar", tmp_path / "ar")
-    config = tmp_path / "ar" / "config.yaml"
-    config.write_text(config.read_text().replace("max_steps: 3", "max_steps: 4"))
-    with pytest.raises(UserError, match=r"ar has done 3 of 4 steps: run the command"):
-        compare(runs / "ebwm", tmp_path / "ar")

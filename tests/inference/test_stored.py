@@ -16,7 +16,7 @@ from ebwm_dist.files import sha256_of_file
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.run import Run
 from ebwm_dist.training.resume_checks import check_resume, resume_settings
-from tests.cluster.made_runs import add_checkpoint, make_run
+from tests.made_runs import add_checkpoint, make_run
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,25 @@ class Result:
         """Return exp of the mean loss after each step, infinite where it is too large to write."""
         return [math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf for loss in self.step_losses]
 
+    def figures(self, tokens_per_byte: float | None) -> dict[str, Any]:
+        """Return everything by name for JSON; `tokens_per_byte` of text adds perplexity and bits per byte."""
+        result: dict[str, Any] = {"steps": [0], "loss": self.step_losses, "tokens": self.tokens}
+        if self.energies is not None:
+            result["steps"] = list(range(1, len(self.step_losses) + 1))
+            result["energy"] = self.energies
+            changes = [loss - self.step_losses[0] for loss in self.step_losses]
+            result["change_from_first"] = [list(pair) for pair in zip(changes, self.standard_errors, strict=True)]
+        if self.copy_loss is not None:
+            result["copy_loss"] = self.copy_loss
+        if tokens_per_byte is not None:
+            result["perplexity"] = self.perplexities
+            result["bits_per_byte"] = [loss * tokens_per_byte / math.log(2) for loss in self.step_losses]
+        return result
+
 
 @dataclass(frozen=True)
 class Sums:
-    """What a result is made of: sums over sequences, so that those of different sequences add up."""
+    """The sums over sequences that a result is made of, so that those of different sequences add up."""
 
     values: Tensor
     """Of copies, tokens, sequences, losses [K], changes [K], their squares [K], energies [K + 1 or 0]; in float64."""
@@ -78,15 +94,19 @@ def evaluate(
     num_steps: int,
     device: torch.device,
     proceed: Callable[[], bool] = lambda: True,
-    observe: Callable[[Tensor], Tensor] | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Result | None:
     """Evaluate a model at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
 
-    `forward` is the model, or an engine around it. Every rank must have the same number of batches. `proceed` is called
-    before each; where it returns False, on all ranks alike, there is no result. `observe` turns samples into what the
-    model observes; unset, they only go to the device.
+    Args:
+        forward: the model, or an engine around it.
+        batches: as many on every rank.
+        num_steps: of MCMC.
+        device: of the model.
+        proceed: called before each batch; where it returns False, on all ranks alike, the result is None.
+        preprocess: of the samples of a batch; None: they are moved to the device.
     """
-    sums = add_up(forward, batches, num_steps, device, proceed, observe)
+    sums = accumulate(forward, batches, num_steps, device, proceed, preprocess)
     if sums is None:
         return None
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -94,43 +114,38 @@ def evaluate(
     return sums.result()
 
 
-def add_up(
+def accumulate(
     forward: Forward,
     batches: Iterable[Batch],
     num_steps: int,
     device: torch.device,
     proceed: Callable[[], bool] = lambda: True,
-    observe: Callable[[Tensor], Tensor] | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Sums | None:
-    """Do the same over the batches of this process alone."""
-    total: torch.Tensor | None = None
-    steps = energies = 0
-    video = False
+    """Sum over the batches of this process alone; arguments as of `evaluate`."""
+    total: Sums | None = None
     for batch in batches:
         if not proceed():
             return None
-        observed = batch.observed.to(device) if observe is None else observe(batch.observed)
-        sums: Evaluation = forward("evaluate", observed, batch.sample_ids, num_steps)
-        steps, energies = len(sums.step_losses), 0 if sums.energies is None else len(sums.energies)
-        counted = batch.counted.to(device, torch.float64)
-        losses, counts = sums.step_losses.to(device) * counted, sums.tokens.to(device) * counted
-        # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
-        moved = (losses - losses[0]) / counts.clamp(min=1)
-        video = observed.is_floating_point()
-        copied = (
-            smooth_l1_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * counted if video else counted.new_zeros(1)
-        )
-        parts = [
-            copied.sum()[None],
-            counts.sum()[None],
-            (counts > 0).sum()[None],
-            losses.sum(-1),
-            moved.sum(-1),
-            moved.square().sum(-1),
-        ]
-        if sums.energies is not None:
-            parts.append((sums.energies.to(device) * counted).sum(-1))
-        values = torch.cat([part.to(torch.float64) for part in parts])
-        total = values if total is None else total + values
+        observed = batch.observed.to(device) if preprocess is None else preprocess(batch.observed)
+        sums = _sums(forward("evaluate", observed, batch.sample_ids, num_steps), observed, batch.counted)
+        total = sums if total is None else total + sums
     assert total is not None, "no validation batch"
-    return Sums(total, steps, energies, video)
+    return total
+
+
+def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor) -> Sums:
+    """Return the sums over those sequences of a batch that do not only fill it up."""
+    device, video = observed.device, observed.is_floating_point()
+    in_batch = in_batch.to(device, torch.float64)
+    losses, tokens = found.step_losses.to(device) * in_batch, found.tokens.to(device) * in_batch
+    # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
+    moved = (losses - losses[0]) / tokens.clamp(min=1)
+    copied = smooth_l1_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch if video else tokens.new_zeros(1)
+    parts = [copied.sum()[None], tokens.sum()[None], (tokens > 0).sum()[None]]
+    parts += [losses.sum(-1), moved.sum(-1), moved.square().sum(-1)]
+    energies = 0
+    if found.energies is not None:
+        energies = len(found.energies)
+        parts.append((found.energies.to(device) * in_batch).sum(-1))
+    return Sums(torch.cat([part.to(torch.float64) for part in parts]), len(losses), energies, video)

@@ -1,0 +1,114 @@
+"""Evaluate a run, alone or beside a baseline: all measurements as JSON and as a page, or a summary of the errors."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ebwm_dist.distributed import World
+from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.report import render
+from ebwm_dist.evaluation.suite import Options, Suite
+from ebwm_dist.evaluation.summary import Pair, write_summary
+from ebwm_dist.files import write_atomically, write_json
+from ebwm_dist.run import Run
+
+
+def evaluate_runs(
+    path: str | Path, baseline: str | Path | None, folder: str | None, out: Path | None, options: Options, world: World
+) -> list[Path]:
+    """Evaluate a run, and a baseline on the same data; rank 0 writes and returns the files.
+
+    Args:
+        path: of the run.
+        baseline: path of another one.
+        folder: data to evaluate on; None: the data that `path` was trained on.
+        out: folder to write into; None: `evaluation` in the run folder.
+        options: measurements.
+        world: the processes that share the work.
+    """
+    runs = [Run(path, world.device), *([] if baseline is None else [Run(baseline, world.device)])]
+    target = _target(runs[0], out, "evaluation")
+    for run in runs:
+        if options.questions and run.tokenizer is None:
+            raise UserError(f"--choices: the questions are text, and {run.name} has no tokenizer")
+    evaluation = measure_runs(runs, folder, options, world)
+    if world.rank != 0:
+        return []
+    files = [target / "evaluation.json", target / "evaluation.html"]
+    write_json(files[0], evaluation)
+    write_atomically(files[1], render(evaluation).encode("utf-8"))
+    return files
+
+
+def summarise_runs(
+    path: str | Path, baseline: str | Path, folder: str | None, out: Path | None, options: Options, world: World
+) -> list[Path]:
+    """Print the errors of a run and of its twin on all held-out data; rank 0 writes and returns summary and picture."""
+    started = time.perf_counter()
+    pair = Pair(Run(path, world.device), Run(baseline, world.device))
+    target = _target(pair.run, out, ".")
+    data = pair.run.validation_data(folder)
+    options = replace(options, steps=pair.steps, max_sequences=data.samples, only_errors=True)
+    evaluation = measure_runs([pair.run, pair.twin], folder, options, world)
+    return write_summary(pair, data, evaluation, time.perf_counter() - started, target) if world.rank == 0 else []
+
+
+def measure_runs(runs: list[Run], folder: str | None, options: Options, world: World) -> dict[str, Any]:
+    """Return `data`, the measurements of the first run as `model`, and of a second one as `baseline`."""
+
+    def log(text: str) -> None:
+        if world.rank == 0:
+            print(text, flush=True)
+
+    run, *others = runs
+    data = run.validation_data(folder)
+    model = Suite(run, data, options, world, log).run()
+    evaluation: dict[str, Any] = {
+        "data": {
+            "folder": data.mixture.name,
+            "fingerprint": data.mixture.fingerprint,
+            "sequences": sum(data.counts(options.max_sequences)),
+            "predictions": model["by_steps"]["tokens"],
+        },
+        "model": model,
+    }
+    for other in others:
+        evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, world, log).run()
+        evaluation["comparison"] = side_by_side(model, evaluation["baseline"])
+    return evaluation
+
+
+def side_by_side(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
+    """Compare two models as they are, and where both had been trained with the same number of FLOPs."""
+    models = {"model": result, "baseline": baseline}
+    comparison: dict[str, Any] = {
+        name: {key: one["model"][key] for key in ("parameters", "tokens", "training_flops")}
+        | {"loss": one["by_steps"]["loss"][one["model"]["trained_steps"] - 1]}
+        for name, one in models.items()
+    }
+    flops = [one["model"]["training_flops"] for one in models.values()]
+    if None not in flops:
+        comparison["equal_flops"] = {"flops": min(flops)} | {
+            name: _loss_at(one["model"]["validation_by_flops"], min(flops)) for name, one in models.items()
+        }
+    return comparison
+
+
+def _loss_at(curve: list[list[float]], flops: float) -> float | None:
+    """Return the validation loss at a number of training FLOPs, between two validations on a logarithmic scale."""
+    if not curve or not curve[0][0] <= flops * (1 + 1e-9) or flops > curve[-1][0] * (1 + 1e-9):
+        return None
+    points, losses = zip(*curve, strict=True)
+    return float(np.interp(math.log(flops), np.log(points), losses))
+
+
+def _target(run: Run, out: Path | None, name: str) -> Path:
+    if out is None and run.remote:
+        raise UserError(f"--out: name a folder of this machine for the results, as {run.name} is none")
+    return out or run.folder / name

@@ -1,0 +1,225 @@
+"""The comparison that the quickstarts end with: an energy-based model beside its autoregressive twin.
+
+From the evaluation of both come a table to print, `summary.json` and a picture, `thinking.png` or `video.png`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.pictures import draw_text, draw_video, panels
+from ebwm_dist.evaluation.unigram import unigram_perplexity
+from ebwm_dist.files import write_json
+from ebwm_dist.inference.generate import generate
+from ebwm_dist.inference.sampling import Sampling
+from ebwm_dist.run import Run, ValidationData
+
+TEXT_STEPS, VIDEO_STEPS = (1, 2, 3, 4, 8), (1, 2, 3, 4)
+"""Numbers of MCMC steps that are compared."""
+PROMPTS, PROMPT_TOKENS, GENERATED_TOKENS, TEMPERATURE = 3, 24, 48, 0.7
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two finished runs on the same data."""
+
+    run: Run
+    twin: Run
+
+    def __post_init__(self) -> None:
+        """Refuse runs that are not finished, or have not seen the same."""
+        for run, kind in ((self.run, "ebt"), (self.twin, "ar")):
+            if run.config.model.kind != kind:
+                raise UserError(f"{run.name} has model.kind = {run.config.model.kind}, {kind} is compared in its place")
+            if not any(record["kind"] == "train" for record in run.records):
+                raise UserError(f"{run.name} has no metrics.jsonl of its training: name the run folder, no export")
+            if run.step < run.config.training.max_steps:
+                raise UserError(
+                    f"{run.name} has done {run.step} of {run.config.training.max_steps} steps: run the command that "
+                    "trains it again"
+                )
+        seen = [(Mixture.load(run.config.data), tokens(run)) for run in (self.run, self.twin)]
+        (data, count), (other, other_count) = seen
+        if (data.fingerprint, count) != (other.fingerprint, other_count):
+            raise UserError(
+                f"{self.run.name} saw {count:,} {self.unit} of {data.name}, {self.twin.name} {other_count:,} of "
+                f"{other.name}: train both on the same"
+            )
+
+    @property
+    def unit(self) -> str:
+        """Return what is predicted."""
+        return "tokens" if self.run.config.model.embedding_dim is None else "frames"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Return the numbers of MCMC steps to compare."""
+        usual = TEXT_STEPS if self.unit == "tokens" else VIDEO_STEPS
+        return tuple(sorted({*usual, self.run.trained_steps}))
+
+
+def tokens(run: Run) -> int:
+    """Return the number of tokens or frames trained on."""
+    return int([record for record in run.records if record["kind"] == "train"][-1]["tokens"])
+
+
+def seconds(run: Run) -> float:
+    """Return the time spent in training steps."""
+    before, total = 0, 0.0
+    for record in run.records:
+        if record["kind"] == "train":
+            total += (record["tokens"] - before) / record["tokens_per_second"]
+            before = record["tokens"]
+    return total
+
+
+def write_summary(
+    pair: Pair, data: ValidationData, evaluation: dict[str, Any], evaluation_time: float, folder: Path
+) -> list[Path]:
+    """Print the table, and write summary and picture into `folder`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spent = seconds(pair.run) + seconds(pair.twin) + evaluation_time
+    if pair.unit == "tokens":
+        unigram = unigram_perplexity(data, data.samples)
+        summary = text_summary(pair, evaluation, unigram) | {"seconds": spent}
+        print(text_table(summary))
+        print("\nHeld-out text continued by the EBT (after |):")
+        for prompt, continuation in continued(pair.run, data):
+            print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
+        picture = folder / "thinking.png"
+        draw_text(pair.run, pair.twin, evaluation, unigram, picture)
+    else:
+        summary = video_summary(pair, data, evaluation) | {"seconds": spent}
+        print(video_table(summary))
+        picture = folder / "video.png"
+        draw_video(panels(pair.run, pair.twin, data), summary, picture)
+    print()
+    write_json(folder / "summary.json", summary)
+    return [folder / "summary.json", picture]
+
+
+def text_summary(pair: Pair, evaluation: dict[str, Any], unigram: float) -> dict[str, Any]:
+    """Return the content of summary.json of text."""
+    model, twin = evaluation["model"], evaluation["baseline"]
+    by_steps = model["by_steps"]
+    return {
+        "ebt": {
+            "val_perplexity_by_steps": {str(n): by_steps["perplexity"][n - 1] for n in pair.steps},
+            "val_energy_by_steps": {str(n): by_steps["energy"][n] for n in (0, *pair.steps)},
+            "val_loss_change_by_steps": {str(n): by_steps["change_from_first"][n - 1] for n in pair.steps},
+            "trained_steps": pair.run.trained_steps,
+            "parameters": model["model"]["parameters"],
+            "tokens": tokens(pair.run),
+        },
+        "ar": {
+            "val_perplexity": twin["by_steps"]["perplexity"][0],
+            "parameters": twin["model"]["parameters"],
+            "tokens": tokens(pair.twin),
+        },
+        "unigram_perplexity": unigram,
+        "val_tokens": by_steps["tokens"],
+    }
+
+
+def text_table(summary: dict[str, Any]) -> str:
+    """Return a summary of text as a table."""
+    ebt, ar, unigram = summary["ebt"], summary["ar"], summary["unigram_perplexity"]
+    perplexities, trained = ebt["val_perplexity_by_steps"], str(ebt["trained_steps"])
+    lines = ["", f"Held-out perplexity over {summary['val_tokens']:,} tokens"]
+    lines.append(f"  unigram model                       {unigram:8.1f}")
+    for steps, perplexity in perplexities.items():
+        plural, note = "s" if steps != "1" else " ", "  (trained)" if steps == trained else ""
+        energy = ebt["val_energy_by_steps"][steps]
+        lines.append(
+            f"  EBT, {steps} MCMC step{plural}                  {perplexity:8.1f}   energy {energy:8.3f}{note}"
+        )
+    lines.append(f"  autoregressive twin                 {ar['val_perplexity']:8.1f}")
+    best = min(perplexities, key=perplexities.__getitem__)
+    change, error = ebt["val_loss_change_by_steps"][best]
+    if best == "1" or -change < 2 * error:
+        lines.append("Thinking longer than one step makes no measurable difference for the better here.")
+    else:
+        less = f"{-100 * math.expm1(change):.1f} % (+- {100 * error:.1f})"
+        lines.append(f"Thinking longer helps: after {best} steps the perplexity is {less} lower than after 1.")
+    share = 100 * perplexities[trained] / unigram
+    lines.append(f"At the trained {trained} steps the EBT is at {share:.1f} % of the unigram perplexity.")
+    return "\n".join(lines)
+
+
+def continued(run: Run, data: ValidationData) -> list[tuple[str, str]]:
+    """Return some beginnings of held-out sequences, each with how the model goes on."""
+    assert run.tokenizer is not None
+    prompts = [batch.observed[0, :PROMPT_TOKENS].tolist() for batch in data.batches(1, PROMPTS)][:PROMPTS]
+    texts = generate(
+        run.model,
+        run.tokenizer,
+        prompts,
+        num_tokens=GENERATED_TOKENS,
+        max_context=run.config.data.sequence_length,
+        sampling=Sampling(temperature=TEMPERATURE),
+        seeds=range(len(prompts)),
+        slide=True,
+    )
+    return [(run.tokenizer.decode(prompt), text.text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def video_summary(pair: Pair, data: ValidationData, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of summary.json of video."""
+    model, twin = evaluation["model"], evaluation["baseline"]
+    by_steps, clips = model["by_steps"], evaluation["data"]["sequences"]
+    if by_steps["scene_changes"] == clips * pair.run.config.data.sequence_length:
+        raise UserError(f"every frame of the held-out clips in {data.mixture.name} starts another scene")
+    errors = {
+        name: {key: value for key, value in own.items() if key != "ssim"} for name, own in by_steps["frames"].items()
+    }
+    of_twin = {key: value for key, value in twin["by_steps"]["frames"]["1"].items() if key != "ssim"}
+    return {
+        "ebwm": {
+            "by_steps": {
+                name: {**own, "energy": by_steps["energy"][int(name)]} for name, own in errors.items() if name != "copy"
+            },
+            "trained_steps": pair.run.trained_steps,
+            "initial_state": pair.run.config.mcmc.initial_state,
+            "parameters": model["model"]["parameters"],
+        },
+        "ar": {**of_twin, "parameters": twin["model"]["parameters"]},
+        "copy": errors["copy"],
+        "energy_of_the_true_frame_is_lower": model["true_frame_is_lower"],
+        "clips": clips,
+        "scene_changes": by_steps["scene_changes"],
+        "training_clips": data.mixture.train_samples,
+        "frames": tokens(pair.run),
+    }
+
+
+def video_table(summary: dict[str, Any]) -> str:
+    """Return a summary of video as a table."""
+    copied, trained = summary["copy"], summary["ebwm"]["trained_steps"]
+    rows = [("copy of the last frame", copied, "")]
+    for steps, entry in summary["ebwm"]["by_steps"].items():
+        name = "EBWM before the first step" if steps == "0" else f"EBWM, {steps} MCMC step{'s' * (steps != '1')}"
+        note = f"   energy {entry['energy']:8.3f}" + ("  (trained)" if int(steps) == trained else "")
+        rows.append((name, entry, note))
+    rows.append(("autoregressive twin", summary["ar"], ""))
+    lines = ["", f"Predicting the next frame of {summary['clips']} held-out clips (errors of normalised embeddings)"]
+    if summary["scene_changes"]:
+        lines.append(f"  {summary['scene_changes']} frames that start another scene do not count")
+    for name, entry, note in rows:
+        psnr = f"   PSNR {entry['psnr']:5.2f} dB" if "psnr" in entry else ""
+        error = f"MSE {entry['mse']:.5f} ({100 * entry['mse'] / copied['mse']:5.1f} % of copying)"
+        lines.append(f"  {name:27} {error}   SmoothL1 {entry['smooth_l1']:.5f}{psnr}{note}")
+    difference, error = summary["ebwm"]["by_steps"][str(trained)]["mse_minus_copy"]
+    verdict = "beats" if difference < -2 * error else "does not beat" if difference > 2 * error else "is as good as"
+    lines.append(
+        f"After the trained {trained} steps the EBWM {verdict} copying the last frame: squared error "
+        f"{difference:+.5f} (standard error {error:.5f})."
+    )
+    lines.append("How often the true next frame has a lower energy than")
+    for name, (share, error) in summary["energy_of_the_true_frame_is_lower"].items():
+        lines.append(f"  {name:37} {100 * share:5.1f} % (+- {100 * error:.1f})")
+    return "\n".join(lines)
