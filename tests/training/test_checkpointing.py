@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +16,11 @@ import pytest
 import torch
 
 from ebwm_dist.checkpoint.folder import list_checkpoints, verify
+from ebwm_dist.config.loading import load_config
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.run import Run
 from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import TrainingEngine, create_engine
@@ -52,8 +56,44 @@ def resume_beside_a_neighbour(rank: int, world_size: int, root: Path) -> None:
             engine.deepspeed.destroy()
 
 
-def test_a_path_is_never_read_as_a_pattern(tmp_path: Path) -> None:
-    run_distributed_test(resume_beside_a_neighbour, 1, tmp_path, backend="", timeout=300)
+def load_stored(rank: int, world_size: int, root: Path) -> None:
+    """At the stage that it was saved at, and converted to others."""
+    world = setup_distributed(60)
+    for stage in (1, 0, 3):
+        shutil.copytree(root, root.with_name(f"stage {stage}"))
+        config = load_config(root / "config.yaml", stored=True)
+        config.run_dir, config.zero.stage = str(root.with_name(f"stage {stage}")), stage
+        engine, _ = create_engine(config, lambda config=config: build_model(config, pad_id=0), world)
+        checkpointer = Checkpointer(config, world)
+        path = checkpointer.find(pytest.fail)  # no setting has changed
+        assert path is not None and path.name == "step-000002"
+        state, extra = checkpointer.load(engine, path)
+        assert state == TrainingState(step=2, tokens=16, seconds=state.seconds, data={"seed": 3}) and extra == {}
+        for name, value in whole(engine).items():
+            if name in STORED:
+                assert value.double().sum().item() == STORED[name], (stage, name)
+        assert take_step(engine, config, world, 3)
+        engine.deepspeed.destroy()
+
+
+STORED = {
+    "space.step_size.alpha": 0.8003629446029663,
+    "transformer.blocks.0.feed_forward.w2.weight": -4.7330497950315475,
+}
+"""Sums of weights in stored_run.tar.xz, which version 0.1.0 trained when some settings had other names."""
+
+
+def alone(rank: int, world_size: int, root: Path) -> None:
+    """Do what two tests want of one process, as starting it takes longer than either."""
+    resume_beside_a_neighbour(rank, world_size, root / "odd")
+    load_stored(rank, world_size, root / "stored")
+
+
+def test_a_path_is_no_pattern_and_stored_checkpoints_load(tmp_path: Path) -> None:
+    with tarfile.open(Path(__file__).with_name("stored_run.tar.xz")) as archive:
+        archive.extractall(tmp_path / "stored", filter="data")
+    assert Run(tmp_path / "stored").weights()["space.step_size.alpha"].item() == STORED["space.step_size.alpha"]
+    run_distributed_test(alone, 1, tmp_path, backend="", timeout=300)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
