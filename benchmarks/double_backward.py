@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ebwm_dist.config import ModelConfig
+from ebwm_dist.config.schema import ModelConfig
 
 LAYOUTS = ("concatenated", "published", "checkpointed")
 MIN_STEP_SIZE = 1e-4

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ebwm_dist.config import Config, MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import Config, MCMCConfig, ModelConfig
 from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.build import build_model

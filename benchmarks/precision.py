@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.second_order import listed, processor, save
-from ebwm_dist.config import MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import second_order, space, vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan

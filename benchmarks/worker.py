@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.double_backward import DoubleBackward
-from ebwm_dist.config import MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.vocabulary import VocabularySpace

@@ -186,10 +186,7 @@ def with_absolute_paths(config: Config) -> Config:
     for name, key in KEYS.items():
         if key.metadata.get("location"):
             section, attribute = locate(config, name)
-            value = getattr(section, attribute)
-            if isinstance(value, dict):
-                value = {_absolute(path): weight for path, weight in value.items()}
-            setattr(section, attribute, value if isinstance(value, dict) else value and _absolute(value))
+            setattr(section, attribute, _absolute(getattr(section, attribute)))
     for options in config.deepspeed.values():
         for name in ("output_path", "output_file") if isinstance(options, dict) else ():
             if options.get(name):
@@ -202,8 +199,13 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path or path.startswith("pipe:") else str(Path(path).absolute())
+def _absolute(value: Any) -> Any:
+    """Make a path, or those that a mapping has as names, absolute; addresses and null remain."""
+    if isinstance(value, dict):
+        return {_absolute(path): weight for path, weight in value.items()}
+    if value is None or "://" in value or value.startswith("pipe:"):
+        return value
+    return str(Path(value).absolute())
 
 
 def _first_line(error: BaseException) -> str:

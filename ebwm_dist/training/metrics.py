@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
 from ebwm_dist.errors import UserError
-from ebwm_dist.files import METRICS_FILE, append_lines, parse, to_line, write_atomically
-
-Record = Mapping[str, Any]
+from ebwm_dist.files import METRICS_FILE, Record, append_lines, parse, to_line, write_atomically
 
 
 class MetricsLog:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ebwm_dist.cluster.capacity import SETTLE, CapacityError, allowed_nodes, count_nodes, most_nodes, wait_for_nodes
-from ebwm_dist.config import Config
+from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from ebwm_dist.cluster import worker
 from ebwm_dist.cluster.capacity import wait_for_nodes
 from ebwm_dist.cluster.evaluation import is_finished
 from ebwm_dist.cluster.group import Group
-from ebwm_dist.config import Config
+from ebwm_dist.config.schema import Config
 
 
 @pytest.fixture

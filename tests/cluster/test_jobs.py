@@ -14,8 +14,8 @@ import pytest
 
 from ebwm_dist.cluster.jobs import JobError, Jobs, fingerprint, make_package, with_absolute_paths
 from ebwm_dist.cluster.worker import interface_of
-from ebwm_dist.config import Config
 from ebwm_dist.config.loading import load_config, save_config
+from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
 from launchers import submit
 from tests.launchers.jobs import REPOSITORY

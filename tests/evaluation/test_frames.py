@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ebwm_dist.config import Config, MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import Config, MCMCConfig, ModelConfig
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.frames import frame_errors, similarity

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ebwm_dist
-from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor

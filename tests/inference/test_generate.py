@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebwm_dist.config import ModelConfig
+from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.generate import Continuation, RollOut, generate, roll_out
 from ebwm_dist.inference.sampling import Sampling

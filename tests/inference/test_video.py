@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
 from ebwm_dist.files import write_json

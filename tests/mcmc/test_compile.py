@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from ebwm_dist.config import MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.vocabulary import VocabularySpace

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebwm_dist.config import MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.embedding import EmbeddingSpace

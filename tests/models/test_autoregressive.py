@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebwm_dist.config import Config, ModelConfig
+from ebwm_dist.config.schema import Config, ModelConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
 

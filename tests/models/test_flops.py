@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig
+from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 

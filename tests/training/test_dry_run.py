@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.training.dry_run import _live_bytes, _LiveBytes, activation_bytes, describe, parameter_count, state_bytes

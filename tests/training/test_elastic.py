@@ -15,7 +15,7 @@ import torch
 from ebwm_dist.checkpoint import universal
 from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, verify
 from ebwm_dist.checkpoint.zero_files import MOMENTS, load_module_state, open_zero_state
-from ebwm_dist.config import Config
+from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model

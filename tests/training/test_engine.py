@@ -13,8 +13,16 @@ import pytest
 import torch
 
 from ebwm_dist.checkpoint.zero_files import load_module_state
-from ebwm_dist.config import Config, DataConfig, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.config.deepspeed import micro_steps
+from ebwm_dist.config.schema import (
+    Config,
+    DataConfig,
+    MCMCConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ZeroConfig,
+)
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.training.backend import setup_distributed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ebwm_dist.config import Config, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from ebwm_dist.config.schema import Config, MCMCConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.training.optimizer import build_optimizer, lr_scale, set_lr
 

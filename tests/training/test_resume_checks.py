@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ebwm_dist.config import Config, OptimizerConfig, TrainingConfig
+from ebwm_dist.config.schema import Config, OptimizerConfig, TrainingConfig
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.resume_checks import check_resume, resume_settings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_dist.config import Config
+from ebwm_dist.config.schema import Config
 from ebwm_dist.training.wandb_log import WandbLog
 from tests.distributed import run_distributed_test
 from tests.runs import train_in_turn

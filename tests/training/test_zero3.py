@@ -15,8 +15,8 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from ebwm_dist.config import Config, ZeroConfig
 from ebwm_dist.config.deepspeed import deepspeed_dict
+from ebwm_dist.config.schema import Config, ZeroConfig
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
