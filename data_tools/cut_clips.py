@@ -4,7 +4,7 @@
 
 Held out for validation are whole videos (`--holdout`, `--holdout-fraction`), or the last seconds of every video
 (`--holdout-last`) with `--gap` seconds in front of them that go nowhere. An interrupted run is continued by the same
-command.
+command; shards are also kept when videos are added at the end, or up to the first that held clips of a dropped one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from ebwm_dist.errors import run_tool
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.cutting import Cut
-from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, cut_clips
+from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments
+from ebwm_dist.prepare.video_shards import cut_clips
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
@@ -58,6 +59,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--holdout-last", type=float, default=0.0, help="seconds held out at the end of the others")
     parser.add_argument("--gap", type=float, default=1.0, help="seconds left out before those (default: 1)")
     parser.add_argument("--clips-per-shard", type=int, default=64, help="clips per shard (default: 64)")
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="videos that cannot be read: stop at the first (default), or leave them out and list them",
+    )
     add_encoding_arguments(parser, required=False)
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -97,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         storage=options.storage,
         encoding=Encoding.of(options) if options.encoder else None,
         clips_per_shard=options.clips_per_shard,
+        on_error=options.on_error,
         work=Work.of(options),
     )
     print(report.describe())

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from ebwm_dist.errors import run_tool
-from ebwm_dist.prepare.video_shards import Encoding, add_encoding_arguments, encode_clips
+from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments, encode_clips
 from ebwm_dist.workers.executors import Work, add_arguments
 
 

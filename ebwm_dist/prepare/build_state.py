@@ -2,7 +2,8 @@
 
 `unfinished.json` says what the shards in the folder are being made from. A run that finds the same in it keeps the
 shards that are whole; with anything else the folder is cleared first. A tool whose shards depend on those before them
-keeps its position after the last whole one in `unfinished-SPLIT.json`. The manifest is written last.
+keeps its position after the last whole one in `unfinished-SPLIT.json`. One that recognises its shards one by one
+(`shard_tasks.py`) needs neither. The manifest is written last, and what it does not list is removed.
 """
 
 from __future__ import annotations
@@ -29,31 +30,38 @@ def up_to_date(out: Path, source: dict[str, Any]) -> Manifest | None:
     return manifest if {key: manifest.source.get(key) for key in wanted} == wanted else None
 
 
-def begin(out: Path, source: dict[str, Any]) -> None:
-    """Make `out` ready for shards made from `source`, keeping those that an interrupted run has finished."""
+def begin(out: Path, source: dict[str, Any] | None = None) -> None:
+    """Make `out` ready for shards made from `source`: keep those that an interrupted run has made, without one all."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {printable(out)} cannot be made ({error.strerror})") from None
     (out / FILE_NAME).unlink(missing_ok=True)
     try:
-        same = json.loads((out / UNFINISHED).read_text("utf-8")) == _as_read_back(source)
+        same = source is not None and json.loads((out / UNFINISHED).read_text("utf-8")) == _as_read_back(source)
     except (OSError, ValueError):
         same = False
     if not same:
         _forget(out)
     for split in SPLITS:
         made = [f"{split}-[0-9]*.index.json", f"{split}-[0-9]*.tar"]
-        for pattern in [f".{split}-[0-9]*.tmp", *([] if same else made)]:
+        for pattern in [f".{split}-[0-9]*.tmp", *([] if same or source is None else made)]:
             for path in out.glob(pattern):
                 path.unlink()
-    write_json(out / UNFINISHED, source)
+    if source is not None:
+        write_json(out / UNFINISHED, source)
 
 
 def finish(manifest: Manifest) -> None:
-    """Write the manifest: from here on the folder counts as whole."""
+    """Write the manifest: from here on the folder counts as whole; remove shards that it does not list."""
     manifest.save()
     _forget(manifest.folder)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    listed = {name for shard in shards for name in (shard.path, shard.index_path)}
+    for split in SPLITS:
+        for path in manifest.folder.glob(f"{split}-[0-9]*"):
+            if path.name not in listed:
+                path.unlink()
 
 
 def save_position(out: Path, split: str, position: dict[str, int]) -> None:

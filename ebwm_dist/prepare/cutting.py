@@ -10,13 +10,13 @@ Shapes: C clips, F frames of a clip, U different frames, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import is_held_out
 from ebwm_dist.prepare.listing import InputFile, list_inputs
@@ -51,8 +51,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Video(InputFile):
-    """A video file and its length."""
+    """A video file, its SHA-256 and its length."""
 
+    sha256: str
     info: VideoInfo
 
 
@@ -64,23 +65,56 @@ class Clip:
     start: float
 
 
-def find_videos(inputs: Sequence[str | Path], outputs: Sequence[Path] = ()) -> list[Video]:
-    """List and probe the videos among `inputs`, files or folders; names must differ. The tool writes `outputs`."""
-    found: dict[str, Path] = {}
+@dataclass(frozen=True)
+class Reject:
+    """A video that cannot be read, or as many `clips` of it that cannot."""
+
+    file: str
+    clips: int | None
+    reason: str
+
+
+@dataclass
+class Rejects:
+    """What cannot be read: left out and listed if `on_error` is "skip", else a DataError."""
+
+    on_error: str
+    listed: list[Reject] = field(default_factory=list)
+
+    def add(self, error: DataError, file: str, clips: int | None = None) -> None:
+        """List a video, or some of its clips."""
+        if self.on_error == "fail":
+            raise DataError(f"{error}; replace it, or leave it out with --on-error skip") from None
+        self.listed.append(Reject(file, clips, str(error)))
+
+
+def find_videos(inputs: Sequence[str | Path], outputs: Sequence[Path], cut: Cut) -> list[InputFile]:
+    """List the videos among `inputs`, files or folders; names must differ. The tool writes `outputs`."""
+    found: dict[str, InputFile] = {}
     for file in list_inputs(inputs, SUFFIXES, outputs):
-        if (other := found.setdefault(file.name, file.path)) != file.path:
-            raise UserError(
-                f"inputs {printable(other)} and {printable(file.path)} have the same name; put them into one folder"
-            )
-    return [Video(name, path, probe(path)) for name, path in found.items()]
+        if (other := found.setdefault(file.name, file)) is not file:
+            both = f"{printable(other.path)} and {printable(file.path)}"
+            raise UserError(f"inputs {both} have the same name; put them into one folder")
+    if missing := sorted(set(cut.holdout) - set(found)):
+        raise UserError(
+            f"held-out video {missing[0]!r} is not in the input; its videos are {', '.join(list(found)[:8])}"
+        )
+    return list(found.values())
+
+
+def probe_videos(files: Iterable[InputFile], hashes: Iterable[str], rejects: Rejects) -> list[Video]:
+    """Return those videos that can be read, with their lengths."""
+    videos = []
+    for file, sha256 in zip(files, hashes, strict=True):
+        try:
+            videos.append(Video(file.name, file.path, sha256, probe(file.path)))
+        except DataError as error:
+            rejects.add(error, file.name)
+    return videos
 
 
 def plan_clips(videos: Iterable[Video], cut: Cut) -> tuple[dict[str, list[Clip]], list[str]]:
     """Return the clips of each split, in the order of the videos, and the names of videos that are too short."""
-    videos = list(videos)
-    names = [video.name for video in videos]
-    if missing := sorted(set(cut.holdout) - set(names)):
-        raise UserError(f"held-out video {missing[0]!r} is not in the input; its videos are {', '.join(names[:8])}")
     clips: dict[str, list[Clip]] = {"train": [], "val": []}
     short = []
     for video in videos:
@@ -102,8 +136,8 @@ def plan_clips(videos: Iterable[Video], cut: Cut) -> tuple[dict[str, list[Clip]]
     for split in clips:
         if not clips[split]:
             raise UserError(
-                f"no clip of {cut.span:.2f} s is left for the {split} split of {', '.join(names[:3])}: change "
-                "--holdout, --holdout-fraction or --holdout-last, take fewer --frames or a smaller --frame-interval"
+                f"no clip of {cut.span:.2f} s is left for the {split} split: change --holdout, --holdout-fraction or "
+                "--holdout-last, take fewer --frames or a smaller --frame-interval"
             )
     return clips, short
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -13,6 +16,8 @@ from ebwm_dist.data.format import video_codec
 from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs, encode_clip, encode_jpeg
 from ebwm_dist.errors import DataError, UserError
 from tests.videos import copied, displayed, gradient, make_video, number_of, with_cover
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["pyav", "torchcodec"])
@@ -32,6 +37,24 @@ def test_a_clip_comes_back_in_the_same_bytes_each_time(backend: str) -> None:
     assert np.abs(decoded.astype(int) - frames).mean() < 2
     with av.open(io.BytesIO(data)) as container:
         assert float(container.streams.video[0].average_rate) == pytest.approx(1 / 0.12)
+
+
+_ENCODE = """
+import hashlib
+from ebwm_dist.data.format.video_codec import encode_clip
+from ebwm_dist.prepare.moving_shapes import moving_shapes
+print([hashlib.sha256(encode_clip(moving_shapes(seed, 8, 224, 224), 0.08)).hexdigest() for seed in (0, 1)])
+"""
+
+
+def test_bytes_do_not_depend_on_what_was_in_memory() -> None:
+    """MALLOC_PERTURB_ fills new memory; x264's macroblock tree is sensitive to it."""
+    found = set()
+    for fill in ("0", "1"):
+        environment = {**os.environ, "MALLOC_PERTURB_": fill}
+        command = [sys.executable, "-c", _ENCODE]
+        found.add(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True, text=True).stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(

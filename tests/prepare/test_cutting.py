@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ebwm_dist.data.format.video_codec import encode_clip
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.prepare.cutting import Cut, Video, find_videos, plan_clips, read_frames, resize
+from ebwm_dist.prepare.cutting import Cut, Rejects, Video, find_videos, plan_clips, probe_videos, read_frames, resize
+from ebwm_dist.prepare.listing import InputFile
 from ebwm_dist.prepare.moving_shapes import moving_shapes
-from ebwm_dist.prepare.video_files import VideoInfo, frames_at
+from ebwm_dist.prepare.video_files import VideoInfo, frames_at, probe
 
 
 def cut(**changes: object) -> Cut:
@@ -23,7 +24,7 @@ def cut(**changes: object) -> Cut:
 
 def videos(*lengths: float) -> list[Video]:
     """Return videos that last as long."""
-    return [Video(f"v{i}.mp4", Path(f"v{i}.mp4"), VideoInfo(10, last)) for i, last in enumerate(lengths)]
+    return [Video(f"v{i}.mp4", Path(f"v{i}.mp4"), "", VideoInfo(10, last)) for i, last in enumerate(lengths)]
 
 
 def test_clips_of_a_video_are_a_stride_apart_and_end_within_it() -> None:
@@ -65,7 +66,6 @@ def test_held_out_ends_are_a_gap_away_from_all_that_is_trained_on(
 
 def test_impossible_splits_are_told() -> None:
     for wrong, message in (
-        (cut(holdout=("x.mp4",)), "'x.mp4' is not in the input; its videos are v0.mp4, v1.mp4"),
         (cut(holdout=("v0.mp4", "v1.mp4")), "no clip of 0.20 s is left for the train split"),
         (cut(), "left for the val split"),
         (cut(holdout_last=0.5, gap=5.0), "left for the train split"),
@@ -79,7 +79,7 @@ def test_frames_are_those_of_the_file_each_read_once(tmp_path: Path) -> None:
     path.write_bytes(encode_clip(moving_shapes(0, 25, 48, 64), 0.04))
     settings = cut(frame_interval=0.08, stride=0.04, height=24, width=32)
     starts = [0.2, 0.24, 0.28]
-    (video,) = find_videos([path])
+    video = Video(path.name, path, "", probe(path))
     frames, index = read_frames(video, starts, settings)
     assert frames.shape == (7, 24, 32, 3) and index.shape == (3, 3)  # two of the nine are shared
     expected = list(frames_at(path, [i * 0.04 for i in range(25)], video.info))
@@ -103,17 +103,30 @@ def test_inputs_are_found_in_order_and_refused_by_name(tmp_path: Path) -> None:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(clip)
     (tmp_path / "in" / "notes.txt").touch()
-    found = find_videos([tmp_path / "in"])
+    found = find_videos([tmp_path / "in"], (), cut())
     assert [video.name for video in found] == ["a.mp4", "b/x.mp4", "b/y.MP4", "other/a.mp4"]
-    assert found[0].info == VideoInfo(5, pytest.approx(0.16))
     (tmp_path / "empty").mkdir()
     for inputs, message in (
         (["gone.mp4"], "gone.mp4 does not exist"),
-        ([tmp_path / "empty"], "holds no .mp4"),
+        ([tmp_path / "empty"], "holds no .mp4, .mkv"),
         ([tmp_path / "in" / "a.mp4", tmp_path / "in" / "other" / "a.mp4"], "have the same name"),
     ):
         with pytest.raises(UserError, match=message):
-            find_videos(inputs)
-    (tmp_path / "in" / "b" / "x.mp4").write_bytes(clip[: len(clip) // 2])
-    with pytest.raises(DataError, match="x.mp4: unreadable video"):
-        find_videos([tmp_path / "in"])
+            find_videos(inputs, (), cut())
+    with pytest.raises(UserError, match="'x.mp4' is not in the input; its videos are a.mp4, b/x.mp4"):
+        find_videos([tmp_path / "in"], (), cut(holdout=("x.mp4",)))
+
+
+def test_videos_that_cannot_be_read_are_an_error_or_rejects(tmp_path: Path) -> None:
+    clip = encode_clip(moving_shapes(0, 5, 16, 16), 0.04)
+    files = []
+    for name, content in (("whole.mp4", clip), ("half.mp4", clip[: len(clip) // 2])):
+        (tmp_path / name).write_bytes(content)
+        files.append(InputFile(name, tmp_path / name))
+    with pytest.raises(DataError, match="half.mp4: unreadable video .* or leave it out with --on-error skip"):
+        probe_videos(files, ["", ""], Rejects("fail"))
+    rejects = Rejects("skip")
+    (video,) = probe_videos(files, ["1", "2"], rejects)
+    assert (video.name, video.sha256, video.info) == ("whole.mp4", "1", VideoInfo(5, pytest.approx(0.16)))
+    assert [(reject.file, reject.clips) for reject in rejects.listed] == [("half.mp4", None)]
+    assert "unreadable video" in rejects.listed[0].reason

@@ -26,10 +26,13 @@ from ebwm_dist.data.format.sample_format import LatentFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.prepare import video_shards
-from ebwm_dist.prepare.cutting import Cut, find_videos, read_frames
+from ebwm_dist.prepare import latent_shards
+from ebwm_dist.prepare.cutting import Cut, Video, read_frames
+from ebwm_dist.prepare.latent_shards import Encoding, LatentStore, encode_clips
 from ebwm_dist.prepare.moving_shapes import moving_shapes
-from ebwm_dist.prepare.video_shards import Encoding, VideoReport, cut_clips, encode_clips
+from ebwm_dist.prepare.report import Report
+from ebwm_dist.prepare.video_files import probe
+from ebwm_dist.prepare.video_shards import cut_clips
 from ebwm_dist.workers.executors import Work
 
 ROOT = Path(__file__).parents[2]
@@ -46,13 +49,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def make(folder: Path, out: Path, **changes: object) -> VideoReport:
+def make(folder: Path, out: Path, **changes: object) -> Report:
     return cut_clips([folder], out, CUT, clips_per_shard=20, **changes)  # type: ignore[arg-type]
 
 
 def frames_of(path: Path, starts: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    (video,) = find_videos([path])
-    return read_frames(video, starts, CUT)
+    return read_frames(Video(path.name, path, "", probe(path)), starts, CUT)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -150,7 +152,7 @@ def test_an_interrupted_run_is_continued_and_other_settings_start_anew(
 ) -> None:
     make(folder, tmp_path / "whole", encoding=PIXELS)
     out, calls = tmp_path / "out", []
-    write = video_shards._write_latents
+    write = LatentStore.write
 
     def interrupted(*arguments: object) -> object:
         calls.append(arguments)
@@ -158,7 +160,7 @@ def test_an_interrupted_run_is_continued_and_other_settings_start_anew(
             raise KeyboardInterrupt
         return write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(video_shards, "_write_latents", interrupted)
+    monkeypatch.setattr(LatentStore, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(folder, out, encoding=PIXELS)
     with pytest.raises(DataError, match="unfinished"):
@@ -216,7 +218,7 @@ def test_what_cannot_be_encoded_is_told(folder: Path, tmp_path: Path, monkeypatc
     (black / "0.mp4").write_bytes(encode_clip(np.zeros((50, 16, 16, 3), np.uint8), 0.04))
     with pytest.raises(DataError, match="all latents of the train split are equal"):
         make(black, tmp_path / "out", encoding=PIXELS)
-    monkeypatch.setattr(video_shards, "_load_encoder", lambda *_: lambda frames: np.full((len(frames), 48), 1e6))
+    monkeypatch.setattr(latent_shards, "_load_encoder", lambda *_: lambda frames: np.full((len(frames), 48), 1e6))
     with pytest.raises(DataError, match="not finite or too large for float16"):
         make(folder, tmp_path / "out", encoding=PIXELS)
     with pytest.raises(UserError, match="15 x 24 cannot be stored as mp4"):
@@ -229,7 +231,7 @@ def test_the_tools(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments += ["--size", "16x24", "--holdout", "1.mp4"]
     cut_tool.main([*map(str, arguments)])
     told = capsys.readouterr().out
-    assert "train: 10 clips of 1 videos, 30 frames, 1 shards" in told and "clips/s" in told and "frames/s" in told
+    assert "train: 10 clips of 1 videos, 30 frames, 1 shards" in told and "frames/s" in told
     assert Manifest.load(clips).held_out_groups == ("1.mp4",)
     cut_tool.main([*map(str, arguments)])
     assert "up to date" in capsys.readouterr().out

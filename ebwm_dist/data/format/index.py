@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,8 +61,7 @@ def write_index(folder: Path, shard: Shard, records: Sequence[IndexEntry], check
         }
         for record in records
     ]
-    content = {"shard": shard.path, "bytes": shard.bytes, "sha256": shard.sha256, "records": listed}
-    write_atomically(folder / shard.index_path, json.dumps(content, separators=(",", ":")).encode("utf-8"))
+    _write(folder, shard, {"shard": shard.path, "bytes": shard.bytes, "sha256": shard.sha256, "records": listed})
 
 
 def read_index(manifest: Manifest, shard: Shard) -> Index:
@@ -106,6 +106,22 @@ def finished_shard(folder: Path, name: str) -> Shard | None:
         return shard if (folder / name).stat().st_size == shard.bytes else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def write_build_record(folder: Path, shard: Shard, record: dict[str, Any]) -> None:
+    """Store in the index of a finished shard how it was made, for later runs of the tool that made it."""
+    content = json.loads((folder / shard.index_path).read_bytes())
+    _write(folder, shard, {**content, "build": record})
+
+
+def read_build_record(folder: Path, shard: Shard) -> dict[str, Any]:
+    """Return what `write_build_record` stored, or nothing."""
+    record: dict[str, Any] = json.loads((folder / shard.index_path).read_bytes()).get("build", {})
+    return record
+
+
+def _write(folder: Path, shard: Shard, content: dict[str, Any]) -> None:
+    write_atomically(folder / shard.index_path, json.dumps(content, separators=(",", ":")).encode("utf-8"))
 
 
 def _fault(record: IndexEntry, sample_format: SampleFormat, size: int) -> str | None:

@@ -30,7 +30,9 @@ BACKENDS = ("auto", "pyav", "torchcodec")
 
 _QUALITY = 90  # of JPEG
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
-_X264 = {"crf": "18", "preset": "medium", "x264-params": "threads=1:bframes=0:keyint=infinite:scenecut=0"}
+# One thread and no macroblock tree, which reads memory that it has not set: the bytes would change between calls.
+_X264_PARAMS = "threads=1:mbtree=0:bframes=0:keyint=infinite:scenecut=0"
+_X264 = {"crf": "18", "preset": "medium", "x264-params": _X264_PARAMS}
 
 
 def decode_clip(data: bytes, name: str, backend: str = "auto") -> np.ndarray:

@@ -1,0 +1,130 @@
+"""Make the shards of video, a task each, in any executor, and keep those that are there already.
+
+A task holds all that its shard depends on, so every executor writes the same bytes. A hash of it is stored in the index
+of the shard. A shard with the hash of its task is kept: after an interruption, and also when videos were added at the
+end, or dropped, up to the first shard that holds their clips.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ebwm_dist.data.format.index import finished_shard, read_build_record, write_build_record
+from ebwm_dist.data.format.manifest import Shard
+from ebwm_dist.data.format.sample_format import SampleFormat
+from ebwm_dist.files import sha256_of_bytes
+from ebwm_dist.prepare.cutting import Reject, Rejects
+from ebwm_dist.workers.executors import Work, run_in_order
+
+VERSION = 2
+"""Of how frames are read and stored; shards of another version are made again."""
+
+
+class Batch(NamedTuple):
+    """The different frames of some clips `[U, H, W, 3]`, which of them each clip has `[C, F]`, and its info."""
+
+    frames: np.ndarray
+    members: np.ndarray
+    infos: list[dict[str, Any]]
+
+
+class Source(Protocol):
+    """Clips to make a shard of."""
+
+    def describe(self) -> Any:
+        """Return all that the clips depend on, as JSON."""
+
+    def batches(self, rejects: Rejects) -> Iterator[Batch]:
+        """Yield the clips in order, but those that are added to `rejects`."""
+
+
+class Store(Protocol):
+    """What clips are stored as."""
+
+    def describe(self) -> Any:
+        """Return all that the stored bytes depend on, as JSON."""
+
+    def write(self, task: ShardTask, batches: Iterable[Batch], record: Record) -> Shard | None:
+        """Write the shard of a task and complete its record; without clips there is none."""
+
+    def final_format(self, made: Iterable[Made]) -> SampleFormat:
+        """Return the format of the samples in all shards."""
+
+
+@dataclass
+class Record:
+    """How a shard was made: the hash of its task, what was left out, and of latents number, sum, and sum of squares."""
+
+    made_from: str
+    rejects: list[Reject] = field(default_factory=list)
+    values: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Write the clips of `source` to shard `number` of a split."""
+
+    folder: Path
+    split: str
+    number: int
+    clips_per_shard: int
+    source: Source
+    store: Store
+    on_error: str = "fail"
+
+    @property
+    def made_from(self) -> str:
+        """Return a hash of all that the shard depends on."""
+        content = [VERSION, self.clips_per_shard, self.source.describe(), self.store.describe()]
+        return sha256_of_bytes(json.dumps(content, sort_keys=True).encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task left in the folder: its shard, if there was any clip, and whether it had been there before."""
+
+    task: ShardTask
+    shard: Shard | None
+    record: Record
+    kept: bool
+
+
+def make_shards(tasks: Sequence[ShardTask], work: Work) -> list[Made]:
+    """Make the shards that are not there yet."""
+    results = run_in_order(make_shard, tasks, work)
+    return list(tqdm(results, total=len(tasks), unit=" shards", disable=None if work.progress else True))
+
+
+def shards_of(made: Iterable[Made], split: str) -> tuple[Shard, ...]:
+    """Return the shards of a split in order."""
+    return tuple(m.shard for m in made if m.task.split == split and m.shard is not None)
+
+
+def make_shard(task: ShardTask) -> Made:
+    """Make the shard of a task, unless it is there."""
+    found = finished_shard(task.folder, f"{task.split}-{task.number:06d}.tar")
+    if found is not None and (record := _record(task, found)) is not None:
+        return Made(task, found, record, kept=True)
+    rejects = Rejects(task.on_error)
+    record = Record(task.made_from, rejects.listed)
+    shard = task.store.write(task, task.source.batches(rejects), record)
+    if shard is not None:
+        write_build_record(task.folder, shard, asdict(record))
+    return Made(task, shard, record, kept=False)
+
+
+def _record(task: ShardTask, shard: Shard) -> Record | None:
+    """Return the record of a shard if it is the one of the task; clips may be missing only if it skips errors."""
+    stored = read_build_record(task.folder, shard)
+    if stored.get("made_from") != task.made_from or (stored["rejects"] and task.on_error == "fail"):
+        return None
+    return Record(**{**stored, "rejects": [Reject(**reject) for reject in stored["rejects"]]})
