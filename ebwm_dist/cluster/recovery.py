@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ebwm_dist.errors import CheckpointError, PeerError, UserError
+from ebwm_dist.errors import CheckpointError, FetchError, PeerError, UserError
 
 LONGEST_PAUSE = 60.0
 
@@ -30,8 +30,9 @@ def kind_of(error: BaseException) -> str:
     """Return the kind of an exception of a worker."""
     if isinstance(error, PeerError):
         return PEER
-    # A checkpoint also fails to load while its storage is away for a moment.
-    return USER if isinstance(error, UserError) and not isinstance(error, CheckpointError) else PROGRAM
+    # A checkpoint also fails to load while its storage is away for a moment, and data while the network is.
+    passing = isinstance(error, (CheckpointError, FetchError))
+    return USER if isinstance(error, UserError) and not passing else PROGRAM
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 from ebwm_dist.cluster.recovery import Failure, RestartPolicy, WorkerError, describe, kind_of
-from ebwm_dist.errors import CheckpointError, ConfigError, DataError, PeerError
+from ebwm_dist.errors import CheckpointError, ConfigError, DataError, FetchError, PeerError
 
 NODES = {0: "host, node a", 1: "host, node b"}
 
@@ -45,7 +45,7 @@ def test_kinds_of_errors() -> None:
         "user",
         "program",
     ]
-    assert kind_of(OSError("x")) == "program" == kind_of(KeyError("x"))
+    assert kind_of(OSError("x")) == "program" == kind_of(KeyError("x")) == kind_of(FetchError("x"))
     error = WorkerError("program", 1, "cause", "text")
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error) and str(error) == "text"
 
