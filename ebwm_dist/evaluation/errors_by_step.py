@@ -57,7 +57,9 @@ def measure(
     """Measure the rank's part of at most `max_sequences` held-out sequences."""
     steps = max(max_mcmc_steps, run.trained_steps) if run.config.model.kind == "ebt" else 1
     shared = (batch_size, max_sequences, rank, world_size)
-    sums = accumulate(run.model, data.batches(*shared), steps, torch.device(run.device), preprocess=data.preprocess)
+    sums = accumulate(
+        run.model.evaluate, data.batches(*shared), steps, torch.device(run.device), preprocess=data.preprocess
+    )
     assert sums is not None
     frames = None
     if run.config.model.embedding_dim is not None:

@@ -110,7 +110,7 @@ def predictions(
     context = observed[:, :-1]
     yield "copy", context.float(), None
     if isinstance(model, EnergyBasedTransformer):
-        start = model.space.start(sample_ids, model.seed, 0, context.shape[1], context)
+        start = model.space.initial_state(sample_ids, model.seed, 0, context.shape[1], context)
         for step, (energy, state) in enumerate(model.refine(context, start, num_steps, sample_ids)):
             yield str(step), state, energy
     else:

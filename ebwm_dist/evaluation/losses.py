@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebwm_dist.data.loading.stream import Batch
-from ebwm_dist.models.output import Evaluation, Forward, smooth_l1_losses
+from ebwm_dist.models.output import Evaluation, prediction_losses
 
 _LARGEST_EXPONENT = 709.0
 """exp of more than this is no float64."""
@@ -89,7 +89,7 @@ class Sums:
 
 
 def evaluate(
-    forward: Forward,
+    forward: Callable[[Tensor, Tensor, int], Evaluation],
     batches: Iterable[Batch],
     num_steps: int,
     device: torch.device,
@@ -99,7 +99,7 @@ def evaluate(
     """Evaluate a model at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
 
     Args:
-        forward: the model, or an engine around it.
+        forward: the model's `evaluate`, or that run by an engine.
         batches: as many on every rank.
         num_steps: of MCMC.
         device: of the model.
@@ -115,7 +115,7 @@ def evaluate(
 
 
 def accumulate(
-    forward: Forward,
+    forward: Callable[[Tensor, Tensor, int], Evaluation],
     batches: Iterable[Batch],
     num_steps: int,
     device: torch.device,
@@ -128,7 +128,7 @@ def accumulate(
         if not proceed():
             return None
         observed = batch.observed.to(device) if preprocess is None else preprocess(batch.observed)
-        sums = _sums(forward("evaluate", observed, batch.sample_ids, num_steps), observed, batch.counted)
+        sums = _sums(forward(observed, batch.sample_ids, num_steps), observed, batch.counted)
         total = sums if total is None else total + sums
     assert total is not None, "no validation batch"
     return total
@@ -141,7 +141,7 @@ def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor) -> Sums:
     losses, tokens = found.step_losses.to(device) * in_batch, found.tokens.to(device) * in_batch
     # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
     moved = (losses - losses[0]) / tokens.clamp(min=1)
-    copied = smooth_l1_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch if video else tokens.new_zeros(1)
+    copied = prediction_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch if video else tokens.new_zeros(1)
     parts = [copied.sum()[None], tokens.sum()[None], (tokens > 0).sum()[None]]
     parts += [losses.sum(-1), moved.sum(-1), moved.square().sum(-1)]
     energies = 0

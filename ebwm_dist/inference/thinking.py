@@ -23,7 +23,6 @@ from torch import Tensor
 from ebwm_dist.errors import UserError
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.mcmc.second_order import energy_and_gradient
 from ebwm_dist.models.layers import KeysValues
 
 SELECTIONS = ("energy", "drop")
@@ -138,8 +137,8 @@ def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
 
 def has_noise(model: EnergyBasedTransformer, thinking: Thinking) -> bool:
     """Return whether candidates of one position differ from one another."""
-    noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
-    return model.space.initial_state == "random_noise" or noise > 0
+    noise = model.mcmc.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
+    return model.mcmc.initial_state == "random_noise" or noise > 0
 
 
 def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
@@ -147,7 +146,7 @@ def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
     if thinking.candidates > 1 and not has_noise(model, thinking):
         raise UserError(
             f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
-            f"({model.space.initial_state}); set langevin_noise, or use 1"
+            f"({model.mcmc.initial_state}); set langevin_noise, or use 1"
         )
     fewest = thinking.candidates * max(2, len(landscapes(model, thinking)))
     if thinking.max_nfe is not None and thinking.max_nfe < fewest:
@@ -191,7 +190,7 @@ class _Refinement:
         self.index = torch.arange(len(self.ids), device=device)
         self.layout = _Layout(self._rows(), self.positions)
         observed = observed.repeat_interleave(group, 1).flatten(0, 1)[:, None]
-        self.state = model.space.start(self.ids, model.seed, 0, 1, observed)
+        self.state = model.space.initial_state(self.ids, model.seed, 0, 1, observed)
         self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
         self.steps, self.nfe = (torch.zeros_like(self.index) for _ in range(2))
@@ -253,7 +252,7 @@ class _Refinement:
         del self.state
         if not last:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
-            state = model.space.perturb(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
+            state = model.space.add_langevin_noise(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
         embedded = layout.pack(model.space.embed_state(state)[:, 0])
         # Each landscape is first visited by the step of its number, when all rows are still there.
         newest = self.newest if step <= self.final else None
@@ -262,7 +261,7 @@ class _Refinement:
             energy = model.transformer.energy(embedded, *where)
             gradient = torch.zeros_like(embedded)
         else:
-            energy, gradient = energy_and_gradient(model.transformer, embedded, *where, newest)
+            energy, gradient = model.transformer.energy_and_gradient(embedded, *where, newest)
         return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
 
     def _over_max_nfe(self, energy: Tensor, max_nfe: int) -> Tensor:
@@ -294,7 +293,7 @@ class _Refinement:
 
     def _noise(self) -> float:
         own = self.thinking.langevin_noise
-        return self.model.space.langevin_noise if own is None else own
+        return self.model.mcmc.langevin_noise if own is None else own
 
     def _may_stop(self) -> bool:
         thinking = self.thinking

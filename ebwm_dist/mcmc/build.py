@@ -7,23 +7,17 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.embedding import EmbeddingSpace
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.mcmc.vocabulary import VocabularySpace
-from ebwm_dist.models.autoregressive import (
-    AutoregressiveEmbeddings,
-    AutoregressiveTokens,
-    AutoregressiveTransformer,
-)
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 
 Model = EnergyBasedTransformer | AutoregressiveTransformer
 
 
 def build_model(config: Config, pad_id: int | None) -> Model:
-    """Return the configured model; token targets equal to `pad_id` do not count, embeddings all do."""
+    """Return the configured model; token targets equal to `pad_id` are padding, embeddings have none."""
     model, training = config.model, config.training
+    assert pad_id is not None or model.embedding_dim is not None
     if model.kind == "ar":
-        if model.embedding_dim is not None:
-            return AutoregressiveEmbeddings(model, model.embedding_dim, training.activation_checkpointing)
-        assert pad_id is not None
-        return AutoregressiveTokens(model, pad_id, training.activation_checkpointing)
+        return AutoregressiveTransformer(model, pad_id, training.activation_checkpointing)
     space: Space
     if model.embedding_dim is not None:
         space = EmbeddingSpace(model.embedding_dim, model.dim, config.mcmc)

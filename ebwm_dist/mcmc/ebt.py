@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.mcmc.replay import Compact, ReplayBuffer, deal
+from ebwm_dist.mcmc.replay import Record, ReplayBuffer, reshard
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
-from ebwm_dist.mcmc.second_order import Refinement, energy_and_gradient
+from ebwm_dist.mcmc.second_order import EnergyModel, Refinement
 from ebwm_dist.mcmc.space import Space
-from ebwm_dist.models.energy_transformer import EnergyTransformer
 from ebwm_dist.models.layers import KeysValues
-from ebwm_dist.models.output import Backward, Evaluation, Forward, PassModule, TrainingOutput
+from ebwm_dist.models.output import Evaluation, TrainingOutput
+from ebwm_dist.models.passes import Backward, Forward
 
 
-class EnergyBasedTransformer(PassModule):
+class EnergyBasedTransformer(EnergyModel):
     """Predicts the next state by descending a learned energy."""
 
     def __init__(
@@ -36,10 +36,8 @@ class EnergyBasedTransformer(PassModule):
         position_chunk: int = 128,
         activation_checkpointing: str = "none",
     ):
-        super().__init__()
-        self.mcmc, self.seed, self.position_chunk = mcmc, seed, position_chunk
-        self.space = space
-        self.transformer = EnergyTransformer(model)
+        super().__init__(model, mcmc, space, seed)
+        self.position_chunk = position_chunk
         self.transformer.blocks.checkpointing = activation_checkpointing == "block"
         self.replay = ReplayBuffer(mcmc.replay_size) if mcmc.replay_size else None
 
@@ -56,13 +54,15 @@ class EnergyBasedTransformer(PassModule):
         return {} if self.replay is None else {"replay": self.replay.state_dict()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Put the replay buffer back; a run that had none starts with an empty one."""
+        """Restore the replay buffer; a run that had none starts with an empty one."""
         if self.replay is not None:
             self.replay.load_state_dict(state.get("replay", {}))
 
-    def deal_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """Return this rank's part of the records in the replay buffers of all ranks of the run so far."""
-        return {} if self.replay is None else {"replay": deal([s.get("replay", {}) for s in states], rank, world_size)}
+    def reshard_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """Return this rank's part of the records in the replay buffers of all ranks so far."""
+        if self.replay is None:
+            return {}
+        return {"replay": reshard([state.get("replay", {}) for state in states], rank, world_size)}
 
     def target_mask(self, targets: Tensor) -> Tensor:
         """Return which of the targets [B, S, ...] are not padding [B, S]."""
@@ -78,80 +78,41 @@ class EnergyBasedTransformer(PassModule):
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Do the forwards and backwards of a micro-batch.
+        """Run the forwards and backwards of a micro-batch.
 
         Args:
             observed: observed states [B, S+1, ...]: each is the target of those before it.
             sample_ids: ids [B] on the CPU, which seed each sample's noise.
             plan: its MCMC steps.
             num_targets: number of targets, without padding, that the summed losses are divided by: those of all
-                micro-batches whose gradients are added up; unset, those of this one. A replayed row adds to it what a
-                row of the micro-batch has on average.
-            forward: what runs a pass by name; unset, this module.
-            backward: what adds the gradients of a scalar to those of the parameters, unscaled: some of them enter
-                later passes of the same step.
+                micro-batches whose gradients are accumulated; unset, those of this one. A replayed row adds to it what
+                a row of the micro-batch has on average.
+            forward: runs a pass; unset, this module.
+            backward: adds the gradients of a scalar to those of the parameters, unscaled: some of them enter later
+                passes of the same step.
         """
-        replayed = self._replayed(observed, sample_ids)
         fresh = len(observed)
+        if num_targets is None:
+            num_targets = self.target_mask(observed[:, 1:]).sum().clamp(min=1)
+        replayed = self._replayed(observed, sample_ids)
         if replayed is not None:
             observed = torch.cat((observed, replayed[0].to(observed.device)))
             sample_ids = torch.cat((sample_ids, replayed[1]))
-        context, targets = observed[:, :-1], observed[:, 1:]
-        if num_targets is None:
-            num_targets = self.target_mask(targets[:fresh]).sum().clamp(min=1)
-        refinement = Refinement(
-            self.transformer,
-            self.space,
-            self.mcmc,
-            plan,
-            context,
-            targets,
-            sample_ids,
-            self.seed,
-            num_targets * (len(observed) / fresh),
-            forward or self,
-            backward,
-        )
+        num_targets = num_targets * (len(observed) / fresh)
+        refinement = Refinement(self, plan, observed, sample_ids, num_targets, forward or self, backward)
         final = []
-        for start, stop in self._slices(context.shape[1]):
+        for start, stop in self._slices(observed.shape[1] - 1):
             # Nothing here holds an initial state or the last slice's final one while a slice is refined.
-            initial = partial(self._start, context[:fresh], sample_ids[:fresh], replayed, start, stop)
-            state = refinement.refine(initial, start)
+            initial_state = partial(
+                self._initial_state, observed[:fresh, :-1], sample_ids[:fresh], replayed, start, stop
+            )
+            state = refinement.refine(initial_state, start)
             if self.replay is not None:
                 final.append(self.space.compress(state))
             del state
         if self.replay is not None:
             self.replay.push(observed, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
         return refinement.finish()
-
-    # The passes of a training step. They are run through `forward`.
-
-    def context_stream(self, observed: Tensor, landscape: int) -> KeysValues:
-        """Return the keys and values of every block for the observed states [B, S, ...]."""
-        return self.transformer.context(self.space.embed_context(observed), landscape)
-
-    def descend(self, state: Tensor, context: KeysValues, landscape: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
-        embedded = self.space.embed_state(state)
-        return embedded, *energy_and_gradient(self.transformer, embedded, context, landscape, start)
-
-    def advance(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """Return the next state and its summed loss, without a graph: see `Space.advance`."""
-        return self.space.advance(*args)
-
-    def objective(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a step is good for, to differentiate, and what `advance` returns: see `Space.objective`."""
-        return self.space.objective(*args)
-
-    def tangent(
-        self, state: Tensor, embedded: Tensor, direction: Tensor, context: KeysValues, landscape: int, start: int
-    ) -> Tensor:
-        """Return the summed derivative of the energies along `direction` [B, C, D], a scalar to differentiate."""
-        embedded = self.space.embed_state_with_grad(state, embedded)
-        _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start)
-        return derivative.sum()
-
-    # After training.
 
     @torch.no_grad()
     def refine(
@@ -178,7 +139,7 @@ class EnergyBasedTransformer(PassModule):
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
         for start, stop in self._slices(context.shape[1]):
-            initial = self.space.start(sample_ids, self.seed, start, stop, context)
+            initial = self.space.initial_state(sample_ids, self.seed, start, stop, context)
             for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, start)):
                 energies[step] += (energy * mask[:, start:stop]).sum(-1)
                 if step:
@@ -189,26 +150,22 @@ class EnergyBasedTransformer(PassModule):
     def energies(self, observed: Tensor, landscape: int | None = None) -> Tensor:
         """Return the energy [B, S] of each of the observed states [B, S+1, ...] given those before it.
 
-        It is measured on the last landscape unless another is named.
+        It is measured on the last landscape unless another is given.
         """
         landscape = self.transformer.num_landscapes - 1 if landscape is None else landscape
         context = self.context_stream(observed[:, :-1], landscape)
-        return torch.cat(
-            [
-                self.transformer.energy(
-                    self.space.embed_next(observed[:, start + 1 : stop + 1]), context, landscape, start
-                )
-                for start, stop in self._slices(observed.shape[1] - 1)
-            ],
-            dim=1,
-        )
+        parts = []
+        for start, stop in self._slices(observed.shape[1] - 1):
+            candidate = self.space.embed_next(observed[:, start + 1 : stop + 1])
+            parts.append(self.transformer.energy(candidate, context, landscape, start))
+        return torch.cat(parts, dim=1)
 
     def _refine(
         self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, start: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(num_steps):
             landscape = self.transformer.landscape(step)
-            noisy = self.space.perturb(state, self.seed, sample_ids, step, start)
+            noisy = self.space.add_langevin_noise(state, self.seed, sample_ids, step, start)
             _, energy, gradient = self.descend(noisy, contexts[landscape], landscape, start)
             yield energy, state
             state = self.space.update(noisy, gradient)
@@ -219,24 +176,19 @@ class EnergyBasedTransformer(PassModule):
         landscapes = {self.transformer.landscape(step) for step in range(num_steps)}
         return {landscape: self.context_stream(observed, landscape) for landscape in sorted(landscapes)}
 
-    def _replayed(self, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor, Compact] | None:
+    def _replayed(self, observed: Tensor, sample_ids: Tensor) -> Record | None:
         """Draw the rows that this micro-batch replays, if the buffer holds as many."""
         if self.replay is None:
             return None
-        # A sample's id is its number in the run: the draw is another one for each micro-batch, and the same again.
+        # A sample's id is its number in the run, so each micro-batch has a draw of its own, the same after a resume.
         seed = mix_seed(self.seed, int(sample_ids[0]))
         return self.replay.sample(self.mcmc.replayed_rows(len(observed)), seed)
 
-    def _start(
-        self,
-        context: Tensor,
-        sample_ids: Tensor,
-        replayed: tuple[Tensor, Tensor, Compact] | None,
-        start: int,
-        stop: int,
+    def _initial_state(
+        self, context: Tensor, sample_ids: Tensor, replayed: Record | None, start: int, stop: int
     ) -> Tensor:
         """Return the initial states of a slice: those of the samples, and below them the replayed ones."""
-        state = self.space.start(sample_ids, self.seed, start, stop, context)
+        state = self.space.initial_state(sample_ids, self.seed, start, stop, context)
         if replayed is None:
             return state
         kept = {name: x[:, start:stop].to(context.device) for name, x in replayed[2].items()}

@@ -59,19 +59,6 @@ def expand_logits(compact: Compact, vocab_size: int, dtype: torch.dtype) -> Tens
     return logits.scatter_(-1, indices, compact["values"].to(dtype))
 
 
-def compress_embeddings(state: Tensor) -> Compact:
-    """Return the compact form of embedding states [B, S, E].
-
-    float16 rather than bfloat16: it rounds eight times finer, and a state beyond its range has diverged.
-    """
-    return {"embeddings": state.half()}
-
-
-def expand_embeddings(compact: Compact, dtype: torch.dtype) -> Tensor:
-    """Return embedding states [B, S, E] in `dtype` from their compact form."""
-    return compact["embeddings"].to(dtype)
-
-
 class ReplayBuffer:
     """The last `capacity` records, first in, first out, in the memory of the CPU."""
 
@@ -127,13 +114,13 @@ class ReplayBuffer:
             self.push(**state_dict)
 
 
-def deal(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-    """Return the part of `rank` when the records of several buffers are dealt out to `world_size` ranks.
+def reshard(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+    """Return the part of `rank` when the records of several buffers are distributed over `world_size` ranks.
 
-    They are dealt in turn, in the order of their age, so that every rank gets some of every age, the newest last.
+    Ranks take turns in the order of the records' age, so that every rank gets some of every age, the newest last.
 
     Args:
-        states: what `ReplayBuffer.state_dict` has returned on every rank of the run so far, in their order.
+        states: the `ReplayBuffer.state_dict` of every rank of the run so far, in their order.
         rank: which part to return.
         world_size: number of parts.
     """

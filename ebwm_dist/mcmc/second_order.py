@@ -9,16 +9,16 @@ is done, the second-order part is
 
 the weight gradient of a directional derivative, which a forward pass with a tangent computes. Per step:
 
-    1. `descend`    candidate pass, differentiated to e only:  g
-    2. `objective`  update and loss; their backward:           gradients of alpha and read-out, and u
-    3. `tangent`    candidate pass with tangent u:             D_e E(e; w)[u], whose backward is the second-order part
+    1. `EnergyModel.descend`   candidate pass, differentiated to e only:  g
+    2. `Space.step_with_loss`  update and loss; their backward:           gradients of alpha and read-out, and u
+    3. `EnergyModel.tangent`   candidate pass with tangent u:             D_e E(e; w)[u]; its backward: the rest
 
-What a backward needs is gone when it is done. The keys and values of the context gather their gradient over all steps,
-and one backward through the context stream ends the micro-batch. Positions do not see one another's candidates, so a
-few of them at a time are taken through all steps: only the context is ever held for the whole sequence.
+Each backward frees what it needed. The keys and values of the context gather their gradient over all steps, and one
+backward through the context stream ends the micro-batch. Candidates do not see one another, so a few positions at a
+time are taken through all steps: only the context is ever held for the whole sequence.
 
-Where gradients flow through the chain of steps, the steps are first taken without a graph, and then gone through from
-the last to the first: dloss/dx of a step is what its objective and its tangent pass hand back to the one before.
+Where gradients flow through the chain of steps, the steps are first taken without a graph and then revisited from the
+last to the first: step 2 and 3 of each give dloss/dx of its state, which is upstream of the step before.
 
 Shapes: B batch, S positions, C positions refined together, D width, K steps.
 """
@@ -30,107 +30,107 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ebwm_dist.config.schema import MCMCConfig
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.energy_transformer import EnergyTransformer
 from ebwm_dist.models.layers import KeysValues
-from ebwm_dist.models.output import Backward, Forward, TrainingOutput
+from ebwm_dist.models.output import SequenceModel, TrainingOutput
+from ebwm_dist.models.passes import Backward, Forward
 
 
-def energy_and_gradient(
-    transformer: EnergyTransformer,
-    embedded: Tensor,
-    context: KeysValues,
-    landscape: int,
-    start: int | Tensor,
-    newest: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the energies [B, C] of embedded candidates and their gradient dE/de [B, C, D], both detached.
+class EnergyModel(SequenceModel):
+    """An energy transformer over a space of states, with the passes of a training step, to be run by `forward`."""
 
-    Arguments are those of `EnergyTransformer.energy`. Positions do not interact, so the gradient of the sum holds each
-    position's own.
-    """
-    with torch.enable_grad():
-        leaf = embedded.detach().requires_grad_()
-        energy = transformer.energy(leaf, context, landscape, start, newest)
-        (gradient,) = torch.autograd.grad(energy.sum(), leaf)
-    return energy.detach(), gradient
+    def __init__(self, model: ModelConfig, mcmc: MCMCConfig, space: Space, seed: int):
+        super().__init__()
+        self.mcmc, self.seed, self.space = mcmc, seed, space
+        self.transformer = EnergyTransformer(model)
+
+    def context_stream(self, observed: Tensor, landscape: int) -> KeysValues:
+        """Return the keys and values of every block for the observed states [B, S, ...]."""
+        return self.transformer.context(self.space.embed_context(observed), landscape)
+
+    def descend(self, state: Tensor, context: KeysValues, landscape: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
+        embedded = self.space.embed_state(state)
+        return embedded, *self.transformer.energy_and_gradient(embedded, context, landscape, start)
+
+    def tangent(
+        self, state: Tensor, embedded: Tensor, direction: Tensor, context: KeysValues, landscape: int, start: int
+    ) -> Tensor:
+        """Return the summed derivative of the energies along `direction` [B, C, D], with its graph."""
+        embedded = self.space.embed_state_with_grad(state, embedded)
+        _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start)
+        return derivative.sum()
 
 
 class Refinement:
     """Forwards and backwards of one micro-batch.
 
     Args:
-        transformer: for its landscapes and what candidates see of a context; it is run through `forward`.
-        space: the space that predictions live in; the same.
-        mcmc: objective of the refinement.
-        plan: number and size of its steps.
-        context: observed states [B, S, ...].
-        targets: true next states [B, S, ...].
-        sample_ids: ids [B] on the CPU, which with `seed` determine all noise.
+        model: the energy model.
+        plan: number and size of the MCMC steps.
+        observed: observed states [B, S+1, ...]: each is the target of those before it.
+        sample_ids: ids [B] on the CPU, which with the model's seed determine all noise.
         num_targets: number of targets that summed losses are divided by.
-        forward: runs the passes of `EnergyBasedTransformer` by name.
-        backward: adds the gradients of a scalar to those of the parameters, unscaled. Both may be a distributed
-            engine's.
+        forward: runs the passes: the model or an engine around it.
+        backward: adds the gradients of a scalar to those of the parameters, unscaled; an engine's in that case.
     """
 
     def __init__(
         self,
-        transformer: EnergyTransformer,
-        space: Space,
-        mcmc: MCMCConfig,
+        model: EnergyModel,
         plan: StepPlan,
-        context: Tensor,
-        targets: Tensor,
+        observed: Tensor,
         sample_ids: Tensor,
-        seed: int,
         num_targets: float | Tensor,
         forward: Forward,
         backward: Backward,
     ):
-        self.transformer, self.space, self.plan = transformer, space, plan
-        self.targets, self.sample_ids, self.seed = targets, sample_ids, seed
+        self.model, self.plan, self.sample_ids = model, plan, sample_ids
         self.forward, self.backward = forward, backward
-        steps, self.chained = plan.num_steps, mcmc.gradient == "full"
-        self.loss_steps = range(steps - 1 if mcmc.loss == "last" else 0, steps)
-        zero = torch.zeros((), device=context.device, dtype=space.state_dtype)
+        self.space, steps, self.chained = model.space, plan.num_steps, model.mcmc.gradient == "full"
+        context, self.targets = observed[:, :-1], observed[:, 1:]
+        self.target_mask = self.space.target_mask(self.targets)
+        self.loss_steps = range(steps - 1 if model.mcmc.loss == "last" else 0, steps)
+        zero = torch.zeros((), device=observed.device, dtype=self.space.state_dtype)
         scale = zero.new_ones((), dtype=torch.float64) / num_targets
         self.scale, self.loss_weight = scale.to(zero.dtype), (scale / len(self.loss_steps)).to(zero.dtype)
-        self.target_mask = space.target_mask(targets)
         self.losses, self.energies, self.norms, self.nonfinite = zero.new_zeros(4, steps).unbind()
-        self.landscapes = [transformer.landscape(step) for step in range(steps)]
+        self.landscapes = [model.transformer.landscape(step) for step in range(steps)]
         self.contexts: dict[int, KeysValues] = {}
         self.gathered: dict[int, KeysValues] = {}
+        """Gradients of the loss with respect to the keys and values of the trained landscapes so far."""
         trained = {self.landscapes[step] for step in range(steps) if self.chained or step in self.loss_steps}
         for landscape in sorted(set(self.landscapes)):
             with torch.set_grad_enabled(landscape in trained):
-                pairs = forward("context_stream", context, landscape)
+                pairs = forward(model.context_stream, context, landscape)
             self.contexts[landscape] = pairs
             if landscape in trained:
                 self.gathered[landscape] = tuple((_zeros_like(k), _zeros_like(v)) for k, v in pairs)
 
-    def refine(self, initial: Callable[[], Tensor], start: int) -> Tensor:
-        """Take the positions from `start` on through all steps, add up their gradients and return their final state.
+    def refine(self, initial_state: Callable[[], Tensor], start: int) -> Tensor:
+        """Take the positions from `start` on through all steps, accumulate gradients and return their final state.
 
-        `initial` makes the initial state [B, C, ...], which nobody else holds then: before Python 3.11 a caller keeps
-        the arguments of its call.
+        `initial_state` makes the initial state [B, C, ...], to which nobody else keeps a reference: before Python 3.11
+        a caller keeps the arguments of its call.
         """
-        state = initial()
+        state = initial_state()
         stop = start + state.shape[1]
         targets = self.targets[:, start:stop]
-        factor = self.space.step_factor(self.seed, self.sample_ids, start, stop, state.device)
+        factor = self.space.step_factor(self.model.seed, self.sample_ids, start, stop, state.device)
         factor = factor * self.plan.step_size_scale
         visited: list[tuple[Tensor, Tensor, Tensor]] = []
         for step, landscape in enumerate(self.landscapes):
-            state = self.space.perturb(state, self.seed, self.sample_ids, step, start)
-            context = _detached(self.transformer.slice_context(self.contexts[landscape], stop))
-            embedded, energy, gradient = self.forward("descend", state, context, landscape, start)
+            state = self.space.add_langevin_noise(state, self.model.seed, self.sample_ids, step, start)
+            context = self._context(landscape, stop, requires_grad=False)
+            embedded, energy, gradient = self.forward(self.model.descend, state, context, landscape, start)
             self._observe(step, energy, gradient, self.target_mask[:, start:stop])
             if self.chained:
                 visited.append((state, embedded, gradient))
             if self.chained or step not in self.loss_steps:
-                state, loss = self.forward("advance", state, gradient, factor, targets)
+                state, loss = self.forward(self.space.step, state, gradient, factor, targets)
             else:
                 _, state, loss = self._differentiate(step, state, embedded, gradient, factor, start, None)
             self.losses[step] += loss
@@ -150,22 +150,21 @@ class Refinement:
         start: int,
         upstream: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Do the backwards of one step.
+        """Run the backwards of one step.
 
-        Return the gradient of all that comes of `state` where gradients are chained; the next state; and its loss.
+        Return the loss's gradient with respect to `state` where gradients are chained, the next state, and its loss.
         """
         stop, landscape = start + state.shape[1], self.landscapes[step]
         state = state.detach().requires_grad_(self.chained and step > 0)
         gradient = gradient.detach().requires_grad_()
         weight = self.loss_weight if step in self.loss_steps else 0.0
         objective, after, loss = self.forward(
-            "objective", state, gradient, factor, self.targets[:, start:stop], weight, upstream
+            self.space.step_with_loss, state, gradient, factor, self.targets[:, start:stop], weight, upstream
         )
         self.backward(objective)
-
-        context = self.transformer.slice_context(self.contexts[landscape], stop)
-        context = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in context)
-        self.backward(self.forward("tangent", state, embedded, gradient.grad, context, landscape, start))
+        assert gradient.grad is not None
+        context = self._context(landscape, stop, requires_grad=True)
+        self.backward(self.forward(self.model.tangent, state, embedded, gradient.grad, context, landscape, start))
         for leaves, totals in zip(context, self.gathered[landscape], strict=True):
             for leaf, total in zip(leaves, totals, strict=True):
                 assert leaf.grad is not None
@@ -173,7 +172,7 @@ class Refinement:
         return state.grad, after, loss
 
     def finish(self) -> TrainingOutput:
-        """Go backward through the context streams, and return what was seen."""
+        """Go backward through the context streams, and return losses, energies and norms."""
         for landscape, gathered in self.gathered.items():
             pairs = zip(self.contexts.pop(landscape), gathered, strict=True)
             # A scalar whose gradient with respect to the keys and values is what they have gathered.
@@ -193,9 +192,12 @@ class Refinement:
         self.norms[step] += norms.where(mask, 0).sum()
         self.nonfinite[step] += (energy + norms).isfinite().logical_not().sum()
 
-
-def _detached(context: KeysValues) -> KeysValues:
-    return tuple((k.detach(), v.detach()) for k, v in context)
+    def _context(self, landscape: int, stop: int, requires_grad: bool) -> KeysValues:
+        """Return the context that candidates before `stop` see, cut off from the graph of its stream."""
+        context = self.model.transformer.slice_context(self.contexts[landscape], stop)
+        return tuple(
+            (k.detach().requires_grad_(requires_grad), v.detach().requires_grad_(requires_grad)) for k, v in context
+        )
 
 
 def _zeros_like(x: Tensor) -> Tensor:

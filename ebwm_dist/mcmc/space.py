@@ -1,4 +1,4 @@
-"""What the engine asks of the space that predictions live in.
+"""The interface between the engine and the space that predictions live in.
 
 Shapes: B batch, S observed positions, C candidate positions that are refined together, D width; a state has the
 shape [B, C, ...] of the space's own.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact
+from ebwm_dist.models.output import prediction_losses, target_mask
 
 MIN_STEP_SIZE = 1e-4
 
@@ -46,16 +47,19 @@ class _AtLeast(torch.autograd.Function):
 
 
 class Space(nn.Module, ABC):
-    """States: their embedding, the steps that its energy gradient takes them, and how far they are from the truth."""
+    """States: their embedding, the steps along their energy gradient, and their losses.
+
+    Args:
+        config: of the refinement.
+        state_width: numbers per position of a state.
+        pad_id: token of padding; None where targets are embeddings.
+    """
 
     _like: Tensor
-    state_width: int
-    """Numbers per position of a state."""
 
-    def __init__(self, config: MCMCConfig):
+    def __init__(self, config: MCMCConfig, state_width: int, pad_id: int | None):
         super().__init__()
-        self.initial_state = config.initial_state
-        self.langevin_noise, self.step_size_jitter = config.langevin_noise, config.step_size_jitter
+        self.config, self.state_width, self.pad_id = config, state_width, pad_id
         self.step_size = StepSize(config)
         self.register_buffer("_like", torch.empty(0), persistent=False)  # has the precision of the weights
 
@@ -64,11 +68,18 @@ class Space(nn.Module, ABC):
         """Precision of states and losses: at least float32, whatever the weights have."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
-    def perturb(
+    def initial_state(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
+        """Return the initial states for positions `start` to `stop` of the samples whose context is `observed`."""
+        if self.config.initial_state == "zeros":
+            shape = len(sample_ids), stop - start, self.state_width
+            return torch.zeros(shape, device=observed.device, dtype=self.state_dtype)
+        return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
+
+    def add_langevin_noise(
         self, state: Tensor, seed: int, sample_ids: Tensor, step: int, start: int, scale: float | None = None
     ) -> Tensor:
         """Return the state with the Langevin noise of MCMC step `step`; `scale` replaces that of training."""
-        scale = self.langevin_noise if scale is None else scale
+        scale = self.config.langevin_noise if scale is None else scale
         if scale == 0:
             return state
         stop = start + state.shape[1]
@@ -76,36 +87,14 @@ class Space(nn.Module, ABC):
 
     def step_factor(self, seed: int, sample_ids: Tensor, start: int, stop: int, device: torch.device) -> Tensor | float:
         """Return the factor [B, C, 1] of alpha that training draws for each position."""
-        spread = self.step_size_jitter
-        if spread == 1:
+        jitter = self.config.step_size_jitter
+        if jitter == 1:
             return 1.0
         drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, start, stop, 1, device).to(self.state_dtype)
-        return 1 / spread + drawn * (spread - 1 / spread)
+        return 1 / jitter + drawn * (jitter - 1 / jitter)
 
-    @abstractmethod
-    def embed_context(self, observed: Tensor) -> Tensor:
-        """Return the embedding [B, S, D] of observed states [B, S, ...]."""
-
-    @abstractmethod
-    def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
-        """Return the initial states for positions `start` to `stop` of the samples whose context is `observed`."""
-
-    @abstractmethod
-    def embed_next(self, states: Tensor) -> Tensor:
-        """Return the candidate embedding [B, C, D] of next states [B, C, ...] that are known."""
-
-    @abstractmethod
-    def embed_state(self, state: Tensor) -> Tensor:
-        """Return the candidate embedding [B, C, D] of a state, without a graph."""
-
-    @abstractmethod
-    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return the `embedded` that `embed_state` has made of `state`, with gradients to the weights and the state."""
-
-    def advance(
-        self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Take a step against the energy gradient dE/de, without a graph.
+    def step(self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a step against the energy gradient, without a graph.
 
         Args:
             state: where the step starts.
@@ -121,41 +110,45 @@ class Space(nn.Module, ABC):
             return after, self.sequence_losses(after, targets).sum()
 
     @abstractmethod
-    def objective(
+    def step_with_loss(
         self,
         state: Tensor,
         gradient: Tensor,
         factor: Tensor | float,
         targets: Tensor,
-        weight: float | Tensor,
+        weight: Tensor | float,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take the same step, with the gradients of what it is good for.
+        """Take one step with autograd.
 
         Args:
             weight: factor of the summed loss in the objective.
-            upstream: gradient with respect to the next state of all that later steps make of it.
+            upstream: gradient of the later steps' objective with respect to the next state.
 
         Returns:
-            the objective, whose backward reaches alpha, the weights, `gradient` and `state`; and, detached, what
-            `advance` returns.
+            the objective, weight x summed loss + <next state, upstream>, whose backward reaches alpha, the weights,
+            `gradient` and `state`; and, detached, next state and summed loss, as of `step`.
         """
 
     @abstractmethod
     def update(self, state: Tensor, gradient: Tensor) -> Tensor:
-        """Return the next state only."""
+        """Return the next state, without a graph."""
 
     @abstractmethod
-    def target_mask(self, targets: Tensor) -> Tensor:
-        """Return which of the targets [B, S, ...] are not padding [B, S]."""
+    def embed_context(self, observed: Tensor) -> Tensor:
+        """Return the embedding [B, S, D] of observed states [B, S, ...]."""
 
     @abstractmethod
-    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B, C] of a state at every position, 0 where its target is padding."""
+    def embed_next(self, states: Tensor) -> Tensor:
+        """Return the candidate embedding [B, C, D] of next states [B, C, ...] that are known."""
 
-    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss [B] of a state, summed over the positions."""
-        return self.losses(state, targets).sum(-1)
+    @abstractmethod
+    def embed_state(self, state: Tensor) -> Tensor:
+        """Return the candidate embedding [B, C, D] of a state, without a graph."""
+
+    @abstractmethod
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return `embedded`, the result of `embed_state`, with gradients to the weights and the state."""
 
     @abstractmethod
     def compress(self, state: Tensor) -> Compact:
@@ -163,10 +156,19 @@ class Space(nn.Module, ABC):
 
     @abstractmethod
     def expand(self, compact: Compact) -> Tensor:
-        """Return the state that a compact form stands for."""
+        """Return the state from its compact form."""
 
-    def _zeros(self, sample_ids: Tensor, positions: int, device: torch.device) -> Tensor:
-        return torch.zeros(len(sample_ids), positions, self.state_width, device=device, dtype=self.state_dtype)
+    def target_mask(self, targets: Tensor) -> Tensor:
+        """Return which of the targets [B, S, ...] are not padding [B, S]."""
+        return target_mask(targets, self.pad_id)
+
+    def sequence_losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B] of a state, summed over the positions."""
+        return self.losses(state, targets).sum(-1)
+
+    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss [B, C] of a state at every position, 0 where its target is padding."""
+        return prediction_losses(state, targets, self.pad_id)
 
     def _noise(self, seed: int, sample_ids: Tensor, draw: int, start: int, stop: int, device: torch.device) -> Tensor:
         drawn = noise.normal(seed, sample_ids, draw, start, stop, self.state_width, device)

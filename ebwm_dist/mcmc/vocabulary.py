@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
-from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact, compress_logits, expand_logits
 from ebwm_dist.mcmc.space import Space
-from ebwm_dist.models.output import cross_entropies
+from ebwm_dist.models.passes import PassModule
 
 SLICE_ELEMENTS = 1 << 24
 """Elements of a slice of rows: large enough for fast products, small against the activations of a large model."""
@@ -31,59 +30,46 @@ class VocabularySpace(Space):
     """Token distributions, the embedding of observed tokens, and the matrix between vocabulary and width."""
 
     def __init__(self, model: ModelConfig, config: MCMCConfig, pad_id: int):
-        super().__init__(config)
-        self.rule, self.pad_id, self.state_width = config.update, pad_id, model.vocab_size
+        super().__init__(config, model.vocab_size, pad_id)
         self.embeddings = TokenMatrix(model.vocab_size, model.dim, std=1.0)
         xavier = (2 / (model.vocab_size + model.dim)) ** 0.5
         self.vocab_to_embed = None if model.tie_embeddings else TokenMatrix(model.vocab_size, model.dim, std=xavier)
 
-    def embed_context(self, observed: Tensor) -> Tensor:
-        """Return the rows [B, S, D] of the tokens `observed` [B, S]."""
-        return self.embeddings("look_up", observed)
-
-    def start(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
-        """Return the initial logits [B, C, V]."""
-        if self.initial_state == "zeros":
-            return self._zeros(sample_ids, stop - start, observed.device)
-        return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
-
-    def embed_next(self, states: Tensor) -> Tensor:
-        """Return e = W[token] [B, C, D] for tokens [B, C]: distributions without doubt."""
-        return self._matrix("look_up", states)
-
-    def embed_state(self, state: Tensor) -> Tensor:
-        """Return the embedding e = softmax(z) W [B, C, D] of logits [B, C, V], without a graph."""
-        return self._matrix("embed_state", state)
-
-    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return `embedded` with the gradients of e = softmax(z) W."""
-        return self._matrix("embed_state_with_grad", state, embedded)
-
-    def objective(
+    def step_with_loss(
         self,
         state: Tensor,
         gradient: Tensor,
         factor: Tensor | float,
         targets: Tensor,
-        weight: float | Tensor,
+        weight: Tensor | float,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weight x summed cross-entropy + <next logits, upstream>, the next logits and the cross-entropy."""
+        """Take one step with autograd; loss and gradients are computed slice by slice."""
         # Scaled before it is read out: alpha then multiplies D numbers a position, not V.
-        move = self.step_size() * factor * gradient
-        return self._matrix("objective", state, move, self.rule, targets, self.pad_id, weight, upstream)
+        move, matrix = self.step_size() * factor * gradient, self._matrix
+        rule, pad_id = self.config.update, self.pad_id
+        return matrix(matrix.step_with_loss, state, move, rule, targets, pad_id, weight, upstream)
 
     def update(self, state: Tensor, gradient: Tensor) -> Tensor:
         """Return the next logits [B, C, V]."""
-        return self._matrix("update", state, self.step_size() * gradient, self.rule)
+        matrix = self._matrix
+        return matrix(matrix.update, state, self.step_size() * gradient, self.config.update)
 
-    def target_mask(self, targets: Tensor) -> Tensor:
-        """Return which targets [B, S] are not padding."""
-        return targets != self.pad_id
+    def embed_context(self, observed: Tensor) -> Tensor:
+        """Return the rows [B, S, D] of the tokens `observed` [B, S]."""
+        return self.embeddings(self.embeddings.look_up, observed)
 
-    def losses(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy [B, C] of logits [B, C, V], 0 where the targets [B, C] are padding."""
-        return cross_entropies(state, targets, self.pad_id)
+    def embed_next(self, states: Tensor) -> Tensor:
+        """Return e = W[token] [B, C, D] for tokens [B, C]: one-hot distributions."""
+        return self._matrix(self._matrix.look_up, states)
+
+    def embed_state(self, state: Tensor) -> Tensor:
+        """Return the embedding e = softmax(z) W [B, C, D] of logits [B, C, V], without a graph."""
+        return self._matrix(self._matrix.embed_state, state)
+
+    def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return `embedded` with the gradients of e = softmax(z) W."""
+        return self._matrix(self._matrix.embed_state_with_grad, state, embedded)
 
     def compress(self, state: Tensor) -> Compact:
         """Return the most probable tokens and the probability of all others."""
@@ -113,16 +99,12 @@ def next_logits(rule: str, logits: Tensor, move: Tensor) -> Tensor:
     return logits - p * (move - (p * move).sum(-1, keepdim=True))
 
 
-class TokenMatrix(nn.Module):
+class TokenMatrix(PassModule):
     """A matrix W [V, D] with a row for each token, used in every direction between vocabulary and width."""
 
     def __init__(self, vocab_size: int, dim: int, std: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim).normal_(std=std))
-
-    def forward(self, direction: str, *args: Any) -> Any:
-        """Run one of the methods below by name: sharded parameters are whole only within this call."""
-        return getattr(self, direction)(*args)
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Return the rows [B, S, D] of `tokens` [B, S]."""
@@ -138,7 +120,7 @@ class TokenMatrix(nn.Module):
 
     def embed_state_with_grad(self, state: Tensor, embedded: Tensor) -> Tensor:
         """Return `embedded` with the gradients of `embed_state`."""
-        return _ReadIn.apply(state, self.weight, embedded)
+        return _EmbedState.apply(state, self.weight, embedded)
 
     @torch.no_grad()
     def update(self, state: Tensor, move: Tensor, rule: str) -> Tensor:
@@ -148,13 +130,21 @@ class TokenMatrix(nn.Module):
             z_after.copy_(next_logits(rule, z, (a.to(self.weight.dtype) @ self.weight.T).to(z.dtype)))
         return after
 
-    def objective(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the objective of a step, the next logits and their cross-entropy: see `_Objective`."""
-        state, move, *rest = args
-        return _Objective.apply(state, self.weight, move, *rest)
+    def step_with_loss(
+        self,
+        state: Tensor,
+        move: Tensor,
+        rule: str,
+        targets: Tensor,
+        pad_id: int | None,
+        weight: Tensor | float,
+        upstream: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the objective of a `move` alpha dE/de, the next logits and their summed cross-entropy."""
+        return _StepWithLoss.apply(state, self.weight, move, rule, targets, pad_id, weight, upstream)
 
 
-class _ReadIn(torch.autograd.Function):
+class _EmbedState(torch.autograd.Function):
     """e = softmax(z) W with e known already; the probabilities are made again in the backward."""
 
     @staticmethod
@@ -176,7 +166,7 @@ class _ReadIn(torch.autograd.Function):
         return d_state, d_weight.total.to(weight.dtype), None
 
 
-class _Objective(torch.autograd.Function):
+class _StepWithLoss(torch.autograd.Function):
     """weight x summed cross-entropy(z') + <z', upstream> with z' the next logits.
 
     All gradients are taken in the forward, slice by slice, while the slice's logits are there.
@@ -191,7 +181,7 @@ class _Objective(torch.autograd.Function):
         rule: str,
         targets: Tensor,
         pad_id: int,
-        loss_weight: float | Tensor,
+        loss_weight: Tensor | float,
         upstream: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         after, d_move = _empty_like(state), _empty_like(move)

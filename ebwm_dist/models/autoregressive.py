@@ -1,68 +1,67 @@
-"""Transformer++: the autoregressive twins of the energy model, from the same blocks, for tokens and for embeddings.
+"""Transformer++: the autoregressive twin of the energy model, from the same blocks, for tokens or embeddings.
 
 Shapes: B batch, S positions, D width, V vocabulary, E width of the embeddings; observed states are tokens [B, S] or
-embeddings [B, S, E], predictions [B, S, V or E].
+embeddings [B, S, E], predictions logits [B, S, V] or embeddings [B, S, E].
 """
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Block, Blocks, KeysValues, Linear, RMSNorm, places_after, rotary_table
-from ebwm_dist.models.output import (
-    Backward,
-    Evaluation,
-    Forward,
-    PassModule,
-    TrainingOutput,
-    cross_entropies,
-    smooth_l1_losses,
-)
+from ebwm_dist.models.layers import Block, Blocks, KeysValues, Linear, RMSNorm, positions_and_mask, rotary_table
+from ebwm_dist.models.output import Evaluation, SequenceModel, TrainingOutput, prediction_losses, target_mask
+from ebwm_dist.models.passes import Backward, Forward
 
 
-class AutoregressiveTransformer(PassModule, ABC):
+class AutoregressiveTransformer(SequenceModel):
     """A causal transformer that predicts each next state in one pass.
 
     Args:
-        config: shape of the blocks.
-        embeddings: maps observed states to the width of the blocks.
-        predicted: numbers per predicted state.
-        bias: whether the head adds a bias.
+        config: shape of the blocks, and of the states: with `embedding_dim` embeddings, projected where they are not as
+            wide as the model, otherwise tokens. The head is untied, and adds a bias to embeddings.
+        pad_id: token of padding; None for embeddings.
         activation_checkpointing: as in the configuration.
     """
 
-    def __init__(
-        self, config: ModelConfig, embeddings: nn.Module, predicted: int, bias: bool, activation_checkpointing: str
-    ):
+    def __init__(self, config: ModelConfig, pad_id: int | None, activation_checkpointing: str = "none"):
         super().__init__()
-        dim = config.dim
-        self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
-        self.embeddings = embeddings
+        dim, width = config.dim, config.embedding_dim
+        self.pad_id, self.head_dim, self.rope_base = pad_id, dim // config.num_heads, config.rope_base
+        self.embeddings: nn.Module
+        if width is None:
+            self.embeddings = nn.Embedding(config.vocab_size, dim)
+        else:
+            self.embeddings = nn.Identity() if width == dim else Linear(width, dim)
         self.blocks = Blocks(
             Block(dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps) for _ in range(config.num_layers)
         )
         self.blocks.checkpointing = activation_checkpointing == "block"
         self.norm = RMSNorm(dim, config.norm_eps)
-        self.head = Linear(dim, predicted, bias=bias)
+        self.head = Linear(dim, width or config.vocab_size, bias=width is not None)
 
-    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks, each stream when it is first run."""
+        self.blocks.compile_streams()
+
+    def plan(self, step: int, micro_step: int) -> None:
+        """Return nothing: there are no MCMC steps."""
+
     def target_mask(self, targets: Tensor) -> Tensor:
         """Return which of the targets [B, S, ...] are not padding [B, S]."""
+        return target_mask(targets, self.pad_id)
 
-    @abstractmethod
     def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the loss [B, S] of predictions, 0 where a target is padding."""
+        return prediction_losses(predictions, targets, self.pad_id)
 
     def embed(self, observed: Tensor) -> Tensor:
-        """Return the embedding [B, S, D] of observed states."""
-        return self.embeddings(observed)
+        """Return the embedding [B, S, D] of observed states, whatever their precision."""
+        return self.embeddings(observed.to(self.norm.weight.dtype) if observed.is_floating_point() else observed)
 
     def predict(self, observed: Tensor) -> Tensor:
-        """Return predictions [B, S, V or E] of what follows each of the observed states."""
+        """Return predictions of what follows each of the observed states."""
         return self.head(self.norm(self._run(observed)[0]))
 
     def context_stream(self, observed: Tensor, landscape: int = 0) -> KeysValues:
@@ -70,23 +69,23 @@ class AutoregressiveTransformer(PassModule, ABC):
         return self._run(observed)[1]
 
     def extend(self, observed: Tensor, context: KeysValues, last: Tensor) -> Tensor:
-        """Return what follows states [B, 1(, E)] added to a context, [B, 1, V or E].
+        """Return what follows one more state of each sequence [B, 1(, E)], given the context of those before it.
 
-        Their keys and values are put into the context, after the position `last` [B, 1] of the state before; those
-        further on may be of anything.
+        Its keys and values are written into the context after the position `last` [B, 1] of the state before; what the
+        context holds further on is not seen.
         """
         x = self.embed(observed)
-        positions, hidden = places_after(last, 1, context[0][0])
+        positions, mask = positions_and_mask(last, 1, context[0][0])
         rotary = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, None, last[:, 0] + 1)
+            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, None, last[:, 0] + 1)
         return self.head(self.norm(x))
 
     def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:
         x, keys_values = self.embed(observed), []
         rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_base, x.dtype)
         for block in self.blocks:
-            x, keys, values = self.blocks.run(block, "context", x, rotary, None)
+            x, keys, values = self.blocks.run(block, block.context, x, rotary, None)
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
@@ -104,23 +103,16 @@ class AutoregressiveTransformer(PassModule, ABC):
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Do forward and backward of S+1 observed states; nothing is drawn, and there are no MCMC steps to plan.
+        """Run forward and backward of S+1 observed states; there is no noise, and there are no MCMC steps to plan.
 
-        The summed loss is divided by `num_targets`, unset by the number of targets here without padding.
+        The summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
         """
         if num_targets is None:
             num_targets = self.target_mask(observed[:, 1:]).sum().clamp(min=1)
-        loss = (forward or self)("summed_loss", observed)
+        loss = (forward or self)(self.summed_loss, observed)
         loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
         backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
-
-    def compile_blocks(self) -> None:
-        """Compile the transformer blocks, each stream when it is first run."""
-        self.blocks.compile_streams()
-
-    def plan(self, step: int, micro_step: int) -> None:
-        """Return nothing: there are no MCMC steps."""
 
     @torch.no_grad()
     def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
@@ -128,40 +120,3 @@ class AutoregressiveTransformer(PassModule, ABC):
         targets = observed[:, 1:]
         loss = self.losses(self.predict(observed[:, :-1]), targets).sum(-1)
         return Evaluation(loss[None], None, self.target_mask(targets).sum(-1))
-
-
-class AutoregressiveTokens(AutoregressiveTransformer):
-    """A causal language model with an untied head."""
-
-    def __init__(self, config: ModelConfig, pad_id: int, activation_checkpointing: str = "none"):
-        embeddings = nn.Embedding(config.vocab_size, config.dim)
-        super().__init__(config, embeddings, config.vocab_size, False, activation_checkpointing)
-        self.pad_id = pad_id
-
-    def target_mask(self, targets: Tensor) -> Tensor:
-        """Return which targets [B, S] are not padding."""
-        return targets != self.pad_id
-
-    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy [B, S] of logits [B, S, V], 0 where targets are padding."""
-        return cross_entropies(predictions, targets, self.pad_id)
-
-
-class AutoregressiveEmbeddings(AutoregressiveTransformer):
-    """Predicts the next embedding itself; where embeddings are not as wide as the model, a projection reads them in."""
-
-    def __init__(self, config: ModelConfig, embedding_dim: int, activation_checkpointing: str = "none"):
-        embeddings = nn.Identity() if embedding_dim == config.dim else Linear(embedding_dim, config.dim)
-        super().__init__(config, embeddings, embedding_dim, True, activation_checkpointing)
-
-    def embed(self, observed: Tensor) -> Tensor:
-        """Return the embedding [B, S, D] of embeddings [B, S, E], whatever their precision."""
-        return super().embed(observed.to(self.norm.weight.dtype))
-
-    def target_mask(self, targets: Tensor) -> Tensor:
-        """Return true for all positions [B, S]."""
-        return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
-
-    def losses(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Return the SmoothL1 loss [B, S] of embeddings [B, S, E]."""
-        return smooth_l1_losses(predictions, targets)

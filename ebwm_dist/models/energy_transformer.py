@@ -24,7 +24,7 @@ from ebwm_dist.models.layers import (
     Rotary,
     modulate,
     modulate_with_tangent,
-    places_after,
+    positions_and_mask,
     rotary_table,
 )
 
@@ -72,9 +72,9 @@ class EnergyTransformer(nn.Module):
         keys_values = []
         *body, last = self.blocks
         for block in body:
-            x, keys, values = self.blocks.run(block, "context", x, rotary, condition)
+            x, keys, values = self.blocks.run(block, block.context, x, rotary, condition)
             keys_values.append((keys, values))
-        keys_values.append(self.blocks.run(last, "context_keys_values", x, rotary, condition))
+        keys_values.append(self.blocks.run(last, last.context_keys_values, x, rotary, condition))
         return tuple(keys_values)
 
     def energy(
@@ -94,29 +94,48 @@ class EnergyTransformer(nn.Module):
             start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
                 the observed position that it follows.
             newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
-                place for it and not yet its keys and values: they are put there on the way.
+                slot for it and not yet its keys and values: they are written there.
         """
-        x, condition, place = candidate, self._condition(landscape, candidate), None
+        x, condition, cache_slot = candidate, self._condition(landscape, candidate), None
         if newest is not None:
             assert isinstance(start, Tensor)
-            x, place = torch.cat((newest, x), 1), self.time_tokens + start[:, 0]
+            x, cache_slot = torch.cat((newest, x), 1), self.time_tokens + start[:, 0]
             start = torch.cat((start[:, :1] - 1, start), 1)
-        context, rotary, hidden = self._positions(x, context, start)
+        context, rotary, mask = self._positions(x, context, start)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, "candidate", x, keys, values, rotary, hidden, condition, place)
+            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, condition, cache_slot)
         final = None if self.modulation is None else self.modulation(condition)
         energy = self.head(modulate(self.norm(x), final))
         return energy if newest is None else energy[:, 1:]
+
+    def energy_and_gradient(
+        self,
+        candidate: Tensor,
+        context: KeysValues,
+        landscape: int,
+        start: int | Tensor,
+        newest: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the energies [B, C] of `energy` and their gradient dE/de [B, C, D], both detached.
+
+        Candidates do not interact, so the gradient of the summed energies holds each one's own.
+        """
+        with torch.enable_grad():
+            leaf = candidate.detach().requires_grad_()
+            energy = self.energy(leaf, context, landscape, start, newest)
+            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+        return energy.detach(), gradient
 
     def energy_with_tangent(
         self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int
     ) -> tuple[Tensor, Tensor]:
         """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
         x, condition = candidate, self._condition(landscape, candidate)
-        context, rotary, hidden = self._positions(candidate, context, start)
-        stream = "candidate_with_tangent"
+        context, rotary, mask = self._positions(candidate, context, start)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, tangent = self.blocks.run(block, stream, x, tangent, keys, values, rotary, hidden, condition)
+            x, tangent = self.blocks.run(
+                block, block.candidate_with_tangent, x, tangent, keys, values, rotary, mask, condition
+            )
         final = None if self.modulation is None else self.modulation(condition)
         energy, derivative = self.head(modulate_with_tangent(self.norm(x, tangent), final)).chunk(2)
         return energy, derivative
@@ -139,12 +158,12 @@ class EnergyTransformer(nn.Module):
     def _positions(
         self, candidate: Tensor, context: KeysValues, start: int | Tensor
     ) -> tuple[KeysValues, Rotary, Tensor]:
-        """Return what of the context can be seen, the rotary angles, and the hidden keys.
+        """Return the part of the context that can be seen, the rotary angles, and the mask of unseen keys.
 
         A candidate sits where the state it predicts will be.
         """
         size = candidate.shape[1]
         if isinstance(start, int):
             context = self.slice_context(context, start + size)
-        positions, hidden = places_after(self.time_tokens + start, size, context[0][0])
-        return context, self._rotary(positions, candidate), hidden
+        positions, mask = positions_and_mask(self.time_tokens + start, size, context[0][0])
+        return context, self._rotary(positions, candidate), mask

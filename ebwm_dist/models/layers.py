@@ -4,9 +4,9 @@ Shapes: B batch, S candidate positions, T context positions (keys), D width, H h
 
 The energy model runs each block in these ways:
 
-* context: causal self-attention over observed states; hands out its keys and values.
-* candidate: position i attends to the context up to i and to itself. So does an observed state that is added to a
-  context of which keys and values are kept: it is a candidate that stays. It can go with those that follow it.
+* context: causal self-attention over observed states; returns its keys and values.
+* candidate: position i attends to the context up to i and to itself. An observed state that is appended to a cached
+  context uses this path, alone or before the candidates that follow it; its keys and values are cached.
 * candidate with tangent: the same, and beside every activation its derivative along a constant direction.
   Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
   operations are used, so one first-order backward through this pass yields second-order gradients.
@@ -18,13 +18,16 @@ that are sharded are whole only there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary angles, each [S, d/2], or [B, 1, S, d/2] where every row has positions of its own."""
@@ -33,17 +36,17 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values [B, H, T, d] of every block, for one landscape."""
 
 
-def places_after(last: int | Tensor, size: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of candidates, and which of the keys [B, H, T, d] each of them does not see.
+def positions_and_mask(last: int | Tensor, size: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of candidates, and a mask that is true for the keys that a candidate does not see.
 
     Args:
-        last: index of the last key that the first of the candidates sees, the others seeing one more each; or the
-            index for every candidate [B, C].
+        last: index of the last key that the first candidate sees, the others seeing one more each; or the index for
+            every candidate [B, C].
         size: number C of candidates.
-        keys: what they attend to.
+        keys: keys of the context [B, H, T, d].
 
     Returns:
-        positions [C] and hidden keys [C, T], or [B, 1, C] and [B, 1, C, T].
+        positions [C] and mask [C, T], or [B, 1, C] and [B, 1, C, T].
     """
     if isinstance(last, int):
         positions = torch.arange(last + 1, last + 1 + size, device=keys.device)
@@ -143,38 +146,38 @@ class Attention(nn.Module):
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
 
     def candidate(
-        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor, place: Tensor | None = None
+        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor, cache_slot: Tensor | None = None
     ) -> Tensor:
         """Attend from `h` [B, S, D] to the context and itself.
 
-        `hidden` [S, T] or [B, 1, S, T] is true where a key is not seen. With a `place` [B] the first state is an
-        observed one: its key and value are put there into the context, where the others then see them.
+        `mask` [S, T] or [B, 1, S, T] is true where a key is not seen. With a `cache_slot` [B] the first state is an
+        observed one: its key and value are written there into the context, where the others then see them.
         """
         q, k, v = self._qkv(h, rotary)
-        if place is not None:
-            rows = torch.arange(len(place), device=place.device)
-            keys[rows, :, place], values[rows, :, place] = k[:, :, 0].detach(), v[:, :, 0].detach()
-        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, hidden))
+        if cache_slot is not None:
+            rows = torch.arange(len(cache_slot), device=cache_slot.device)
+            keys[rows, :, cache_slot], values[rows, :, cache_slot] = k[:, :, 0].detach(), v[:, :, 0].detach()
+        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, mask))
         return self._output(p[..., :-1] @ values + p[..., -1:] * v)
 
-    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
         (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in self._qkv(h, rotary))
         # Candidate and tangent meet the same keys and values: stacked along the positions, one matmul each.
         scores, d_context = (torch.cat((q, dq), -2) @ keys.mT * self.scale).chunk(2, -2)
-        p = softmax(self._with_self(scores, q, k, hidden))
+        p = softmax(self._with_self(scores, q, k, mask))
         p_context, p_self = p[..., :-1], p[..., -1:]
-        w_context = p_context * d_context  # hidden keys have p = 0, so their tangents need no mask
+        w_context = p_context * d_context  # masked keys have p = 0, so their tangents need no mask
         w_self = p_self * (dq * k + q * dk).sum(-1, keepdim=True) * self.scale
         total = w_context.sum(-1, keepdim=True) + w_self
         dp_context, dp_self = w_context - p_context * total, w_self - p_self * total
         o, do = (torch.cat((p_context, dp_context), -2) @ values).chunk(2, -2)
         return self._output(torch.cat((o + p_self * v, do + dp_self * v + p_self * dv)))
 
-    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-        """Hide future keys in `scores` [B, H, S, T] and append each candidate's score with itself."""
+    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+        """Mask future keys in `scores` [B, H, S, T] and append each candidate's score with itself."""
         own = (q * k).sum(-1, keepdim=True) * self.scale
-        return torch.cat((scores.masked_fill(hidden, -math.inf), own), -1)
+        return torch.cat((scores.masked_fill(mask, -math.inf), own), -1)
 
 
 class FeedForward(nn.Module):
@@ -197,7 +200,7 @@ class FeedForward(nn.Module):
         return self.w2(torch.cat((silu * b, (s + silu * (1 - s)) * da * b + silu * db)))
 
 
-class Block(nn.Module):
+class Block(PassModule):
     """Pre-norm transformer block; `condition` is the step embedding [D] of the `adaln` variant, else None."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, adaln: bool = False):
@@ -206,13 +209,6 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.feed_forward = FeedForward(dim, hidden_dim)
         self.modulation = Modulation(dim, 6) if adaln else None
-
-    def forward(self, stream: str, *args: Any) -> Any:
-        """Run one of the streams below by name.
-
-        Checkpointing works around this call, compilation inside it.
-        """
-        return getattr(self, stream)(*args)
 
     def compile_streams(self) -> None:
         """Compile each stream when it is first run."""
@@ -240,14 +236,14 @@ class Block(nn.Module):
         keys: Tensor,
         values: Tensor,
         rotary: Rotary,
-        hidden: Tensor,
+        mask: Tensor,
         condition: Tensor | None,
-        place: Tensor | None = None,
+        cache_slot: Tensor | None = None,
     ) -> Tensor:
-        """Run the candidate stream `x` [B, S, D]; with a `place` [B] the first state is kept there in the context."""
+        """Run the candidate stream `x` [B, S, D]; with a `cache_slot` [B] the context keeps the first state there."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate(self.attention_norm(x), attention_mod)
-        x = x + gate(self.attention.candidate(h, rotary, keys, values, hidden, place), attention_mod)
+        x = x + gate(self.attention.candidate(h, rotary, keys, values, mask, cache_slot), attention_mod)
         return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
 
     def candidate_with_tangent(
@@ -257,13 +253,13 @@ class Block(nn.Module):
         keys: Tensor,
         values: Tensor,
         rotary: Rotary,
-        hidden: Tensor,
+        mask: Tensor,
         condition: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
-        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, hidden), attention_mod).chunk(2)
+        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, mask), attention_mod).chunk(2)
         x, tangent = x + y, tangent + dy
         h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
         y, dy = gate(self.feed_forward.with_tangent(h), ffn_mod).chunk(2)
@@ -291,11 +287,12 @@ class Blocks(nn.ModuleList):
         for block in self:
             block.compile_streams()
 
-    def run(self, block: Block, stream: str, *args: Any) -> Any:
-        """Run a stream of one of the blocks."""
+    def run(self, block: Block, stream: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `stream`, a method of one of the blocks: checkpointing works around the call, compilation inside it."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, stream, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(stream, *args)
+            run = partial(stream, **kwargs) if kwargs else stream
+            return checkpoint(block, run, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(stream, *args, **kwargs)
 
 
 def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:

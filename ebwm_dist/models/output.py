@@ -1,39 +1,31 @@
-"""What a model hands to the trainer and to evaluation, the same for energy and autoregressive models.
+"""The interface between models and trainer or evaluation, the same for energy and autoregressive models.
 
 Shapes: K MCMC steps (1 for an autoregressive model), B batch, S positions, V vocabulary, E width of embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-Forward = Callable[..., Any]
-"""Runs a pass of the model by name, as `PassModule.forward` does."""
-Backward = Callable[[Tensor], Any]
-"""Adds the gradients of a scalar to those of the parameters."""
+from ebwm_dist.models.passes import PassModule
 
 
-class PassModule(nn.Module):
-    """A model whose `forward` runs one of its passes by name, as that is all that a distributed engine sees of it."""
-
-    def forward(self, name: str, *args: Any) -> Any:
-        """Run the method `name`."""
-        return getattr(self, name)(*args)
+class SequenceModel(PassModule):
+    """A model that predicts each next state of a sequence. By default it has no state besides its parameters."""
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint of this rank must hold besides parameters."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `extra_state` has returned."""
+        """Restore what `extra_state` has returned."""
 
-    def deal_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """Return what of the extra states of all ranks of the run so far belongs to `rank` of `world_size` now."""
+    def reshard_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
+        """Return the part of `rank` of `world_size` in the extra states of all ranks of the run so far."""
         return {}
 
 
@@ -57,7 +49,7 @@ class TrainingOutput(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Sums over the predicted tokens or frames of each sequence; padding does not count."""
+    """Sums over the predicted tokens or frames of each sequence, without padding."""
 
     step_losses: Tensor
     """Summed loss after each MCMC step [K, B]: cross-entropy of tokens, SmoothL1 of embeddings."""
@@ -67,14 +59,22 @@ class Evaluation(NamedTuple):
     """Number of predicted tokens or frames [B]."""
 
 
-def cross_entropies(logits: Tensor, targets: Tensor, pad_id: int) -> Tensor:
-    """Return the cross-entropy [B, S] of `logits` [B, S, V], 0 where the `targets` [B, S] are `pad_id`."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id, reduction="none")
-    return losses.view_as(targets)
+def target_mask(targets: Tensor, pad_id: int | None = None) -> Tensor:
+    """Return which targets are not padding [B, S]: tokens [B, S] other than `pad_id`, all embeddings [B, S, E]."""
+    if pad_id is None or targets.is_floating_point():
+        return torch.ones(targets.shape[:2], dtype=torch.bool, device=targets.device)
+    return targets != pad_id
 
 
-def smooth_l1_losses(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the SmoothL1 loss [B, S] of embeddings [B, S, E], a mean over each one's numbers."""
+def prediction_losses(predictions: Tensor, targets: Tensor, pad_id: int | None = None) -> Tensor:
+    """Return the loss [B, S] of each prediction, computed in at least float32.
+
+    That is the cross-entropy of logits [B, S, V], 0 where tokens [B, S] are `pad_id`, or the SmoothL1 loss of
+    embeddings [B, S, E], a mean over each one's numbers.
+    """
     predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-    return F.smooth_l1_loss(predictions, targets.to(predictions.dtype), reduction="none", beta=1.0).mean(-1)
+    if targets.is_floating_point():
+        return F.smooth_l1_loss(predictions, targets.to(predictions.dtype), reduction="none", beta=1.0).mean(-1)
+    ignored = -100 if pad_id is None else pad_id
+    losses = F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=ignored, reduction="none")
+    return losses.view_as(targets)

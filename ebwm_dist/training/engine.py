@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
+from ebwm_dist.models.passes import P, T
 from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.optimizer import build_optimizer
 from ebwm_dist.training.resharding import load_universal
@@ -83,12 +84,12 @@ class TrainingEngine:
         """Number of parameters of the whole model."""
         return sum(vars(p).get("ds_numel", p.numel()) for p in self.module.parameters())
 
-    def __call__(self, name: str, *args: Any) -> Any:
-        """Run the pass `name` of the model."""
+    def __call__(self, method: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a method of the model."""
         if self._sharded is None:
-            return self.deepspeed(name, *args)
+            return self.deepspeed(method, *args, **kwargs)
         self._sharded.before_forward()
-        output = self.deepspeed(name, *args)
+        output = self.deepspeed(method, *args, **kwargs)
         self._sharded.after_forward(output)
         return output
 

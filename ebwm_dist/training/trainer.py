@@ -33,6 +33,7 @@ from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.models.output import Evaluation
 from ebwm_dist.rendezvous import Place
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
 from ebwm_dist.training.backend import set_collective_timeout, setup_distributed
@@ -128,7 +129,7 @@ class Trainer:
             self.state, extra = self.checkpointer.load(
                 self.engine,
                 checkpoint,
-                self.model.deal_extra_state,
+                self.model.reshard_extra_state,
                 self._say,
                 lambda: watchdog.beat(0, "loading"),
             )
@@ -365,7 +366,10 @@ class Trainer:
             self.watchdog.beat(step, "validation")
             return not self.world.any_rank(self.stop.poll() is not None)
 
-        result = evaluate(self.engine, batches, config.mcmc.max_mcmc_steps, self.world.device, proceed, self.observer)
+        def forward(observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
+            return self.engine(self.model.evaluate, observed, sample_ids, num_steps)
+
+        result = evaluate(forward, batches, config.mcmc.max_mcmc_steps, self.world.device, proceed, self.observer)
         if result is None:
             return True
         record = {

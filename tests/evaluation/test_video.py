@@ -21,7 +21,7 @@ from ebwm_dist.evaluation.evaluate import evaluate_runs, measure_runs
 from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.evaluation.true_frames import energies_of, wrong_frames
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from ebwm_dist.run import Run
 from launchers.evaluate import SUMMARY_BATCH_SIZE, main
 from tests.made_runs import finished_run
@@ -111,7 +111,7 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     ]  # fmt: skip
     ebwm, ar = Run(runs / "ebwm"), Run(runs / "ar")
     model, twin = ebwm.model, ar.model
-    assert isinstance(model, EnergyBasedTransformer) and isinstance(twin, AutoregressiveEmbeddings)
+    assert isinstance(model, EnergyBasedTransformer) and isinstance(twin, AutoregressiveTransformer)
     observed, ids = all_clips(ebwm)
     assert len(observed) == summary["clips"] == CLIPS["val"] and summary["scene_changes"] == 1
     assert summary["training_clips"] == CLIPS["train"] and summary["frames"] == 3 * 4 * 4
@@ -127,7 +127,7 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     before = dict(by_steps["0"])
     before.pop("energy")
     assert before == summary["copy"]  # where it starts
-    start = model.space.start(ids, 0, 0, FRAMES - 1, observed[:, :-1])
+    start = model.space.initial_state(ids, 0, 0, FRAMES - 1, observed[:, :-1])
     *_, (energy, state) = model.refine(observed[:, :-1], start, 4, ids)
     assert by_steps["4"]["mse"] == pytest.approx((state - target)[kept].square().mean().item(), rel=1e-4)
     assert by_steps["4"]["energy"] == pytest.approx(energy.mean().item(), rel=1e-4)

@@ -44,7 +44,7 @@ def train_and_predict(rank: int, world_size: int, config: Path, folder: Path) ->
         watchdog = Watchdog(world, None, 60, 60)
         trainer = Trainer(loaded, load_data(loaded), world, StopSignal(), watchdog)
         trainer.run()
-        losses, energies, _ = trainer.engine("evaluate", TOKENS, torch.arange(3), 2)
+        losses, energies, _ = trainer.engine(trainer.model.evaluate, TOKENS, torch.arange(3), 2)
         if rank == 0:
             torch.save({"losses": losses, "energies": energies}, folder / f"{name}.pt")
         watchdog.close()

@@ -16,7 +16,7 @@ from ebwm_dist.inference.thinking import Thinking, landscapes, think
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.models.autoregressive import AutoregressiveTokens
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
 
@@ -41,16 +41,16 @@ def energy_model(
     return build(settings("mirror", step_size=1.0), variant, **changes).to(dtype)
 
 
-def twin(dtype: torch.dtype = torch.float64) -> AutoregressiveTokens:
+def twin(dtype: torch.dtype = torch.float64) -> AutoregressiveTransformer:
     torch.manual_seed(0)
     config = ModelConfig(kind="ar", vocab_size=VOCAB, dim=16, num_heads=2, num_layers=2)
-    return AutoregressiveTokens(config, PAD).to(dtype)
+    return AutoregressiveTransformer(config, PAD).to(dtype)
 
 
 @torch.no_grad()
 def rerun(model: Model, states: Tensor, seed: int) -> tuple[Tensor, list[float]]:
     """Predict what follows `states` [S, ...] without a cache; return the prediction and its energies."""
-    if isinstance(model, AutoregressiveTokens):
+    if isinstance(model, AutoregressiveTransformer):
         return model.predict(states[None])[0, -1], []
     contexts = {number: model.context_stream(states[None], number) for number in landscapes(model, THINKING)}
     last = torch.tensor([[len(states) - 1]])

@@ -96,7 +96,7 @@ def test_energies(variant: str, tmp_path: Path) -> None:
     exact = {name: tensor.double() for name, tensor in reference.items()}
     oracle = DenseOracle(exact, num_heads=2, variant=variant, pad_id=0)
     tokens = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-    start = model.space.start(torch.arange(2), model.seed, 0, 8, tokens[:, :-1])
+    start = model.space.initial_state(torch.arange(2), model.seed, 0, 8, tokens[:, :-1])
     _, energies, _ = model.evaluate(tokens, torch.arange(2), 3)
     expected = oracle.refine(tokens, start, 3).step_energies
     torch.testing.assert_close(energies[:3].mean(-1) / 8, expected, rtol=1e-9, atol=1e-9)

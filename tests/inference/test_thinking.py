@@ -45,11 +45,11 @@ def alone(
 ) -> tuple[Tensor, list[float], int, int]:
     """Think about what follows `states` [1, S, ...], candidate by candidate, with a decision after every evaluation."""
     steps = thinking.steps or model.mcmc.max_mcmc_steps
-    noise = model.space.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
+    noise = model.mcmc.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
     alpha = model.space.step_size() if thinking.step_size is None else torch.tensor([thinking.step_size]).double()
     last, number = states.shape[1] - 1, model.transformer.landscape
     ids = [torch.tensor([mix_seed(seed, last, g)]) for g in range(thinking.candidates)]
-    state = [model.space.start(i, model.seed, 0, 1, states[:, -1:]) for i in ids]
+    state = [model.space.initial_state(i, model.seed, 0, 1, states[:, -1:]) for i in ids]
     energies: list[list[float]] = [[] for _ in ids]
     kept: list[Any] = [None] * len(ids)
     contexts = {landscape: model.context_stream(states, landscape) for landscape in range(number(steps - 1) + 1)}
@@ -58,7 +58,11 @@ def alone(
         landscape = number(min(step, steps - 1))
         finished = []
         for g in going:
-            x = state[g] if step == steps else model.space.perturb(state[g], model.seed, ids[g], step, 0, noise)
+            x = (
+                state[g]
+                if step == steps
+                else model.space.add_langevin_noise(state[g], model.seed, ids[g], step, 0, noise)
+            )
             _, energy, gradient = model.descend(x, contexts[landscape], landscape, last)
             energies[g].append(energy.item())
             nfe += 1
@@ -193,7 +197,7 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
     def one_pass() -> None:
         with torch.no_grad():
             pairs = model.context_stream(context, 0)
-        model.descend(model.space.start(ids, model.seed, 0, 24, context), pairs, 0, 0)
+        model.descend(model.space.initial_state(ids, model.seed, 0, 24, context), pairs, 0, 0)
 
     def thinking_pass() -> None:
         with torch.no_grad():

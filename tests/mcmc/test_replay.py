@@ -9,11 +9,9 @@ import torch
 
 from ebwm_dist.mcmc.replay import (
     ReplayBuffer,
-    compress_embeddings,
     compress_logits,
-    deal,
-    expand_embeddings,
     expand_logits,
+    reshard,
 )
 
 B, S, V = 3, 5, 300
@@ -91,20 +89,13 @@ def test_impossible_tokens_stay_impossible_and_finite():
 
 def test_dtype_of_the_expansion(logits):
     assert expand_logits(compress_logits(logits.bfloat16(), 8), V, torch.float64).dtype == torch.float64
-    assert expand_embeddings(compress_embeddings(torch.ones(1, 2, 3)), torch.float32).dtype == torch.float32
-
-
-def test_embeddings_are_kept_to_rounding():
-    state = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    compact = compress_embeddings(state)
-    assert torch.equal(expand_embeddings(compact, torch.float32), state.half().float())
 
 
 def records(first, count):
     """Records whose every number tells their id."""
     ids = torch.arange(first, first + count)
     observed = ids[:, None] * 10 + torch.arange(S + 1)
-    return observed, ids, compress_embeddings(ids[:, None, None].expand(-1, S, 2).float())
+    return observed, ids, {"embeddings": ids[:, None, None].expand(-1, S, 2).half()}
 
 
 def filled(capacity, count):
@@ -203,7 +194,7 @@ def test_states_that_are_not_finite_do_not_enter(logits, bad):
     state = torch.zeros(B, S, 4)
     state[0, 4, 1] = bad
     state[2, 0, 0] = 1e5  # beyond float16
-    buffer.push(torch.zeros(B, S + 1, 4), 10 + torch.arange(B), compress_embeddings(state))
+    buffer.push(torch.zeros(B, S + 1, 4), 10 + torch.arange(B), {"embeddings": state.half()})
     assert len(buffer) == 3
 
 
@@ -238,11 +229,11 @@ def holding(capacity, ids):
     return buffer
 
 
-def test_records_are_dealt_out_to_another_number_of_ranks():
+def test_records_are_resharded_to_another_number_of_ranks():
     """None is lost or doubled while there is room; then the oldest of all ranks go first."""
     states = [holding(4, ids).state_dict() for ids in ([11, 12, 13, 14], [], [31, 32, 33])]
     for world_size in (1, 2, 3, 5, 9):
-        parts = [deal(states, rank, world_size) for rank in range(world_size)]
+        parts = [reshard(states, rank, world_size) for rank in range(world_size)]
         found = [part["sample_ids"].tolist() if part else [] for part in parts]
         assert sorted(itertools.chain(*found)) == [11, 12, 13, 14, 31, 32, 33]
         assert max(map(len, found)) - min(map(len, found)) <= 1
@@ -250,7 +241,7 @@ def test_records_are_dealt_out_to_another_number_of_ranks():
             assert torch.equal(part["observed"], part["sample_ids"][:, None] + torch.arange(4))
             assert torch.equal(part["state"]["embeddings"], part["sample_ids"][:, None].half())
     buffer = ReplayBuffer(4)
-    buffer.load_state_dict(deal(states, 0, 1))
+    buffer.load_state_dict(reshard(states, 0, 1))
     assert buffer.state_dict()["sample_ids"].tolist() == [13, 32, 14, 33]
-    buffer.load_state_dict(deal([{}, {}], 0, 1))
+    buffer.load_state_dict(reshard([{}, {}], 0, 1))
     assert len(buffer) == 0

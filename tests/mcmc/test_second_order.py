@@ -81,7 +81,7 @@ def expect(
     """Refine with the oracle what `training_step` would, from the same random numbers and replayed rows."""
     plan = plan or StepPlan(mcmc.num_steps)
     length = observed.shape[1] - 1
-    state = model.space.start(ids, model.seed, 0, length, observed[:, :-1]).double()
+    state = model.space.initial_state(ids, model.seed, 0, length, observed[:, :-1]).double()
     num_targets = model.target_mask(observed[:, 1:]).sum().item()
     if model.replay is not None:
         draw = model.replay.sample(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
@@ -213,7 +213,7 @@ def test_noise_belongs_to_the_sample() -> None:
     space, (tokens, _) = build().space, batch()
 
     def start(ids: list[int], seed: int, first: int, last: int) -> Tensor:
-        return space.start(torch.tensor(ids), seed, first, last, tokens[: len(ids), :-1])
+        return space.initial_state(torch.tensor(ids), seed, first, last, tokens[: len(ids), :-1])
 
     together = start([4, 9], 0, 0, 8)
     assert torch.equal(start([9], 0, 0, 8)[0], together[1])
@@ -279,10 +279,10 @@ def test_refinement_follows_training(variant: str, langevin: float) -> None:
 def test_next_token_is_the_last_position(variant: str) -> None:
     """Refining only the last candidate gives the logits that refining all of them gives there."""
     model, (tokens, ids) = build(variant=variant, position_chunk=4), batch()
-    state = model.space.start(ids, model.seed, 0, LENGTH + 1, tokens)
+    state = model.space.initial_state(ids, model.seed, 0, LENGTH + 1, tokens)
     for _, refined in model.refine(tokens, state, 3, ids):
         state = refined
-    last = model.space.start(ids, model.seed, LENGTH, LENGTH + 1, tokens)
+    last = model.space.initial_state(ids, model.seed, LENGTH, LENGTH + 1, tokens)
     for _, refined in model.refine(tokens, last, 3, ids, LENGTH):
         last = refined
     assert torch.allclose(last[:, 0], state[:, -1], rtol=1e-10)

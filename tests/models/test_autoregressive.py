@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import Config, ModelConfig
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.models.autoregressive import AutoregressiveEmbeddings
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 
 DIM, LENGTH = 16, 7
 WIDTHS = pytest.mark.parametrize("width", [DIM, 10], ids=["as wide", "projected"])
 
 
-def build(width: int, kind: str = "ar") -> AutoregressiveEmbeddings:
+def build(width: int, kind: str = "ar") -> AutoregressiveTransformer:
     torch.manual_seed(0)
     model = ModelConfig(kind=kind, embedding_dim=width, dim=DIM, num_heads=2, num_layers=2)
     built = build_model(Config(model=model), pad_id=None)
-    assert isinstance(built, AutoregressiveEmbeddings)
+    assert isinstance(built, AutoregressiveTransformer)
     return built.double()
 
 

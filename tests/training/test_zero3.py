@@ -110,7 +110,7 @@ def late_backward(rank: int, world_size: int) -> None:
     largest = max(p.ds_numel for p in model.parameters())  # type: ignore[attr-defined]
     assert most <= 2 * largest < engine.num_parameters / 2
     with torch.no_grad():
-        engine("evaluate", *batch(config, rank, 4, 0), 2)
+        engine(model.evaluate, *batch(config, rank, 4, 0), 2)
     assert gathered(engine) == 0
     leave()
 
