@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebwm_dist.checkpoint.folder import MARKER, list_checkpoints, newest_intact, prune, read_marker, step_of
+from ebwm_dist.checkpoint.folder import MARKER, newest_intact, read_marker
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, DataConfig
-from ebwm_dist.errors import CheckpointError, ConfigError, DataError
+from ebwm_dist.errors import CheckpointError, DataError
 from ebwm_dist.files import METRICS_FILE, Record, read_records, sha256_of_file, write_atomically, write_json
+from ebwm_dist.storage import without_options
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,6 @@ FORMAT_FILE, TOKENIZER_FILE = "inputs.json", "tokenizer.model"
 EXPORT_FORMAT, EXPORT_VERSION = "ebwm-export", 1
 FETCHED = Path(".cache/runs")
 """Where runs that are named by an address are copied to."""
-_FETCHED_CHECKPOINTS = 2
 
 
 class Run:
@@ -55,9 +55,9 @@ class Run:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
-        self.name, self.device = str(path), device
-        self.remote = "://" in self.name
-        given = _fetch(self.name) if self.remote else Path(path)
+        self.name, self.device = without_options(str(path)), device
+        self.remote = "://" in str(path)
+        given = _fetch(str(path)) if self.remote else Path(path)
         self._export = read_export(given) if (given / EXPORT_FILE).is_file() else None
         self._checkpoint = given if (given / MARKER).is_file() else None
         self.folder = given if self._checkpoint is None else given.resolve().parents[1]
@@ -334,24 +334,11 @@ def _exported_weights(folder: Path, files: Mapping[str, str]) -> dict[str, Tenso
 
 
 def _fetch(address: str) -> Path:
-    """Copy a run from object storage, if its newest checkpoint is not here yet; return the folder of the copy."""
-    from filelock import FileLock
-
-    from ebwm_dist.checkpoint.mirror import CheckpointMirror
+    """Return the folder that the run at an address of object storage is copied to."""
+    from ebwm_dist.checkpoint.mirror import fetch_weights
 
     folder = FETCHED / hashlib.sha256(address.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        here = list_checkpoints(folder / "checkpoints")
-        try:
-            found = CheckpointMirror(address, folder).fetch(step_of(here[0]) if here else -1, _warn)
-        except (ConfigError, OSError) as error:
-            raise CheckpointError(f"{address} cannot be read: {' '.join(str(error).split())}") from None
-        if found is None and not here:
-            raise CheckpointError(
-                f"{address} holds no run with a checkpoint: name what checkpoint.remote was set to in its training"
-            )
-        prune(folder / "checkpoints", _FETCHED_CHECKPOINTS)
+    fetch_weights(address, folder, _warn)
     return folder
 
 

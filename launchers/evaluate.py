@@ -14,13 +14,12 @@ this machine.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, run_tool
 
 SUMMARY_BATCH_SIZE = 32
 
@@ -57,7 +56,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.summary and (args.follow or not args.baseline):
         parser.error("--summary compares --run with --baseline: name both")
-    return evaluate(args) if args.follow is None else follow(args)
+    if args.follow is None:
+        return evaluate(args)
+    follow(args)
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -91,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def follow(args: argparse.Namespace) -> int:
+def follow(args: argparse.Namespace) -> None:
     """Evaluate the checkpoints of a run as they come."""
     from rich.console import Console
 
@@ -101,19 +103,13 @@ def follow(args: argparse.Namespace) -> int:
     changes = {"workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
     changes = {name: value for name, value in changes.items() if value is not None}
     console = Console()
-    try:
-        with live(args.follow, console) if console.is_terminal else nullcontext():
-            follow_run(
-                args.follow, changes, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+
+    def log(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with live(args.follow, console) if console.is_terminal else nullcontext():
+        follow_run(args.follow, changes, log)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import run_tool
 
 if TYPE_CHECKING:
     from ebwm_dist.inference.thinking import Thinking
     from ebwm_dist.run import Run
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint, export or address")
@@ -50,13 +49,7 @@ def main() -> int:
     thinking.add_argument("--max-nfe", type=int, help="most energy evaluations for a token")
     thinking.add_argument("--langevin-noise", type=float)
     thinking.add_argument("--step-size", type=float, help="alpha")
-    args = parser.parse_args()
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    run(parser.parse_args())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,4 +124,4 @@ def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +65,21 @@ def test_every_name_of_a_run_opens_it(run: Run, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_copy_follows_what_is_at_its_address(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later steps, another run in its place; only files that are read are copied, only those need to be intact."""
     monkeypatch.chdir(tmp_path)
     address = f"file://{run.folder}"
-    assert Run(address).step == 8
+    (run.checkpoint / "optim_states.pt").write_bytes(b"damaged")
+    assert Run(address).step == 8 and not (Run(address).checkpoint / "optim_states.pt").exists()
     add_checkpoint(run.config, 9)
     (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 9, "tokens": 7}\n')
     assert Run(address).step == 9 and Run(address).records[0]["tokens"] == 7
+    for config in (replace(run.config, seed=1), run.config):  # of the same step, and of an earlier one
+        shutil.rmtree(run.folder / "checkpoints")
+        add_checkpoint(config, 9 if config.seed else 5)
+        (run.folder / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "tokens": 8}\n')
+        other = Run(address)
+        assert (other.step, len(other.records)) == ((9 if config.seed else 5), 1)
+        assert torch.equal(next(other.model.parameters()), next(Run(run.folder).model.parameters()))
     for wrong, message in ((f"file://{tmp_path}/nowhere", "holds no run"), ("ftp://a/b", "cannot be read")):
         with pytest.raises(CheckpointError, match=message) as caught:
             Run(wrong)

@@ -183,9 +183,9 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     return _take_place(staging)
 
 
-def install(staging: Path) -> Path:
-    """Turn a staging folder that a whole checkpoint was copied into, marker included, into a checkpoint."""
-    verify(staging)
+def install(staging: Path, names: Iterable[str] | None = None) -> Path:
+    """Turn a staging folder that files of a checkpoint (default: all) were copied into, and its marker, into one."""
+    verify(staging, names)
     return _take_place(staging)
 
 

@@ -18,9 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from ebwm_dist.checkpoint.folder import MARKER, checkpoint_path, install, prepare_staging, read_marker, step_of
+from filelock import FileLock
+
+from ebwm_dist.checkpoint.folder import (
+    MARKER,
+    checkpoint_path,
+    install,
+    list_checkpoints,
+    prepare_staging,
+    read_marker,
+    step_of,
+)
 from ebwm_dist.checkpoint.leases import Lease
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, ConfigError
 from ebwm_dist.files import merge_lines, replacing
 from ebwm_dist.storage import open_storage, without_options
 
@@ -79,18 +89,28 @@ class CheckpointMirror:
                 self._remove_marker(self._checkpoint(other))
                 self._storage.delete_dir(str(self._checkpoint(other)))
 
-    def fetch(self, after: int, warn: Callable[[str], None]) -> Path | None:
-        """Bring the newest intact checkpoint of a step after `after`, and the run's files; None if there is none."""
+    def fetch(
+        self, after: int, warn: Callable[[str], None], wanted: Callable[[Path], list[str]] | None = None
+    ) -> Path | None:
+        """Bring the newest intact checkpoint of a step after `after`, and the run's files; None if there is none.
+
+        `wanted` names the files of a checkpoint folder, in which there is the marker alone yet; None: all of them.
+        """
         for step in self.steps():
             if step <= after:
                 break
             try:
-                return self._fetch(step)
+                return self._fetch(step, wanted)
             except (CheckpointError, OSError) as error:
                 warn(f"checkpoint of step {step} in {without_options(self.location)} passed over: {error}")
         return None
 
-    def _fetch(self, step: int) -> Path:
+    def has(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint of this machine is the newest one there."""
+        newest = [step for step in self.steps()[:1] if step == step_of(checkpoint)]
+        return bool(newest) and self._read(self._checkpoint(*newest) / MARKER) == (checkpoint / MARKER).read_bytes()
+
+    def _fetch(self, step: int, wanted: Callable[[Path], list[str]] | None) -> Path:
         from pyarrow.fs import FileSelector
 
         there, staging = self._checkpoint(step), prepare_staging(self._root, step)
@@ -101,10 +121,11 @@ class CheckpointMirror:
             raise CheckpointError(f"{there / MARKER} cannot be read") from None
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
             raise CheckpointError(f"{there / MARKER} names files outside of its folder")
+        (staging / MARKER).write_bytes(text or b"")
+        names = names if wanted is None else wanted(staging)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda name: self._get(there / name, staging / name), names))
-        (staging / MARKER).write_bytes(text or b"")
-        path = install(staging)
+        path = install(staging, names)
         for info in self._storage.get_file_info(FileSelector(str(self._path))):
             if info.is_file:
                 source, target = PurePosixPath(info.path), self.run_dir / info.base_name
@@ -148,6 +169,26 @@ class CheckpointMirror:
     def _get(self, source: PurePosixPath, target: Path) -> None:
         with self._storage.open_input_stream(str(source)) as stream, replacing(target) as file:
             shutil.copyfileobj(stream, file, _BLOCK)
+
+
+def fetch_weights(address: str, folder: Path, warn: Callable[[str], None]) -> None:
+    """Make `folder` a copy of the run at `address`, with its newest checkpoint as far as the weights need it."""
+    from ebwm_dist.checkpoint.zero_files import weight_files
+
+    shown = without_options(address)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        try:
+            mirror, here = CheckpointMirror(address, folder), list_checkpoints(folder / "checkpoints")
+            if here and mirror.has(here[0]):
+                return
+            if folder.exists():  # of an earlier state, or of another run that was there
+                shutil.rmtree(folder)
+            found = mirror.fetch(-1, warn, weight_files)
+        except (ConfigError, OSError) as error:
+            raise CheckpointError(f"{shown} cannot be read: {' '.join(str(error).split())}") from None
+    if found is None:
+        raise CheckpointError(f"{shown} holds no run with a checkpoint: name the checkpoint.remote of its training")
 
 
 class Uploader:

@@ -89,14 +89,21 @@ def open_zero_state(path: Path) -> ZeroState:
         raise _malformed(path, error) from None
 
 
-def verify_weights(path: Path) -> None:
-    """Hash the files that `load_module_state` reads, and raise a `CheckpointError` if one has changed."""
+def weight_files(path: Path) -> list[str]:
+    """Return the names of the files of a checkpoint that `load_module_state` reads."""
     metadata = read_marker(path)["metadata"]
     try:
-        names = [_MODEL_FILE] if metadata.get("zero_stage") != 3 else [n for f in _shard_files(metadata) for n in f]
+        if metadata.get("zero_stage") != 3:
+            return [_MODEL_FILE]
+        models, optimizers = _shard_files(metadata)
+        return models + optimizers
     except _MALFORMED as error:
         raise _malformed(path, error) from None
-    verify(path, names)
+
+
+def verify_weights(path: Path) -> None:
+    """Hash the files that `load_module_state` reads, and raise a `CheckpointError` if one has changed."""
+    verify(path, weight_files(path))
 
 
 def load_module_state(path: Path) -> dict[str, Tensor]:

@@ -63,7 +63,17 @@ class Tokenizer:
             raise DataError(f"{name} defines no pad or no end-of-sequence token; both are needed")
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, without begin or end tokens."""
+        """Return the tokens of `text`, without begin or end tokens.
+
+        Raises:
+            DataError: it holds bytes that are not UTF-8, as arguments of a command may, or half a surrogate pair.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"a text is not valid Unicode at character {error.start} ({text[error.start]!a}): give it in UTF-8"
+            ) from None
         ids: list[int] = self._processor.encode(text)
         return ids
 

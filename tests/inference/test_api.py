@@ -92,8 +92,13 @@ def test_energies_are_those_of_single_pairs(predictor: Predictor) -> None:
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-    code = main()
-    return code, *capsys.readouterr()
+    code, message = 0, ""
+    try:
+        main()
+    except UserError as error:
+        code, message = 1, f"error: {error}\n"
+    out, err = capsys.readouterr()
+    return code, out, err + message
 
 
 def test_the_command_says_what_the_object_does(
@@ -125,6 +130,7 @@ def test_the_command_says_what_the_object_does(
         (["--checkpoint", "."], "is neither a run folder nor a checkpoint nor an export"),
         (["--checkpoint", "{ebt}", "--prompt", "ka" * 40], "the model was trained with a context of 16; shorten"),
         (["--checkpoint", "{ebt}", "--prompt", "ka", "--tokens", "40"], "new ones; ask for no more, or let"),
+        (["--checkpoint", "{ebt}", "--prompt", "caf\udce9"], r"not valid Unicode at character 3 ('\udce9')"),
         (["--checkpoint", "{ebt}", "--think-steps", "0"], "steps = 0: must be at least 1"),
         (["--checkpoint", "{ebt}", "--top-p", "2"], "top_p = 2.0: must be more than 0 and at most 1"),
         (["--checkpoint", "{ar}", "--candidates", "2", "--tokens", "1"], "an autoregressive model takes no MCMC steps"),

@@ -13,10 +13,13 @@ from PIL import Image
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
+from ebwm_dist.errors import UserError
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.mcmc.build import build_model
 from launchers.generate import main
+from tests.made_runs import finished_run
+from tests.runs import write_config
 from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
 
 
@@ -42,9 +45,9 @@ def export(folder: Path, kind: str, model: str = "ebt") -> Path:
     return out
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-    return main()
+    main()
 
 
 @pytest.mark.parametrize("kind", ["ebt", "ar"])
@@ -54,7 +57,7 @@ def test_clips_are_continued_in_pictures(
     model = export(tmp_path, "clips", kind)
     options = [] if kind == "ar" else ["--think-steps", 3, "--energy-tolerance", 1e-3]
     common = ["--checkpoint", model, "--samples", 2, "--observe", 1]
-    assert run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options) == 0
+    run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options)
     records = json.loads(capsys.readouterr().out)
     assert len(records) == 2 and all(len(record["squared_errors"]) == FRAMES - 1 for record in records)
     for record in records if kind == "ebt" else []:
@@ -67,7 +70,7 @@ def test_clips_are_continued_in_pictures(
             shown = strip.getpixel((frame * side + side // 2, side // 2))
             assert max(abs(a - int(b)) for a, b in zip(shown, tiny_frames("val")[3, frame, 0, 0], strict=True)) <= 3
         assert strip.getpixel((5, side + 5)) == strip.getpixel((5, 5))  # what was observed is the same in both rows
-    assert run(monkeypatch, *common, *options) == 0
+    run(monkeypatch, *common, *options)
     assert capsys.readouterr().out.count("squared error of each new frame") == 2
 
 
@@ -75,7 +78,26 @@ def test_latents_are_continued(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = export(tmp_path, "latents")
-    assert run(monkeypatch, "--checkpoint", model, "--samples", 2, "--observe", 2, "--json") == 0
+    run(monkeypatch, "--checkpoint", model, "--samples", 2, "--observe", 2, "--json")
     assert len(json.loads(capsys.readouterr().out)[0]["squared_errors"]) == 1
-    assert run(monkeypatch, "--checkpoint", model, "--observe", FRAMES) == 1
-    assert "3 observed frames: the samples have 3, so at least 1 and at most 2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="3 observed frames: the samples have 3, so at least 1 and at most 2"):
+        run(monkeypatch, "--checkpoint", model, "--observe", FRAMES)
+
+
+def test_a_checkpoint_and_a_mixture_are_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run on clips, by the name of its checkpoint; samples of both data sets, or of other data."""
+    one, other = (make_tiny_clips(tmp_path / name, "jpeg", seed) for seed, name in enumerate("ab"))
+    overrides = [f"data.mixture={{{one.folder}: 1, {other.folder}: 1}}", "mcmc.initial_state=most_recent_embedding"]
+    overrides += [f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2", "model.embedding_dim=12"]
+    finished_run(write_config(tmp_path), one, tmp_path / "run", overrides)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    run(monkeypatch, "--checkpoint", checkpoint, "--samples", 4, "--json")
+    samples = [record["sample"] for record in json.loads(capsys.readouterr().out)]
+    assert (
+        sorted(sample.rpartition("/val-")[0] for sample in samples) == [str(one.folder)] * 2 + [str(other.folder)] * 2
+    )
+    run(monkeypatch, "--checkpoint", checkpoint, "--samples", 1, "--json", "--data", other.folder)
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["sample"].startswith("val-") and len(record["squared_errors"]) == FRAMES - 1
