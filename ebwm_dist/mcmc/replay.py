@@ -26,7 +26,7 @@ _LOWEST = torch.finfo(torch.float16).min
 Compact = dict[str, Tensor]
 """The compact form of states; every tensor starts with [B, S]."""
 
-Record = tuple[Tensor, Tensor, Compact]
+ReplayedSequences = tuple[Tensor, Tensor, Compact]
 """What was observed, the sample's id, and the compact final state; with or without a batch dimension."""
 
 
@@ -63,7 +63,7 @@ class ReplayBuffer:
     """The last `capacity` records, first in, first out, in the memory of the CPU."""
 
     def __init__(self, capacity: int):
-        self._records: deque[Record] = deque(maxlen=capacity)
+        self._records: deque[ReplayedSequences] = deque(maxlen=capacity)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -84,7 +84,7 @@ class ReplayBuffer:
             row = {name: tensor[i].clone() for name, tensor in state.items()}
             self._records.append((observed[i].clone(), sample_ids[i].clone(), row))
 
-    def sample(self, count: int, seed: int) -> Record | None:
+    def sample(self, count: int, seed: int) -> ReplayedSequences | None:
         """Draw `count` different records, by `seed` and what the buffer holds alone.
 
         The ids returned are new ones, hashed from the records' own and the seed, so that a replayed refinement draws
@@ -128,7 +128,7 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[st
     order = sorted((number - count, buffer, number) for buffer, count in enumerate(counts) for number in range(count))
     if not order[rank::world_size]:
         return {}
-    records: list[Record] = []
+    records: list[ReplayedSequences] = []
     for _, buffer, number in order[rank::world_size]:
         state = states[buffer]
         compact = {name: tensor[number] for name, tensor in state["state"].items()}
@@ -137,7 +137,7 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[st
     return {"observed": observed, "sample_ids": sample_ids, "state": compact}
 
 
-def _stacked(records: list[Record]) -> Record:
+def _stacked(records: list[ReplayedSequences]) -> ReplayedSequences:
     observed, sample_ids, states = zip(*records, strict=True)
     return (
         torch.stack(observed),
