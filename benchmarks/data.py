@@ -1,11 +1,11 @@
-"""How fast data arrive: text blocks per CPU second against other loaders, video by how it is stored, resuming, waiting.
+"""Benchmark of data loading: text against other loaders, video by storage, time to resume, time a training waits.
 
 python benchmarks/data.py
 python benchmarks/data.py --json --resume-mib 1024 --train-steps 50
 
 Every loader reads the same random blocks from files of its own, shuffled, in batches of int64 tensors, in this process;
 the run fails if any of them does not deliver each block once. They take turns, each for one epoch, and CPU time is
-counted, so what else the machine does disturbs little. Loaders that are not installed are left out.
+measured, so that other load on the machine disturbs little. Loaders that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure everything that is asked for."""
+    """Run the selected measurements."""
     args = arguments()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:

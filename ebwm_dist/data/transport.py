@@ -27,6 +27,8 @@ _HTTP_TIMEOUT = 60.0
 """Seconds without a byte after which an HTTP request has failed."""
 _TEMPORARY = (408, 425, 429)
 """HTTP statuses below 500 with which a server asks for another try."""
+_REFUSED = re.compile("ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|ACCESS_KEY_ID|SIGNATURE|EXPIRED_TOKEN")
+"""Refusals by S3 and Google Cloud Storage, which have no exceptions of their own in pyarrow."""
 
 
 class TransportError(Exception):
@@ -49,7 +51,10 @@ def read_blocks(url: str) -> Iterator[bytes]:
         raise ConfigError(f"data.path = {shown(url)!r}: not an address of storage ({error})") from None
     except (OSError, HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
-        raise TransportError(_OPTIONS.sub("", reason)) from None
+        reason = _OPTIONS.sub("", reason)
+        if url.startswith(("s3:", "gs:")) and _REFUSED.search(reason):
+            raise _refusal(url, reason) from None
+        raise TransportError(reason) from None
 
 
 def shown(url: str) -> str:
@@ -60,6 +65,10 @@ def shown(url: str) -> str:
 def base_name(url: str) -> str:
     """Return the name of the file at `url`."""
     return os.path.basename(shown(url)).strip("'")
+
+
+def _refusal(url: str, reason: str) -> FetchError:
+    return FetchError(f"{shown(url)}: {reason}; check the address and your permissions")
 
 
 def _read_http(url: str) -> Iterator[bytes]:
@@ -73,7 +82,7 @@ def _read_http(url: str) -> Iterator[bytes]:
             raise FileNotFoundError from None
         status = f"HTTP status {error.code} ({error.reason})"
         if error.code < 500 and error.code not in _TEMPORARY:
-            raise FetchError(f"{shown(url)}: {status}; check the address and its permissions") from None
+            raise _refusal(url, status) from None
         raise OSError(status) from None
 
 

@@ -1,7 +1,7 @@
-"""Each kind of damage to each kind of shards is detected and named; and what `skip` makes of the epoch.
+"""Each kind of damage to each kind of shards is detected and named, and `data.on_error=skip` replaces what is lost.
 
-A fault damages one shard and tells which of its samples are lost by it. Every one of them must be refused when it is
-read, with shard and key, and no other.
+A fault damages one shard and returns the samples that are lost by it. Each of them must be refused when it is read,
+with shard and key, and no other.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def missing_shard(victim: Victim) -> set[int]:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of damage: what does it, what the message says, and what kinds of shards it can happen to."""
+    """A kind of damage: the function that causes it, the message, and the kinds of shards it can happen to."""
 
     do: Callable[[Victim], set[int]]
     message: str

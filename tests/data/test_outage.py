@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data import remote
+from ebwm_dist.data import remote, transport
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream
@@ -139,6 +139,15 @@ def test_what_the_storage_refuses_is_not_waited_for(
     with pytest.raises(kind):
         read(server, Cache(tmp_path / "cache", 2**20))
     assert not pauses and len(server.requests) == 1
+
+
+def test_what_object_storage_refuses_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, key: str) -> None:
+        raise OSError("When reading 'a': AWS Error ACCESS_DENIED during HeadObject operation: No response body.")
+
+    monkeypatch.setattr(transport, "open_storage", refuse)
+    with pytest.raises(FetchError, match=r"^s3://bucket/a: .*ACCESS_DENIED.*check the address and your permissions"):
+        RemoteFolder("s3://bucket", Cache(tmp_path / "cache", 2**20)).read_uncached("a")
 
 
 def test_the_storages_absence_ends_a_stream_with_workers_in_one_line(server: FolderServer, tmp_path: Path) -> None:
