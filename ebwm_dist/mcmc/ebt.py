@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.mcmc.replay import Record, ReplayBuffer, reshard
+from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, reshard
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 from ebwm_dist.mcmc.second_order import EnergyModel, Refinement
 from ebwm_dist.mcmc.space import Space
@@ -176,7 +176,7 @@ class EnergyBasedTransformer(EnergyModel):
         landscapes = {self.transformer.landscape(step) for step in range(num_steps)}
         return {landscape: self.context_stream(observed, landscape) for landscape in sorted(landscapes)}
 
-    def _replayed(self, observed: Tensor, sample_ids: Tensor) -> Record | None:
+    def _replayed(self, observed: Tensor, sample_ids: Tensor) -> ReplayedSequences | None:
         """Draw the rows that this micro-batch replays, if the buffer holds as many."""
         if self.replay is None:
             return None
@@ -185,7 +185,7 @@ class EnergyBasedTransformer(EnergyModel):
         return self.replay.sample(self.mcmc.replayed_rows(len(observed)), seed)
 
     def _initial_state(
-        self, context: Tensor, sample_ids: Tensor, replayed: Record | None, start: int, stop: int
+        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, start: int, stop: int
     ) -> Tensor:
         """Return the initial states of a slice: those of the samples, and below them the replayed ones."""
         state = self.space.initial_state(sample_ids, self.seed, start, stop, context)
