@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from ebwm_dist.errors import run_tool
-from ebwm_dist.files import printable
 from ebwm_dist.prepare.cutting import Cut
+from ebwm_dist.prepare.documents import add_groups_argument
 from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments
 from ebwm_dist.prepare.video_shards import cut_clips
 from ebwm_dist.workers.executors import Work, add_arguments
@@ -44,15 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--min-length", type=float, default=0.0, help="leave out videos of fewer seconds (default: 0)")
     parser.add_argument("--storage", choices=("mp4", "jpeg"), default="mp4", help="mp4 (default) is much smaller")
-    parser.add_argument(
-        "--holdout",
-        nargs="+",
-        type=printable,
-        action="extend",
-        default=[],
-        metavar="VIDEO",
-        help="videos that are held out",
-    )
+    add_groups_argument(parser, "--holdout", "videos that are held out")
     parser.add_argument(
         "--holdout-fraction", type=float, help="fraction of videos to hold out, by a hash of their names"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument
-from ebwm_dist.prepare.text_shards import REJECTS_NAME, Layout, Report, build_text_shards
+from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
@@ -67,26 +67,6 @@ def warn_of_leak(tokenizer: Path, layout: Layout) -> None:
         )
 
 
-def describe(report: Report) -> str:
-    """Return what was made, as a few lines for a person."""
-    manifest = report.manifest
-    lines = [f"{manifest.folder}: up to date" if report.up_to_date else f"{manifest.folder}: done"]
-    for name, split in manifest.splits.items():
-        lines.append(
-            f"  {name}: {split.totals['documents']:,} documents in {split.groups:,} groups, "
-            f"{split.totals['tokens']:,} tokens, "
-            f"{split.samples:,} samples of {manifest.sample_format.sequence_length}, {len(split.shards)} shards"
-        )
-    if report.rejects:
-        lines.append(f"  {report.rejects:,} malformed documents left out, listed in {manifest.folder / REJECTS_NAME}")
-    if empty := manifest.source["empty"]:
-        lines.append(f"  {empty:,} empty documents left out")
-    if not report.up_to_date:
-        tokens = sum(split.totals["tokens"] for split in manifest.splits.values())
-        lines.append(f"  {report.seconds:.1f} s, {tokens / max(report.seconds, 1e-9):,.0f} tokens/s")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the tool."""
     options = parse_arguments(arguments)
@@ -108,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         work=Work.of(options),
     )
     warn_of_leak(options.tokenizer, layout)
-    print(describe(report))
+    print(report.describe())
 
 
 if __name__ == "__main__":

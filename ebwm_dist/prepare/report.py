@@ -30,8 +30,8 @@ class Report:
     """Shards that an earlier run had made."""
     rejects: int = 0
     """Inputs that cannot be read."""
-    short: tuple[str, ...] = ()
-    """Videos that are too short for a clip."""
+    notes: tuple[str, ...] = ()
+    """More lines for the user."""
 
     def describe(self) -> str:
         """Return what was made, as lines for the user."""
@@ -40,8 +40,7 @@ class Report:
         lines += [f"  {name}: {self._counts(split)}" for name, split in manifest.splits.items()]
         if isinstance(content, LatentFormat):
             lines.append(f"  {content.embedding_dim} values a frame, mean {content.mean:.4f}, std {content.std:.4f}")
-        if self.short:
-            lines.append(f"  {len(self.short):,} videos are too short and left out: {', '.join(self.short[:4])}")
+        lines += [f"  {note}" for note in self.notes]
         if self.rejects:
             what = "malformed documents" if isinstance(content, TokenFormat) else "unreadable videos"
             lines.append(f"  {self.rejects:,} {what} left out, listed in {manifest.folder / REJECTS_FILE}")

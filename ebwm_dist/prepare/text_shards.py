@@ -5,7 +5,6 @@ After an interruption the next run reads all documents again, but encodes only t
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -23,14 +22,14 @@ from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
 from ebwm_dist.prepare.build_state import begin, finish, load_position, save_position, up_to_date
-from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, Reject, find_documents, is_held_out
+from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
 from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.packing import Packer
+from ebwm_dist.prepare.report import REJECTS_FILE, Report, write_rejects
 from ebwm_dist.workers.executors import LOCAL, Work
 
 TOKENIZER_NAME = "tokenizer.model"
-REJECTS_NAME = "rejects.jsonl"
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +43,6 @@ class Layout:
     members_per_shard: int = 64
     holdout: tuple[str, ...] = ()
     holdout_fraction: float = 0.0
-
-
-@dataclass(frozen=True)
-class Report:
-    """Result of `build_text_shards`."""
-
-    manifest: Manifest
-    up_to_date: bool
-    seconds: float
-    rejects: int
 
 
 @dataclass(frozen=True)
@@ -153,17 +142,16 @@ def build_text_shards(
         if not allow_lossy:
             raise DataError(f"{message}; train one with data_tools/train_tokenizer.py, or add --allow-lossy")
         _log.warning("WARNING: %s", message)
-    files = find_documents(inputs, outputs=(out, out / REJECTS_NAME))
+    files = find_documents(inputs, outputs=(out, out / REJECTS_FILE))
     fields = fields or Fields()
     source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": asdict(fields), "on_error": on_error}
     source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}
     model = out / TOKENIZER_NAME
     has_model = model.is_file() and sha256_of_file(model) == tokenizer.sha256
     if (existing := up_to_date(out, source)) is not None and has_model:
-        return Report(existing, True, time.monotonic() - start, existing.source["rejects"])
+        return _report(existing, start, up_to_date=True)
 
     begin(out, source)
-    (out / REJECTS_NAME).unlink(missing_ok=True)
     if not has_model:
         write_atomically(model, tokenizer.path.read_bytes())
 
@@ -180,8 +168,7 @@ def build_text_shards(
     )
     builders = {name: _SplitBuilder(out, name, sample_format, layout) for name in SPLITS}
     _add_documents(builders, reader, tokenizer, layout, work)
-    if reader.rejects:
-        _write_rejects(out / REJECTS_NAME, reader.rejects)
+    write_rejects(out, reader.rejects)
     manifest = Manifest(
         folder=out,
         sample_format=sample_format,
@@ -190,7 +177,13 @@ def build_text_shards(
         source={**source, "rejects": len(reader.rejects), "empty": reader.empty},
     )
     finish(manifest)
-    return Report(manifest, False, time.monotonic() - start, len(reader.rejects))
+    return _report(manifest, start)
+
+
+def _report(manifest: Manifest, start: float, up_to_date: bool = False) -> Report:
+    rejects, empty = manifest.source["rejects"], manifest.source["empty"]
+    notes = (f"{empty:,} empty documents left out",) if empty else ()
+    return Report(manifest, time.monotonic() - start, up_to_date, rejects=rejects, notes=notes)
 
 
 def _add_documents(
@@ -221,7 +214,3 @@ def _add_documents(
                 f"no document is left for the {name} split of {', '.join(f.name for f in reader.files[:3])}: "
                 "choose other groups with --holdout, or another --holdout-fraction"
             )
-
-
-def _write_rejects(path: Path, rejects: list[Reject]) -> None:
-    write_atomically(path, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects).encode("utf-8"))

@@ -131,8 +131,9 @@ def cut_clips(
     source["rejects"] = len({reject.file for reject in unreadable})
     manifest = Manifest(out, store.final_format(made), splits, held_out, source)
     finish(manifest)
+    notes = [f"{len(short):,} videos are too short and left out: {', '.join(short[:4])}"] if short else []
     seconds, kept = time.monotonic() - begun, sum(m.kept for m in made)
-    return Report(manifest, seconds, kept=kept, rejects=source["rejects"], short=tuple(short))
+    return Report(manifest, seconds, kept=kept, rejects=source["rejects"], notes=tuple(notes))
 
 
 def _videos(made: Iterable[Made], split: str) -> set[str]:
