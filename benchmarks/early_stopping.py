@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import ebwm_dist
-from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.errors import UserError
@@ -31,10 +30,10 @@ THRESHOLDS = torch.logspace(-4, 1.5, 56)
 
 def batches(path: str, sequence_length: int, sequences: int) -> list[tuple[Tensor, list[int]]]:
     """Return batches of held-out tokens [B, S+1] with a seed for each sequence."""
-    data = DataConfig(path=path, sequence_length=sequence_length)
-    held_out = validation_batches(
-        data, Manifest.load(path), batch_size=BATCH_SIZE, max_sequences=sequences, dp_rank=0, dp_world_size=1
-    )
+    manifest = Manifest.load(path)
+    if manifest.sample_format.sequence_length != sequence_length:
+        raise SystemExit(f"{path} was made with another sequence length than the model's {sequence_length}")
+    held_out = validation_batches(manifest, batch_size=BATCH_SIZE, max_sequences=sequences, dp_rank=0, dp_world_size=1)
     return [(batch.observed, batch.sample_ids.tolist()) for batch in held_out]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebwm_dist.checkpoint.folder import MARKER, newest_intact, read_marker
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.config.schema import Config, DataConfig
+from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError, DataError
 from ebwm_dist.files import METRICS_FILE, Record, read_records, sha256_of_file, write_atomically, write_json
 from ebwm_dist.storage import without_options
@@ -195,7 +195,7 @@ class Run:
         if self.config.model.embedding_dim is not None:
             preprocess.mean, preprocess.std = self.statistics.mean, self.statistics.std
             mixture = mixture.normalised_with(preprocess.mean, preprocess.std)
-        return ValidationData(config.data, mixture, preprocess)
+        return ValidationData(mixture, preprocess)
 
     @cached_property
     def statistics(self) -> EmbeddingStatistics:
@@ -239,7 +239,6 @@ class ValidationData:
     samples on which training validates.
     """
 
-    settings: DataConfig
     mixture: Mixture
     preprocess: FramePreprocessor
 
@@ -248,7 +247,6 @@ class ValidationData:
         from ebwm_dist.data.loading.stream import validation_batches
 
         return validation_batches(
-            self.settings,
             self.mixture,
             batch_size=batch_size,
             max_sequences=max_sequences,

@@ -118,7 +118,7 @@ def test_a_mixture_is_validated_as_in_training(run: Run, tmp_path: Path) -> None
     data = Run(tmp_path / "mixed").validation_data()
     mixture = Mixture.load(config.data)
     settings = {"batch_size": 4, "max_sequences": 16, "dp_rank": 0, "dp_world_size": 1}
-    for found, expected in zip(data.batches(4, 16), validation_batches(config.data, mixture, **settings), strict=True):
+    for found, expected in zip(data.batches(4, 16), validation_batches(mixture, **settings), strict=True):
         assert torch.equal(found.observed, expected.observed) and found.keys == expected.keys
     counts = dict(zip([source.name for source in data.mixture.sources], data.counts(16), strict=True))
     assert counts == {str(text.folder): 12, str(other.folder): 4}

@@ -354,7 +354,6 @@ class Trainer:
         """
         config, step = self.config, self.state.step
         batches = validation_batches(
-            config.data,
             self.data,
             batch_size=config.training.micro_batch_size,
             max_sequences=config.validation.max_sequences,

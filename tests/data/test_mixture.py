@@ -268,7 +268,7 @@ def test_validation_takes_each_data_sets_share(tiny: Manifest, second: Manifest)
         ranks = [
             list(
                 validation_batches(
-                    config, Mixture.load(config), batch_size=4, max_sequences=20, dp_rank=rank, dp_world_size=world
+                    Mixture.load(config), batch_size=4, max_sequences=20, dp_rank=rank, dp_world_size=world
                 )
             )
             for rank in range(world)

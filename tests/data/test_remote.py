@@ -203,7 +203,7 @@ def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(
         options = {"micro_batch_size": 8, "dp_rank": 0, "dp_world_size": 1}
         stream = SampleStream(config, mixture, seed=1, global_batch_size=8, **options)
         batches = [*islice(stream, stream.steps_per_epoch + 2)]
-        batches += validation_batches(config, mixture, batch_size=8, max_sequences=20, dp_rank=0, dp_world_size=1)
+        batches += validation_batches(mixture, batch_size=8, max_sequences=20, dp_rank=0, dp_world_size=1)
         return [(batch.keys, batch.observed.tolist()) for batch in batches]
 
     with served(transport, tiny.folder) as address:

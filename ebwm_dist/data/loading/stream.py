@@ -165,7 +165,6 @@ class SampleStream:
         dp_world_size: int,
     ) -> None:
         mixture = as_mixture(mixture)
-        _check_length(data, mixture)
         assert global_batch_size % (micro_batch_size * dp_world_size) == 0, "see check_world"
         if len(mixture.sources) == 1 and mixture.train_samples < global_batch_size:
             raise DataError(
@@ -275,7 +274,6 @@ class SampleStream:
 
 
 def validation_batches(
-    data: DataConfig,
     mixture: Manifest | Mixture,
     *,
     batch_size: int,
@@ -291,7 +289,6 @@ def validation_batches(
     and not `counted`.
     """
     mixture = as_mixture(mixture)
-    _check_length(data, mixture)
     mixture.check_files(("val",))
     ids, location = mixture.held_out(max_sequences)
     reader = MixtureReader(mixture, "val", max_open=4)
@@ -305,12 +302,3 @@ def validation_batches(
 def _to_tensor(samples: np.ndarray) -> torch.Tensor:
     """Return samples as a tensor; tokens of every stored dtype become int64."""
     return torch.from_numpy(samples.astype(np.int64) if samples.dtype in (np.uint16, np.uint32) else samples)
-
-
-def _check_length(data: DataConfig, mixture: Mixture) -> None:
-    found = mixture.sample_format.sequence_length
-    if data.sequence_length != found:
-        raise DataError(
-            f"data.sequence_length={data.sequence_length}, but the shards in {mixture.name} were made with "
-            f"{found}; set it to that, or run {mixture.sample_format.tool} again"
-        )
