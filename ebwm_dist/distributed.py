@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ebwm_dist.devices import use_cuda
 from ebwm_dist.errors import CheckpointError, UserError
@@ -64,15 +63,6 @@ class World:
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Return the rows [r, ...] of all ranks, each of which has as many, one rank after the other, on the CPU."""
-        if self.world_size == 1:
-            return rows.cpu()
-        rows = rows.to(self.device).contiguous()
-        parts = [torch.empty_like(rows) for _ in range(self.world_size)]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts).cpu()
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Do `action` on every rank and return all results; a failure on one rank is raised on all."""

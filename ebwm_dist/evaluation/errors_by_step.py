@@ -1,22 +1,19 @@
-"""Losses and energies by MCMC step and errors of frames: of a run, or of shards of the held-out data.
+"""Losses and energies by MCMC step and errors of frames: of ranks, or of shards of the held-out data.
 
-A shard is the part that one of so many ranks would evaluate. Unlike ranks, shards need no collectives, so that any of
-them can be computed again, anywhere.
+A shard is the part that one of so many ranks would evaluate. Any of them can be computed again, anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ebwm_dist.config.schema import EvaluationConfig
-from ebwm_dist.distributed import World
 from ebwm_dist.evaluation.frames import FrameErrors, frame_errors
 from ebwm_dist.evaluation.losses import Sums, accumulate
 from ebwm_dist.run import Run, ValidationData
@@ -34,16 +31,6 @@ class ErrorsByStep:
     tokens_per_byte: float | None
     """Of all held-out text."""
 
-    def gathered(self, world: World) -> ErrorsByStep:
-        """Return the errors of the parts of all ranks."""
-        sums = replace(self.sums, values=world.gather_rows(self.sums.values[None]).sum(0))
-        return replace(self, sums=sums, frames=None if self.frames is None else self.frames.gathered(world))
-
-    def figures(self) -> dict[str, Any]:
-        """Return losses, energies, of text perplexity and bits per byte, of video errors of frames, by their names."""
-        frames = {} if self.frames is None else self.frames.figures()
-        return {"trained_steps": self.trained_steps, **self.sums.result().figures(self.tokens_per_byte), **frames}
-
 
 def measure(
     run: Run,
@@ -56,16 +43,14 @@ def measure(
 ) -> ErrorsByStep:
     """Measure the rank's part of at most `max_sequences` held-out sequences."""
     steps = max(max_mcmc_steps, run.trained_steps) if run.config.model.kind == "ebt" else 1
-    shared = (batch_size, max_sequences, rank, world_size)
-    sums = accumulate(
-        run.model.evaluate, data.batches(*shared), steps, torch.device(run.device), preprocess=data.preprocess
-    )
+    part = (batch_size, max_sequences, rank, world_size)
+    sums = accumulate(run.model.evaluate, data.batches(*part), steps, data.preprocess)
     assert sums is not None
     frames = None
     if run.config.model.embedding_dim is not None:
-        frames = frame_errors(run.model, data.batches(*shared), steps, data.preprocess)
-    per_byte = data.tokens_per_byte(max_sequences)
-    return ErrorsByStep(replace(sums, values=sums.values.cpu()), frames, run.trained_steps, per_byte)
+        frames = frame_errors(run.model, data.batches(*part), steps, data.preprocess)
+    sums = Sums(*(tensor.cpu() for tensor in sums))
+    return ErrorsByStep(sums, frames, run.trained_steps, data.tokens_per_byte(max_sequences))
 
 
 def evaluate_shard(
@@ -77,11 +62,9 @@ def evaluate_shard(
     return measure(run, run.validation_data(), *sizes, index, count)
 
 
-def merge(shards: Sequence[ErrorsByStep]) -> dict[str, Any]:
-    """Return the figures of all shards together."""
-    frames = [shard.frames for shard in shards if shard.frames is not None]
-    return replace(
-        shards[0],
-        sums=reduce(add, [shard.sums for shard in shards]),
-        frames=FrameErrors.joined(frames) if frames else None,
-    ).figures()
+def merge(parts: Sequence[ErrorsByStep]) -> dict[str, Any]:
+    """Return losses, energies, of text perplexity and bits per byte, of video errors of frames, over all parts."""
+    first, frames = parts[0], [part.frames for part in parts if part.frames is not None]
+    result = reduce(Sums.plus, [part.sums for part in parts]).result()
+    figures = {"trained_steps": first.trained_steps, **result.figures(first.tokens_per_byte)}
+    return figures | (FrameErrors.joined(frames).figures() if frames else {})

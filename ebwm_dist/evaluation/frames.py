@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.data.loading.stream import Batch
-from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.mcmc.build import Model
@@ -46,11 +45,6 @@ class FrameErrors:
         sums = {key: torch.cat([part.sums[key] for part in parts]) for key in parts[0].sums}
         frames, changes = (torch.cat(x) for x in zip(*((p.frames, p.scene_changes) for p in parts), strict=True))
         return cls(sums, frames, changes)
-
-    def gathered(self, world: World) -> FrameErrors:
-        """Return the errors of the clips of all ranks."""
-        sums = {key: world.gather_rows(values) for key, values in self.sums.items()}
-        return FrameErrors(sums, world.gather_rows(self.frames), world.gather_rows(self.scene_changes))
 
     def figures(self) -> dict[str, Any]:
         """Return `frames`, the mean errors of each prediction by name, and `scene_changes`.

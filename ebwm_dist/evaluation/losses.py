@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,94 +58,83 @@ class Result:
         return result
 
 
-@dataclass(frozen=True)
-class Sums:
-    """The sums over sequences that a result is made of, so that those of different sequences add up."""
+class Sums(NamedTuple):
+    """The sums over sequences that a result is made of, in float64."""
 
-    values: Tensor
-    """Of copies, tokens, sequences, losses [K], changes [K], their squares [K], energies [K + 1 or 0]; in float64."""
-    steps: int
-    energies: int
-    video: bool
+    tokens: Tensor
+    sequences: Tensor
+    losses: Tensor
+    """[K]."""
+    changes: Tensor
+    """Mean loss of a sequence after each step minus that after the first one [K]."""
+    squared_changes: Tensor
+    """[K]."""
+    energies: Tensor
+    """[K + 1], or [0] without an energy."""
+    copies: Tensor
+    """Loss of a copy of the last frame [1], or [0] of tokens."""
 
-    def __add__(self, other: Sums) -> Sums:
+    def plus(self, other: Sums) -> Sums:
         """Return the sums over the sequences of both."""
-        return replace(self, values=self.values + other.values)
+        return Sums(*map(torch.add, self, other))
+
+    def over_ranks(self) -> Sums:
+        """Return the sums over the sequences of all ranks of the process group, if there is one."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self
+        flat = torch.cat([tensor.flatten() for tensor in self])
+        dist.all_reduce(flat)
+        return Sums(*(part.view_as(x) for part, x in zip(flat.split([x.numel() for x in self]), self, strict=True)))
 
     def result(self) -> Result:
         """Return the means."""
-        steps = self.steps
-        copied, tokens, sequences, loss, moved, squares, energy = self.values.split(
-            [1, 1, 1, steps, steps, steps, self.energies]
-        )
-        variance = (squares / sequences - (moved / sequences).square()).clamp(min=0) / (sequences - 1).clamp(min=1)
+        spread = self.squared_changes / self.sequences - (self.changes / self.sequences).square()
+        variance = spread.clamp(min=0) / (self.sequences - 1).clamp(min=1)
         return Result(
-            step_losses=(loss / tokens).tolist(),
-            energies=(energy / tokens).tolist() if self.energies else None,
+            step_losses=(self.losses / self.tokens).tolist(),
+            energies=(self.energies / self.tokens).tolist() or None,
             standard_errors=variance.sqrt().tolist(),
-            tokens=round(tokens.item()),
-            copy_loss=(copied / tokens).item() if self.video else None,
+            tokens=round(self.tokens.item()),
+            copy_loss=(self.copies / self.tokens).item() if len(self.copies) else None,
         )
-
-
-def evaluate(
-    forward: Callable[[Tensor, Tensor, int], Evaluation],
-    batches: Iterable[Batch],
-    num_steps: int,
-    device: torch.device,
-    proceed: Callable[[], bool] = lambda: True,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
-) -> Result | None:
-    """Evaluate a model at `num_steps` MCMC steps; with a process group, over the batches of all ranks.
-
-    Args:
-        forward: the model's `evaluate`, or that run by an engine.
-        batches: as many on every rank.
-        num_steps: of MCMC.
-        device: of the model.
-        proceed: called before each batch; where it returns False, on all ranks alike, the result is None.
-        preprocess: of the samples of a batch; None: they are moved to the device.
-    """
-    sums = accumulate(forward, batches, num_steps, device, proceed, preprocess)
-    if sums is None:
-        return None
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums.values)
-    return sums.result()
 
 
 def accumulate(
-    forward: Callable[[Tensor, Tensor, int], Evaluation],
+    evaluate: Callable[[Tensor, Tensor, int], Evaluation],
     batches: Iterable[Batch],
     num_steps: int,
-    device: torch.device,
+    preprocess: Callable[[Tensor], Tensor],
     proceed: Callable[[], bool] = lambda: True,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Sums | None:
-    """Sum over the batches of this process alone; arguments as of `evaluate`."""
+    """Evaluate a model at `num_steps` MCMC steps on the batches of this process.
+
+    Args:
+        evaluate: that of the model, or an engine's call of it.
+        batches: at least one.
+        num_steps: of MCMC.
+        preprocess: of the samples of a batch, to the states that the model observes.
+        proceed: called before each batch; where it returns False the result is None.
+    """
     total: Sums | None = None
     for batch in batches:
         if not proceed():
             return None
-        observed = batch.observed.to(device) if preprocess is None else preprocess(batch.observed)
-        sums = _sums(forward(observed, batch.sample_ids, num_steps), observed, batch.counted)
-        total = sums if total is None else total + sums
+        observed = preprocess(batch.observed)
+        sums = _sums(evaluate(observed, batch.sample_ids, num_steps), observed, batch.counted)
+        total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"
     return total
 
 
 def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor) -> Sums:
     """Return the sums over those sequences of a batch that do not only fill it up."""
-    device, video = observed.device, observed.is_floating_point()
-    in_batch = in_batch.to(device, torch.float64)
-    losses, tokens = found.step_losses.to(device) * in_batch, found.tokens.to(device) * in_batch
-    # Over sequences: how far the mean of a sequence moves from the first step to each later one, and its square.
-    moved = (losses - losses[0]) / tokens.clamp(min=1)
-    copied = prediction_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch if video else tokens.new_zeros(1)
-    parts = [copied.sum()[None], tokens.sum()[None], (tokens > 0).sum()[None]]
-    parts += [losses.sum(-1), moved.sum(-1), moved.square().sum(-1)]
-    energies = 0
+    in_batch = in_batch.to(observed.device, torch.float64)
+    losses, tokens = (x.to(observed.device) * in_batch for x in (found.step_losses, found.tokens))
+    changes = (losses - losses[0]) / tokens.clamp(min=1)
+    energies, copies = losses[:0, 0], losses[:0, 0]
     if found.energies is not None:
-        energies = len(found.energies)
-        parts.append((found.energies.to(device) * in_batch).sum(-1))
-    return Sums(torch.cat([part.to(torch.float64) for part in parts]), len(losses), energies, video)
+        energies = (found.energies.to(observed.device) * in_batch).sum(-1)
+    if observed.is_floating_point():
+        copies = (prediction_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch).sum(-1, keepdim=True)
+    sums = losses.sum(-1), changes.sum(-1), changes.square().sum(-1), energies, copies
+    return Sums(tokens.sum(), (tokens > 0).double().sum(), *(x.double() for x in sums))

@@ -5,7 +5,6 @@ Shapes: R sequences of all ranks, B of a batch, S predicted positions, V vocabul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
+from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -31,18 +31,18 @@ class Table:
     """False at padding."""
     losses: Tensor
     """Loss of the prediction: cross-entropy of a token, SmoothL1 of an embedding."""
-    entropies: Tensor | None
-    """Entropy of the predicted distribution; None for embeddings."""
-    correct: Tensor | None
-    """1 where the most probable token is the true one, else 0; None for embeddings."""
-    energies: Tensor | None
-    """Energy of the prediction; None without an energy."""
-    observed: Tensor | None
-    """Energy of the state that truly comes next; None without an energy."""
     steps: Tensor
     """MCMC steps that the prediction has taken; 0 without an energy."""
     nfe: Tensor
     """Energy evaluations that it has cost."""
+    entropies: Tensor | None = None
+    """Entropy of the predicted distribution; None for embeddings."""
+    correct: Tensor | None = None
+    """1 where the most probable token is the true one, else 0; None for embeddings."""
+    energies: Tensor | None = None
+    """Energy of the prediction; None without an energy."""
+    observed: Tensor | None = None
+    """Energy of the state that truly comes next; None without an energy."""
 
     def mean(self, numbers: Tensor) -> float:
         """Return the mean over all targets."""
@@ -55,8 +55,7 @@ class Table:
 
     def change(self, before: Table) -> tuple[float, float]:
         """Return the mean loss minus that of another table of the same sequences, and its standard error over them."""
-        difference = self.by_sequence(self.losses) - before.by_sequence(before.losses)
-        error = difference.std(correction=1).item() / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
+        _, error = mean_and_error(self.by_sequence(self.losses) - before.by_sequence(before.losses))
         return self.mean(self.losses) - before.mean(before.losses), error
 
 
@@ -69,20 +68,17 @@ def tabulate(
     preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Table:
     """Predict every position of the batches of all ranks; without `preprocess`, samples are moved to the device."""
-    columns: dict[str, list[Tensor]] = {}
+    own = []
     for batch in batches:
         observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
-        rows = _rows(model, observed, batch.sample_ids.tolist(), thinking)
-        rows |= {"ids": batch.sample_ids, "in_batch": batch.counted}
-        for name, values in rows.items():
-            columns.setdefault(name, []).append(values.cpu())
-    gathered = {name: world.gather_rows(torch.cat(parts)) for name, parts in columns.items()}
-    order = gathered.pop("ids").argsort(stable=True)
-    order = order[gathered.pop("in_batch")[order]]
-    table: dict[str, Tensor | None] = dict.fromkeys(("entropies", "correct", "energies", "observed"))
-    for name, values in gathered.items():
-        table[name] = values[order] if name == "target_mask" else values[order].to(torch.float64)
-    return Table(**table)  # type: ignore[arg-type]
+        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking)
+        own.append({name: values.cpu()[batch.counted] for name, values in rows.items()})
+    parts = [part for of_rank in world.gather_objects(own) for part in of_rank]
+    columns: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    order = columns.pop("ids").argsort(stable=True)
+    mask = columns.pop("target_mask")[order]
+    numbers = {name: values[order].to(torch.float64) for name, values in columns.items()}
+    return Table(target_mask=mask, **numbers)
 
 
 def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.errors_by_step import measure
+from ebwm_dist.evaluation.errors_by_step import measure, merge
 from ebwm_dist.evaluation.multiple_choice import Question, accuracies, score_choices
 from ebwm_dist.evaluation.out_of_distribution import separation, shuffled, text_batches
 from ebwm_dist.evaluation.predictions import Batches, Table, tabulate
@@ -126,7 +126,7 @@ class Suite:
         sizes = (self.max_mcmc_steps, options.max_sequences, options.batch_size)
         own = measure(self.trained, self.data, *sizes, world.rank, world.world_size)
         flops = [self.flops(n, 0) for n in range(1, self.max_mcmc_steps + 1)]
-        return {**own.gathered(world).figures(), "flops_per_prediction": flops}
+        return {**merge(world.gather_objects(own)), "flops_per_prediction": flops}
 
     def thinking(self, model: EnergyBasedTransformer, held_out: Table) -> list[dict[str, Any]]:
         """Return what thinking differently changes, against a single candidate and the steps of training."""

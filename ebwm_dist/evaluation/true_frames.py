@@ -20,20 +20,21 @@ def true_frame_is_lower(
 ) -> dict[str, tuple[float, float]]:
     """Return for each kind of wrong frame the share of positions, a mean over all clips and its standard error."""
     own = [(preprocess(batch.observed), batch.sample_ids, batch.counted) for batch in batches()]
-    clips, ids, counted = (world.gather_rows(torch.cat(parts)) for parts in zip(*own, strict=True))
-    clips, ids = clips[counted], ids[counted]
+    gathered = world.gather_objects([(clips.cpu()[counted], ids[counted]) for clips, ids, counted in own])
+    clips, ids = (torch.cat(parts) for parts in zip(*(part for of_rank in gathered for part in of_rank), strict=True))
     order = ids.argsort()
     clips, ids = clips[order], ids[order]
     lower: dict[str, list[Tensor]] = {}
-    for observed, own_ids, _ in own:
+    for observed, own_ids, counted in own:
         # Half of all clips away: of another video, or at least of another moment.
         elsewhere = clips[(torch.searchsorted(ids, own_ids) + len(clips) // 2) % len(clips)].to(observed.device)
         true = energies_of(model, observed, observed[:, 2:])
         for name, candidates in wrong_frames(observed, elsewhere).items():
             share = (true < energies_of(model, observed, candidates)).double().mean(-1)
-            lower.setdefault(name, []).append(share)
-    found = {name: world.gather_rows(torch.cat(parts)) for name, parts in lower.items()}
-    return {name: mean_and_error(shares[counted].sort().values) for name, shares in found.items()}
+            lower.setdefault(name, []).append(share.cpu()[counted])
+    of_ranks = world.gather_objects({name: torch.cat(shares) for name, shares in lower.items()})
+    # Sorted, for sums that do not depend on which rank has had which clip.
+    return {name: mean_and_error(torch.cat([found[name] for found in of_ranks]).sort().values) for name in lower}
 
 
 def wrong_frames(observed: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:

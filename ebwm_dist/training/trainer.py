@@ -28,7 +28,7 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
 from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
-from ebwm_dist.evaluation.losses import evaluate
+from ebwm_dist.evaluation.losses import accumulate
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
@@ -368,9 +368,10 @@ class Trainer:
         def forward(observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
             return self.engine(self.model.evaluate, observed, sample_ids, num_steps)
 
-        result = evaluate(forward, batches, config.mcmc.max_mcmc_steps, self.world.device, proceed, self.observer)
-        if result is None:
+        sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, self.observer, proceed)
+        if sums is None:
             return True
+        result = sums.over_ranks().result()
         record = {
             "kind": "val",
             "step": step,

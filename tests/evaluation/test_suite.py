@@ -163,3 +163,17 @@ def test_other_data_is_refused(models: Path, tmp_path: Path) -> None:
         evaluate_runs(models / "ebt", None, str(tmp_path / "text"), tmp_path, options(models), join())
     with pytest.raises(UserError, match="--batch-size = 0: must be at least 1"):
         evaluate_runs(models / "ebt", None, None, tmp_path, Options(batch_size=0), join())
+
+
+@pytest.mark.parametrize("kind", ["ebt", "ar"])
+def test_a_model_that_diverged_is_evaluated(kind: str, models: Path, tmp_path: Path) -> None:
+    """Numbers that JSON cannot hold become null."""
+    run = Run(models / kind)
+    state = {name: torch.full_like(tensor, math.nan) for name, tensor in run.weights().items()}
+    files = [run.folder / "tokenizer.model"]
+    write_export(tmp_path / "nan", run.config, run.sample_format, state, files=files, step=0, source="random")
+    small = Options((1,), (1,), (1e-2,), 6, 3, read_questions(models / "questions.jsonl"))
+    file, page = evaluate_runs(tmp_path / "nan", models / "ar", None, tmp_path, small, join())
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert found["model"]["by_steps"]["loss"] == [None] * len(found["model"]["by_steps"]["loss"])
+    assert "nan" in page.read_text()
