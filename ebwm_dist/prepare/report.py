@@ -35,28 +35,29 @@ class Report:
 
     def describe(self) -> str:
         """Return what was made, as lines for the user."""
-        manifest, content = self.manifest, self.manifest.sample_format
+        manifest, sample_format = self.manifest, self.manifest.sample_format
         lines = [f"{manifest.folder}: {'up to date' if self.up_to_date else 'done'}"]
         lines += [f"  {name}: {self._counts(split)}" for name, split in manifest.splits.items()]
-        if isinstance(content, LatentFormat):
-            lines.append(f"  {content.embedding_dim} values a frame, mean {content.mean:.4f}, std {content.std:.4f}")
+        if isinstance(sample_format, LatentFormat):
+            mean, std = sample_format.mean, sample_format.std
+            lines.append(f"  {sample_format.embedding_dim} values a frame, mean {mean:.4f}, std {std:.4f}")
         lines += [f"  {note}" for note in self.notes]
         if self.rejects:
-            what = "malformed documents" if isinstance(content, TokenFormat) else "unreadable videos"
+            what = "malformed documents" if isinstance(sample_format, TokenFormat) else "unreadable videos"
             lines.append(f"  {self.rejects:,} {what} left out, listed in {manifest.folder / REJECTS_FILE}")
         if not self.up_to_date:
-            unit = "tokens" if isinstance(content, TokenFormat) else "frames"
+            unit = "tokens" if isinstance(sample_format, TokenFormat) else "frames"
             amount = sum(split.totals[unit] for split in manifest.splits.values())
             kept = f", {self.kept:,} shards kept" if self.kept else ""
             lines.append(f"  {self.seconds:.1f} s, {amount / max(self.seconds, 1e-9):,.0f} {unit}/s{kept}")
         return "\n".join(lines)
 
     def _counts(self, split: Split) -> str:
-        content, totals = self.manifest.sample_format, split.totals
-        if isinstance(content, TokenFormat):
+        sample_format, totals = self.manifest.sample_format, split.totals
+        if isinstance(sample_format, TokenFormat):
             counts = (
                 f"{totals['documents']:,} documents in {split.groups:,} groups, {totals['tokens']:,} tokens, "
-                f"{split.samples:,} samples of {content.sequence_length}"
+                f"{split.samples:,} samples of {sample_format.sequence_length}"
             )
         else:
             counts = f"{split.samples:,} clips of {totals['videos']:,} videos, {totals['frames']:,} frames"

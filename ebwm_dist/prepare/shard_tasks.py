@@ -7,7 +7,6 @@ end, or dropped, up to the first shard that holds their clips.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from ebwm_dist.data.format.index import finished_shard, read_build_record, write_build_record
 from ebwm_dist.data.format.manifest import Shard
 from ebwm_dist.data.format.sample_format import SampleFormat
-from ebwm_dist.files import sha256_of_bytes
+from ebwm_dist.prepare.build_state import hash_of
 from ebwm_dist.prepare.cutting import Reject, Rejects
 from ebwm_dist.workers.executors import Work, run_in_order
 
@@ -84,8 +83,7 @@ class ShardTask:
     @property
     def made_from(self) -> str:
         """Return a hash of all that the shard depends on."""
-        content = [VERSION, self.clips_per_shard, self.source.describe(), self.store.describe()]
-        return sha256_of_bytes(json.dumps(content, sort_keys=True).encode("utf-8"))
+        return hash_of([VERSION, self.clips_per_shard, self.source.describe(), self.store.describe()])
 
 
 @dataclass(frozen=True)

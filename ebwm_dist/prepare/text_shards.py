@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ebwm_dist.data.format.index import finished_shard
+from ebwm_dist.data.format.index import finished_shard, read_build_record, write_build_record
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Shard, Split
 from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
-from ebwm_dist.prepare.build_state import begin, finish, load_position, save_position, up_to_date
+from ebwm_dist.prepare.build_state import begin, finish, hash_of, up_to_date
 from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
 from ebwm_dist.prepare.listing import describe_inputs
@@ -47,12 +47,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the finished shards of a split end: after `offset` tokens of the document that follows `documents` others.
+    """Where a shard of a split ends: after `offset` tokens of the document that follows `documents` others.
 
-    They hold `samples` rows; `tokens` counts those of the documents before, and `last` is the last row's last token.
+    So far there are `samples` rows; `tokens` counts those of the documents before, `last` is the last row's last token.
     """
 
-    shards: int
     samples: int
     documents: int
     tokens: int
@@ -63,13 +62,11 @@ class _Position:
 class _SplitBuilder:
     """Packs and writes one split and counts its documents, from the end of the shards of an interrupted run on."""
 
-    def __init__(self, folder: Path, split: str, sample_format: TokenFormat, layout: Layout) -> None:
-        self._folder, self._split, self._length = folder, split, sample_format.sequence_length
-        self._start, self._kept = _resume(folder, split, _Position(0, 0, 0, 0, 0, sample_format.eos_id))
+    def __init__(self, folder: Path, split: str, sample_format: TokenFormat, layout: Layout, made_from: str) -> None:
+        self._folder, self._length, self._made_from = folder, sample_format.sequence_length, made_from
+        self._start, self.kept = _resume(folder, split, made_from, _Position(0, 0, 0, 0, sample_format.eos_id))
         self._packer = Packer(self._length, layout.samples_per_member, self._start.last, sample_format.pad_id)
-        self._writer = ShardWriter(
-            folder, split, sample_format, layout.members_per_shard, first_shard=self._start.shards
-        )
+        self._writer = ShardWriter(folder, split, sample_format, layout.members_per_shard, first_shard=len(self.kept))
         self.groups: set[str] = set()
         self._documents = self._text_bytes = 0
         self._added, self._samples, self._tokens = self._start.documents, self._start.samples, self._start.tokens
@@ -89,34 +86,36 @@ class _SplitBuilder:
             self._writer.write(block)
             self._samples += len(block)
             if len(self._writer.shards) > shards:
-                self._save(tokens)
+                self._record(tokens)
         self._added += 1
         self._tokens += len(tokens)
 
-    def _save(self, tokens: np.ndarray) -> None:
-        """Save the position after the last shard, which ends within the document of these tokens."""
+    def _record(self, tokens: np.ndarray) -> None:
+        """Store with the last shard where it ends, which is within the document of these tokens."""
         offset = self._samples * self._length - self._tokens
-        shards = self._start.shards + len(self._writer.shards)
-        position = _Position(shards, self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
-        save_position(self._folder, self._split, asdict(position))
+        position = _Position(self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
+        record = {"made_from": self._made_from, "end": asdict(position)}
+        write_build_record(self._folder, self._writer.shards[-1], record)
 
     def finish(self) -> Split:
         for block in self._packer.finish():
             self._writer.write(block)
         self._writer.close()
         totals = {"documents": self._documents, "tokens": self._tokens, "text_bytes": self._text_bytes}
-        return Split((*self._kept, *self._writer.shards), len(self.groups), totals)
+        return Split((*self.kept, *self._writer.shards), len(self.groups), totals)
 
 
-def _resume(folder: Path, split: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
-    """Return the saved position and the shards before it, if all of them are whole; else the beginning."""
-    try:
-        position = _Position(**load_position(folder, split))
-    except TypeError:
-        return beginning, []
-    found = [finished_shard(folder, f"{split}-{number:06d}.tar") for number in range(position.shards)]
-    kept = [shard for shard in found if shard is not None]
-    return (position, kept) if len(kept) == position.shards else (beginning, [])
+def _resume(folder: Path, split: str, made_from: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
+    """Return the shards of an interrupted run that were made from the same, and where the last of them ends."""
+    end = beginning
+    kept: list[Shard] = []
+    while shard := finished_shard(folder, f"{split}-{len(kept):06d}.tar"):
+        record = read_build_record(folder, shard)
+        if record.get("made_from") != made_from:
+            break
+        kept.append(shard)
+        end = _Position(**record["end"])
+    return end, kept
 
 
 def build_text_shards(
@@ -151,7 +150,7 @@ def build_text_shards(
     if (existing := up_to_date(out, source)) is not None and has_model:
         return _report(existing, start, up_to_date=True)
 
-    begin(out, source)
+    begin(out)
     if not has_model:
         write_atomically(model, tokenizer.path.read_bytes())
 
@@ -166,7 +165,7 @@ def build_text_shards(
         tokenizer=TOKENIZER_NAME,
         tokenizer_sha256=tokenizer.sha256,
     )
-    builders = {name: _SplitBuilder(out, name, sample_format, layout) for name in SPLITS}
+    builders = {name: _SplitBuilder(out, name, sample_format, layout, hash_of(source)) for name in SPLITS}
     _add_documents(builders, reader, tokenizer, layout, work)
     write_rejects(out, reader.rejects)
     manifest = Manifest(
@@ -177,13 +176,13 @@ def build_text_shards(
         source={**source, "rejects": len(reader.rejects), "empty": reader.empty},
     )
     finish(manifest)
-    return _report(manifest, start)
+    return _report(manifest, start, kept=sum(len(builder.kept) for builder in builders.values()))
 
 
-def _report(manifest: Manifest, start: float, up_to_date: bool = False) -> Report:
+def _report(manifest: Manifest, start: float, up_to_date: bool = False, kept: int = 0) -> Report:
     rejects, empty = manifest.source["rejects"], manifest.source["empty"]
     notes = (f"{empty:,} empty documents left out",) if empty else ()
-    return Report(manifest, time.monotonic() - start, up_to_date, rejects=rejects, notes=notes)
+    return Report(manifest, time.monotonic() - start, up_to_date, kept, rejects, notes)
 
 
 def _add_documents(

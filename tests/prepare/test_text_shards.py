@@ -16,7 +16,7 @@ from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.evaluation.unigram import target_counts, unigram_perplexity
+from ebwm_dist.evaluation.unigram import target_counts
 from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
@@ -334,12 +334,3 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Toke
     assert report.manifest.token_format.dtype == "uint32"
     expected = np.concatenate(list(ShardReader(tiny).blocks()))
     assert np.array_equal(np.concatenate(list(ShardReader(report.manifest).blocks())), expected)
-
-
-def test_unigram_perplexity_against_a_plain_count(tiny: Manifest) -> None:
-    tokenizer = load_tokenizer(tiny)
-    train = [t for text in texts_of(tiny, "train") for t in [*tokenizer.encode(text), tiny.token_format.eos_id]]
-    val = [t for text in texts_of(tiny, "val") for t in [*tokenizer.encode(text), tiny.token_format.eos_id]]
-    total = len(train) + tiny.token_format.vocab_size
-    losses = [-np.log((train.count(token) + 1) / total) for token in val]
-    assert unigram_perplexity(tiny) == pytest.approx(np.exp(np.mean(losses)), rel=1e-9)
