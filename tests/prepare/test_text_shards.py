@@ -97,6 +97,9 @@ def test_the_same_again_does_nothing_and_other_settings_replace_everything(
     listed = {name for split in other.manifest.splits.values() for s in split.shards for name in (s.path, s.index_path)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == listed | {"manifest.json", "tokenizer.model"}
 
+    fresh = build_text_shards([source], tokenizer, tmp_path / "fresh", Layout(sequence_length=64, holdout=("b",)))
+    assert fresh.kept == other.kept == 0 and fresh.manifest.fingerprint == other.manifest.fingerprint
+
     source.write_text(source.read_text() + json.dumps({"id": "x", "group": "a", "text": "more"}) + "\n")
     changed = run(Layout(sequence_length=64, holdout=("b",)))
     assert not changed.up_to_date and texts_of(changed.manifest, "train")[-1] == "more"
