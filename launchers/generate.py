@@ -108,10 +108,10 @@ def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
     """Continue held-out samples of video."""
     from ebwm_dist.inference.video import roll_out_held_out, write_pictures
 
-    film, observer = roll_out_held_out(
+    film, preprocess = roll_out_held_out(
         run, args.data, samples=args.samples, observed=args.observe, thinking=thinking, seed=args.seed
     )
-    pictures = [] if args.out is None else write_pictures(film, observer, args.out)
+    pictures = [] if args.out is None else write_pictures(film, preprocess, args.out)
     records = film.records()
     if args.json:
         print(json.dumps(records))

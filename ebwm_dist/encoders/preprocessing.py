@@ -1,6 +1,6 @@
-"""From the samples of a batch to what a model observes, on its device: there clips are encoded by a frozen encoder.
+"""Preprocess a batch: move it to the device, crop and encode frames, normalise.
 
-Shapes: B batch, F = S+1 frames of H x W pixels, E width of the embeddings.
+Shapes: B batch, S+1 tokens, F = S+1 frames of H x W pixels, E width of the embeddings.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from ebwm_dist.mcmc.noise import mix_seed
 
 STATISTICS_FILE = "embedding_statistics.json"
 STATISTICS_CLIPS = 256
-"""Clips of each data set, spread over its training split, that mean and deviation of embeddings are taken from."""
+"""Clips of each data set, spread evenly over its training split, whose embeddings are measured."""
 _CLIPS_AT_ONCE = 16
-CROP = 0xC409
-"""Keeps the seeds of crops apart from those of a model's noise."""
+_CROP = 0xC409  # keeps the seeds of crops apart from those of a model's noise
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class EmbeddingStatistics:
     std: float
 
     def check(self, encoder: Encoder, run_dir: Path) -> None:
-        """Refuse an encoder that is another one than in training."""
+        """Raise a UserError if `encoder` is not the one of the training."""
         if self.sha256 is not None and self.sha256 != encoder.sha256:
             raise UserError(
                 f"{run_dir} was trained with the encoder {self.encoder} (sha256 {self.sha256[:12]}), now it is "
@@ -54,81 +53,84 @@ class EmbeddingStatistics:
 
 
 class FramePreprocessor:
-    """Hands samples to a model as they are, or, with an encoder, as normalised embeddings of their frames."""
+    """Moves samples to a device; with an encoder, frames become normalised embeddings."""
 
     def __init__(self, device: torch.device, encoder: Encoder | None = None, mean: float = 0.0, std: float = 1.0):
         self.device, self.encoder = device, None if encoder is None else encoder.to(device)
         self.mean, self.std = mean, std
 
     def __call__(self, samples: Tensor) -> Tensor:
-        """Return tokens [B, S+1] and latents [B, S+1, E] on the device, and frames [B, F, H, W, 3] as latents."""
+        """Return tokens `[B, S+1]` or embeddings `[B, F, E]`, which frames `[B, F, H, W, 3]` are encoded to."""
         samples = samples.to(self.device, non_blocking=True)
         if self.encoder is None or samples.dtype != torch.uint8:
             return samples
         return (self.encode(samples) - self.mean) / self.std
 
-    def augmented(self, samples: Tensor, sample_ids: Tensor, seed: int, min_crop_scale: float) -> Tensor:
-        """Return the same of a part of each clip, chosen by its id, another one in every epoch, and the run's seed."""
+    def augment(self, samples: Tensor, sample_ids: Tensor, seed: int, min_crop_scale: float) -> Tensor:
+        """Preprocess a random square of each clip; `sample_ids` differ between epochs, so crops do too.
+
+        Args:
+            samples: any samples; those that are not frames are not cropped.
+            sample_ids: `[B]`, which decide on the crops, together with the run's `seed`.
+            min_crop_scale: smallest side of a crop, as a fraction of the shorter side of the frames; 1 for no crops.
+        """
         if min_crop_scale < 1 and samples.dtype == torch.uint8:
-            draws = [mix_seed(seed, CROP, sample_id) for sample_id in sample_ids.tolist()]
+            draws = [mix_seed(seed, _CROP, sample_id) for sample_id in sample_ids.tolist()]
             clips = zip(samples.to(self.device), draws, strict=True)
-            samples = torch.stack([_cropped(clip, draw, min_crop_scale) for clip, draw in clips])
+            samples = torch.stack([_random_crop(clip, draw, min_crop_scale) for clip, draw in clips])
         return self(samples)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Return the embeddings [B, F, E] of frames [B, F, H, W, 3] as the encoder makes them."""
+        """Encode frames `[B, F, H, W, 3]` to embeddings `[B, F, E]` that are not normalised."""
         assert self.encoder is not None
         return self.encoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     @property
     def decodable(self) -> bool:
-        """Return whether embeddings can be shown."""
+        """Whether embeddings can be decoded to frames."""
         return self.encoder is not None and self.encoder.decodable
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Return the frames [..., H, W, 3] uint8 that normalised embeddings [..., E] stand for."""
+        """Decode normalised embeddings `[..., E]` to frames `[..., H, W, 3]` uint8."""
         assert self.encoder is not None
         frames = self.encoder.decode(embeddings.flatten(0, -2).float() * self.std + self.mean)
         return frames.unflatten(0, embeddings.shape[:-1])
 
 
-def _cropped(clip: Tensor, seed: int, smallest: float) -> Tensor:
-    """Return a random square of a clip [F, H, W, 3], the same of every frame, at the size of the whole."""
+def _random_crop(clip: Tensor, seed: int, min_scale: float) -> Tensor:
+    """Return a random square, mirrored or not, of a clip `[F, H, W, 3]`, the same in every frame, resized to H x W."""
     height, width = clip.shape[1:3]
-    drawn = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
-    side = max(1, round(min(height, width) * (smallest + (1 - smallest) * drawn[0])))
-    top, left = int(drawn[1] * (height - side + 1)), int(drawn[2] * (width - side + 1))
-    part = clip[:, top : top + side, left : left + side].movedim(-1, 1).float()
-    if drawn[3] < 0.5:
-        part = part.flip(-1)
-    part = interpolate(part, size=(height, width), mode="bilinear", align_corners=False)
-    return part.round().to(torch.uint8).movedim(1, -1)
+    scale, down, across, mirrored = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    side = max(1, round(min(height, width) * (min_scale + (1 - min_scale) * scale)))
+    top, left = int(down * (height - side + 1)), int(across * (width - side + 1))
+    crop = clip[:, top : top + side, left : left + side].movedim(-1, 1).float()
+    crop = interpolate(
+        crop.flip(-1) if mirrored < 0.5 else crop, size=(height, width), mode="bilinear", align_corners=False
+    )
+    return crop.round().to(torch.uint8).movedim(1, -1)
 
 
 def check_format(config: Config, sample_format: SampleFormat) -> None:
-    """Refuse data that the configured model cannot be trained on, naming both sides."""
-    model, data, where = (
-        config.model,
-        config.data,
-        f"the {sample_format.kind} in {' and '.join(config.data.mixture) or config.data.path}",
-    )
-    wanted: list[tuple[str, int | None, int]] = [
-        ("data.sequence_length", data.sequence_length, sample_format.sequence_length)
-    ]
+    """Raise a ConfigError that names both sides if the configured model cannot be trained on such samples."""
+    model, data = config.model, config.data
+    where = f"the {sample_format.kind} in {' and '.join(data.mixture) or data.path}"
+    required: dict[str, tuple[int | None, int]] = {
+        "data.sequence_length": (data.sequence_length, sample_format.sequence_length)
+    }
     if isinstance(sample_format, TokenFormat):
         if model.embedding_dim is not None:
             raise ConfigError(
                 f"model.embedding_dim is {model.embedding_dim}, but {where} are text: set it to null, or data.path to "
                 "a folder of latents or clips"
             )
-        wanted.append(("model.vocab_size", model.vocab_size, sample_format.vocab_size))
+        required["model.vocab_size"] = model.vocab_size, sample_format.vocab_size
     elif model.embedding_dim is None:
         width = f" of width {sample_format.embedding_dim}" if isinstance(sample_format, LatentFormat) else ""
         raise ConfigError(
             f"model.embedding_dim is null, but {where} are video{width}: set it to the width of the embeddings"
         )
     if isinstance(sample_format, LatentFormat):
-        wanted.append(("model.embedding_dim", model.embedding_dim, sample_format.embedding_dim))
+        required["model.embedding_dim"] = model.embedding_dim, sample_format.embedding_dim
         if data.encoder not in (None, sample_format.encoder):
             raise ConfigError(
                 f"data.encoder is {data.encoder!r}, but {where} were made with {sample_format.encoder!r}: set "
@@ -138,15 +140,15 @@ def check_format(config: Config, sample_format: SampleFormat) -> None:
         raise ConfigError(
             f"data.encoder is null, but {where} have to be encoded: set data.encoder=pixels:16, or another"
         )
-    for key, here, there in wanted:
-        if here != there:
-            raise ConfigError(f"{key} is {here}, but {where} were made with {there}: set {key}={there}")
+    for key, (value, needed) in required.items():
+        if value != needed:
+            raise ConfigError(f"{key} is {value}, but {where} were made with {needed}: set {key}={needed}")
 
 
 def build_preprocessor(config: Config, sample_format: SampleFormat, device: torch.device) -> FramePreprocessor:
-    """Return the preprocessor of such samples for the configured model; that of clips has no statistics yet.
+    """Return the preprocessor of such samples for the configured model; for clips, mean and std are still to be set.
 
-    Latents have an encoder where it can be built from its name alone; it only serves to decode them.
+    For latents it has an encoder if that needs no weights; it serves to decode them.
     """
     if isinstance(sample_format, LatentFormat):
         encoder = None
@@ -169,27 +171,26 @@ def build_preprocessor(config: Config, sample_format: SampleFormat, device: torc
 
 
 def embedding_statistics(
-    observer: FramePreprocessor, mixture: Mixture, run_dir: Path, skip: bool = False
+    preprocess: FramePreprocessor, mixture: Mixture, run_dir: Path, skip: bool = False
 ) -> tuple[float, float]:
-    """Return mean and standard deviation of the embeddings of training clips, without damaged ones if `skip`.
+    """Return mean and standard deviation of the embeddings of training clips; damaged ones are left out if `skip`.
 
-    Data sets count by their shares. The figures are computed at the first start of a run, kept in its folder, and the
-    same ever after.
+    They are computed when a run first starts, with data sets weighted by their shares, and stored in its folder.
     """
-    encoder, file = observer.encoder, run_dir / STATISTICS_FILE
+    encoder, file = preprocess.encoder, run_dir / STATISTICS_FILE
     assert encoder is not None
     if file.is_file():
         statistics = read_statistics(file)
         statistics.check(encoder, run_dir)
         return statistics.mean, statistics.std
-    mean, std = pooled(mixture.sources, [_moments(observer, source.manifest, skip) for source in mixture.sources])
+    mean, std = pooled(mixture.sources, [_moments(preprocess, source.manifest, skip) for source in mixture.sources])
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(file, {"encoder": encoder.spec, "sha256": encoder.sha256, "mean": mean, "std": std})
     return mean, std
 
 
-def _moments(observer: FramePreprocessor, manifest: Manifest, skip: bool) -> tuple[float, float]:
-    """Return the means of embeddings and of their squares over training clips of one data set."""
+def _moments(preprocess: FramePreprocessor, manifest: Manifest, skip: bool) -> tuple[float, float]:
+    """Return the mean of the embeddings of one data set, and the mean of their squares."""
     counts = np.cumsum([0, *manifest.train.counts])
     chosen = min(STATISTICS_CLIPS, manifest.train.samples)
     numbers = np.arange(chosen) * manifest.train.samples // chosen
@@ -200,7 +201,7 @@ def _moments(observer: FramePreprocessor, manifest: Manifest, skip: bool) -> tup
         part = slice(start, start + _CLIPS_AT_ONCE)
         place = shards[part], (numbers - counts[shards])[part]
         for frames in intact_parts(reader.read, place) if skip else (reader.read(*place)[0],):
-            embeddings = observer.encode(torch.from_numpy(frames).to(observer.device)).double()
+            embeddings = preprocess.encode(torch.from_numpy(frames).to(preprocess.device)).double()
             count += embeddings.numel()
             total += embeddings.sum().item()
             squares += embeddings.square().sum().item()
@@ -211,7 +212,7 @@ def _moments(observer: FramePreprocessor, manifest: Manifest, skip: bool) -> tup
 
 
 def read_statistics(file: Path) -> EmbeddingStatistics:
-    """Read the statistics that a run on clips has kept."""
+    """Read the statistics that a run on clips has stored."""
     try:
         content = json.loads(file.read_text("utf-8"))
         return EmbeddingStatistics(content["encoder"], content["sha256"], float(content["mean"]), float(content["std"]))

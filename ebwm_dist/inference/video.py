@@ -93,12 +93,12 @@ def roll_out_held_out(
     return Film(batch.keys, observed, truth, content.frame_interval, rolled), data.preprocess
 
 
-def write_pictures(film: Film, observer: FramePreprocessor, folder: Path) -> list[Path]:
+def write_pictures(film: Film, preprocess: FramePreprocessor, folder: Path) -> list[Path]:
     """Write what was to come above what the model rolled out: strips of all frames as PNG, and moving as GIF."""
-    if not observer.decodable:
+    if not preprocess.decodable:
         raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")
     guess = torch.cat((film.truth[:, : film.observed], film.rolled.states.to(film.truth.dtype)), 1)
-    frames = torch.stack((observer.decode(film.truth), observer.decode(guess)), 1).cpu().numpy()  # [B, 2, F, H, W, 3]
+    frames = torch.stack([preprocess.decode(clips) for clips in (film.truth, guess)], 1).cpu().numpy()  # [B, 2, F, ...]
     larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
     frames = frames.repeat(larger, 3).repeat(larger, 4)
     frames[:, 1, film.observed :, :2], frames[:, 1, film.observed :, -2:] = (255, 140, 0), (255, 140, 0)  # new ones

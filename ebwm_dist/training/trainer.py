@@ -115,7 +115,7 @@ class Trainer:
             save_sample_format(self.manifest, self.run_dir)
 
         self.unit = "token" if config.model.embedding_dim is None else "frame"
-        self.observer = self._build_observer()
+        self.preprocess = self._build_preprocessor()
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         sample_format = self.manifest.sample_format
@@ -229,7 +229,7 @@ class Trainer:
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                self.observer.augmented(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
+                self.preprocess.augment(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
                 batch.sample_ids,
                 plan,
                 num_targets=num_targets,
@@ -368,7 +368,7 @@ class Trainer:
         def forward(observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
             return self.engine(self.model.evaluate, observed, sample_ids, num_steps)
 
-        sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, self.observer, proceed)
+        sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, self.preprocess, proceed)
         if sums is None:
             return True
         result = sums.over_ranks().result()
@@ -391,16 +391,16 @@ class Trainer:
         self._say(val_line(record))
         return False
 
-    def _build_observer(self) -> FramePreprocessor:
+    def _build_preprocessor(self) -> FramePreprocessor:
         """Return what shows batches to the model; the statistics of clips are the same on all ranks."""
         with same_on_all_ranks():
-            observer = build_preprocessor(self.config, self.manifest.sample_format, self.world.device)
+            preprocess = build_preprocessor(self.config, self.manifest.sample_format, self.world.device)
         if isinstance(self.manifest.sample_format, ClipFormat):
             self.watchdog.beat(0, "statistics of the embeddings")
             skip = self.config.data.on_error == "skip"
-            found = embedding_statistics(observer, self.data, self.run_dir, skip) if self.world.rank == 0 else None
-            observer.mean, observer.std = self.world.from_rank_0(found)
-        return observer
+            found = embedding_statistics(preprocess, self.data, self.run_dir, skip) if self.world.rank == 0 else None
+            preprocess.mean, preprocess.std = self.world.from_rank_0(found)
+        return preprocess
 
     def _verify_lock(self) -> None:
         """End a run that was taken for dead, before it writes among what another one writes."""

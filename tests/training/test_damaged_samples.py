@@ -62,10 +62,10 @@ def test_statistics_of_embeddings_leave_damaged_clips_out(tmp_path: Path) -> Non
     (manifest.folder / "train-000001.tar").unlink()  # clips 3, 4 and 5
     mixture = Mixture.of({"clips": manifest}, {"clips": 1.0})
     encoder = build_encoder("pixels:2")
-    observer = FramePreprocessor(torch.device("cpu"), encoder)
+    preprocess = FramePreprocessor(torch.device("cpu"), encoder)
     with pytest.raises(DataError, match=r"missing file: .*train-000001\.tar"):
-        embedding_statistics(observer, mixture, tmp_path / "run")
-    mean, std = embedding_statistics(observer, mixture, tmp_path / "run", skip=True)
+        embedding_statistics(preprocess, mixture, tmp_path / "run")
+    mean, std = embedding_statistics(preprocess, mixture, tmp_path / "run", skip=True)
     frames = torch.from_numpy(tiny_frames("train"))
     intact = encoder.encode(torch.cat([frames[:3], frames[6:]]).flatten(0, 1)).double()
     assert abs(mean - intact.mean()) < 0.01 and abs(std - intact.std()) < 0.01

@@ -93,17 +93,17 @@ def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
 def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "clips", tmp_path / "run"))
     mixture = load_data(config)
-    observer = build_preprocessor(config, mixture.sample_format, CPU)
-    observer.mean, observer.std = embedding_statistics(observer, mixture, tmp_path / "run")
+    preprocess = build_preprocessor(config, mixture.sample_format, CPU)
+    preprocess.mean, preprocess.std = embedding_statistics(preprocess, mixture, tmp_path / "run")
     frames = torch.from_numpy(tiny_frames("train"))
-    observed = observer(frames)
+    observed = preprocess(frames)
     assert observed.shape == (SAMPLES["train"], FRAMES, 12)
     assert abs(observed.mean()) < 0.02 and abs(observed.std() - 1) < 0.02  # jpeg changes colours a little
-    assert (observer.decode(observed).int() - frames[:, :, :2, :2].int()).abs().max() <= 1
+    assert (preprocess.decode(observed).int() - frames[:, :, :2, :2].int()).abs().max() <= 1
 
     # The same at every later start, whatever the clips are; but never those of another encoder.
     kept = (tmp_path / "run" / STATISTICS_FILE).read_text()
-    assert embedding_statistics(observer, mixture, tmp_path / "run") == (observer.mean, observer.std)
+    assert embedding_statistics(preprocess, mixture, tmp_path / "run") == (preprocess.mean, preprocess.std)
     assert (tmp_path / "run" / STATISTICS_FILE).read_text() == kept
     other = FramePreprocessor(CPU, build_encoder("pixels:2/1"))
     with pytest.raises(UserError, match=r"was trained with the encoder pixels:2 .*now it is pixels:2/1 .*new run_dir"):
@@ -111,12 +111,12 @@ def test_clips_are_encoded_and_normalised(folder: Path, tmp_path: Path) -> None:
 
 
 def test_data_sets_count_by_their_shares_in_the_statistics(tmp_path: Path) -> None:
-    observer = FramePreprocessor(CPU, build_encoder("pixels:2"))
+    preprocess = FramePreprocessor(CPU, build_encoder("pixels:2"))
     manifests = {str(seed): make_tiny_clips(tmp_path / str(seed), "jpeg", seed) for seed in (1, 2)}
     alone = [
-        embedding_statistics(observer, Mixture.of({k: m}, {k: 1}), tmp_path / f"run{k}") for k, m in manifests.items()
+        embedding_statistics(preprocess, Mixture.of({k: m}, {k: 1}), tmp_path / f"run{k}") for k, m in manifests.items()
     ]
-    mean, std = embedding_statistics(observer, Mixture.of(manifests, {"1": 3, "2": 1}), tmp_path / "run")
+    mean, std = embedding_statistics(preprocess, Mixture.of(manifests, {"1": 3, "2": 1}), tmp_path / "run")
     (mean_1, std_1), (mean_2, std_2) = alone
     assert abs(mean_1 - mean_2) > 0.01 and mean == pytest.approx(0.75 * mean_1 + 0.25 * mean_2)
     square = 0.75 * (std_1**2 + mean_1**2) + 0.25 * (std_2**2 + mean_2**2)
@@ -129,10 +129,10 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     frames = torch.zeros(3, FRAMES, 32, 32, 3, dtype=torch.uint8)
     frames[..., 0], frames[..., 1] = 7 * ramp[:, None], 7 * ramp
     frames[..., 2] = 50 * torch.arange(FRAMES, dtype=torch.uint8)[:, None, None]
-    observer = FramePreprocessor(CPU, build_encoder("pixels:32"))
+    preprocess = FramePreprocessor(CPU, build_encoder("pixels:32"))
 
     def cropped(*ids: int, seed: int = 0) -> torch.Tensor:
-        return observer.decode(observer.augmented(frames[: len(ids)], torch.tensor(ids), seed, 0.5)).int()
+        return preprocess.decode(preprocess.augment(frames[: len(ids)], torch.tensor(ids), seed, 0.5)).int()
 
     crops = cropped(0, 1, 2)
     assert torch.equal(crops[..., 2], frames[..., 2].int())
@@ -142,7 +142,7 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     assert (heights >= 7 * 14).all() and (heights <= 7 * 31).all() and len(set(heights.tolist())) == 3
     assert ((heights - widths).abs() <= 1).all()
     assert torch.equal(cropped(2), crops[2:]) and not torch.equal(cropped(2, seed=1), crops[2:])
-    assert torch.equal(observer.augmented(frames, torch.arange(3), 0, 1.0), observer(frames))
+    assert torch.equal(preprocess.augment(frames, torch.arange(3), 0, 1.0), preprocess(frames))
 
 
 @pytest.mark.parametrize(
