@@ -73,9 +73,9 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_groups_argument(parser: argparse.ArgumentParser, flag: str, what: str, metavar: str = "GROUP") -> None:
+def add_groups_argument(parser: argparse.ArgumentParser, flag: str, what: str) -> None:
     """Add an argument that names groups and may be repeated."""
-    parser.add_argument(flag, nargs="+", type=printable, action="extend", default=[], metavar=metavar, help=what)
+    parser.add_argument(flag, nargs="+", type=printable, action="extend", default=[], metavar="GROUP", help=what)
 
 
 def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[InputFile]:
