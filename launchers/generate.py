@@ -106,13 +106,19 @@ def run(args: argparse.Namespace) -> None:
 
 def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
     """Continue held-out samples of video."""
-    from ebwm_dist.inference.video import roll_out_held_out, write_pictures
+    from ebwm_dist.inference.video import roll_out_held_out
 
-    film, preprocess = roll_out_held_out(
-        run, args.data, samples=args.samples, observed=args.observe, thinking=thinking, seed=args.seed
+    found = roll_out_held_out(
+        run,
+        args.data,
+        samples=args.samples,
+        observed=args.observe,
+        thinking=thinking,
+        seed=args.seed,
+        pictures=args.out is not None,
     )
-    pictures = [] if args.out is None else write_pictures(film, preprocess, args.out)
-    records = film.records()
+    pictures = [] if args.out is None else found.write_pictures(args.out)
+    records = found.records()
     if args.json:
         print(json.dumps(records))
         return

@@ -15,7 +15,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.pictures import draw_text, draw_video, panels
 from ebwm_dist.evaluation.unigram import unigram_perplexity
 from ebwm_dist.files import write_json
-from ebwm_dist.inference.generate import generate
+from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.run import Run, ValidationData
 
@@ -155,15 +155,8 @@ def continued(run: Run, data: ValidationData) -> list[tuple[str, str]]:
     """Return some beginnings of held-out sequences, each with how the model goes on."""
     assert run.tokenizer is not None
     prompts = [batch.observed[0, :PROMPT_TOKENS].tolist() for batch in data.batches(1, PROMPTS)][:PROMPTS]
-    texts = generate(
-        run.model,
-        run.tokenizer,
-        prompts,
-        num_tokens=GENERATED_TOKENS,
-        max_context=run.config.data.sequence_length,
-        sampling=Sampling(temperature=TEMPERATURE),
-        seeds=range(len(prompts)),
-        slide=True,
+    texts = Predictor(run.model, run.config, run.tokenizer).generate(
+        prompts, GENERATED_TOKENS, sampling=Sampling(TEMPERATURE), seeds=range(len(prompts)), slide=True
     )
     return [(run.tokenizer.decode(prompt), text.text) for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A trained model as a Python object: what comes next, how well something fits, and how it goes on.
+"""A trained model as a Python object: predictions, energies, and generation.
 
 Text can be given as strings or as token ids, frames as embeddings [S, E]; several at a time, of any lengths, or one.
 
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.cache import Prediction, Sequences
-from ebwm_dist.inference.generate import Continuation, RollOut, check_length, generate, roll_out
+from ebwm_dist.inference.continuation import Continuation, RollOut, check_length
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.build import Model
@@ -33,7 +33,7 @@ AS_TRAINED, GREEDY = Thinking(), Sampling()
 
 
 class Predictor:
-    """A model to predict with: what `ebwm_dist.load` returns.
+    """A model to predict with, as `ebwm_dist.load` returns it.
 
     Args:
         model: the trained model; its parameters will have no gradients any more.
@@ -54,21 +54,18 @@ class Predictor:
         seeds: Sequence[int] | None = None,
     ) -> Prediction:
         """Return the next state after each context: logits [R, V] or embeddings [R, E], energies, steps, NFE."""
-        observed = self._observed(contexts)
-        seeds = [0] * len(observed) if seeds is None else seeds
-        for states in observed:
-            check_length(len(states), 1, self.max_context, slide=False)
+        observed, seeds = self._sequences(contexts, seeds, new=1, slide=False)
         return Sequences(self.model, observed, thinking, seeds, self.max_context).predict()
 
     def energy(
         self, contexts: States | Sequence[States], following: States | Sequence[States], landscape: int | None = None
     ) -> list[Tensor]:
-        """Return, for each context and what follows it, the energy of every state that follows: low where it fits.
+        """Return for each context the energy of every state of its continuation: low where it fits.
 
         Args:
-            contexts: what is given.
-            following: for each of them what may come next.
-            landscape: where to measure, from 0; None: the last one.
+            contexts: observed states.
+            following: a continuation of each.
+            landscape: of the energies, from 0; None: the last one.
         """
         model = self.model
         if not isinstance(model, EnergyBasedTransformer):
@@ -86,6 +83,7 @@ class Predictor:
         spans = [(len(context) - 1, len(states) - 1) for context, states in zip(before, whole, strict=True)]
         return [row[start:stop] for row, (start, stop) in zip(energies, spans, strict=True)]
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: States | Sequence[States],
@@ -98,23 +96,50 @@ class Predictor:
         slide: bool = False,
         on_text: Callable[[int, str], None] = lambda row, text: None,
     ) -> list[Continuation]:
-        """Continue texts by at most `length` tokens each; arguments as of `inference.generate.generate`."""
+        """Continue texts of any lengths together, by at most `length` tokens each.
+
+        Args:
+            prompts: texts or token ids.
+            length: largest number of new tokens of a text.
+            thinking: how to predict.
+            sampling: how to choose tokens.
+            stop: strings that end a text.
+            seeds: one for each prompt (default: 0). Prompt and seed determine a text, whatever is generated beside it.
+            slide: let texts be longer than the trained context, of which the older half is forgotten when it is full.
+            on_text: is called with the row and the text that is new, as soon as later tokens cannot change it.
+        """
         if self.embedding_dim is not None:
             raise UserError("this model predicts embeddings, not text: use roll_out")
-        return generate(
-            self.model,
-            self.tokenizer or _Ids(self.model),
-            [states.tolist() for states in self._observed(prompts)],
-            num_tokens=length,
-            max_context=self.max_context,
-            thinking=thinking,
-            sampling=sampling,
-            stop=stop,
-            seeds=seeds,
-            slide=slide,
-            on_text=on_text,
-        )
+        decoder = self.tokenizer or _Ids(self.model)
+        observed, seeds = self._sequences(prompts, seeds, length, slide)
+        sequences = Sequences(self.model, observed, thinking, seeds, self.max_context, slide)
+        texts, shown = [Continuation() for _ in observed], [0] * len(observed)
+        going = list(range(len(observed)))
+        for position in range(length):
+            prediction = sequences.predict()
+            logits = prediction.state.clone()
+            logits[:, decoder.pad_id] = -torch.inf
+            tokens = sampling.choose(logits, [seeds[row] for row in going], position)
+            kept = []
+            for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
+                text = texts[row]
+                text.note(prediction, place)
+                text.add(token, decoder, stop)
+                if text.finish == "length":
+                    kept.append(place)
+                settled = text.settled(stop, text.finish != "length" or position + 1 == length)
+                if len(settled) > shown[row]:
+                    on_text(row, settled[shown[row] :])
+                    shown[row] = len(settled)
+            sequences.append(tokens)
+            if len(kept) < len(going):
+                going = [going[place] for place in kept]
+                sequences.keep(kept)
+            if not going:
+                break
+        return texts
 
+    @torch.no_grad()
     def roll_out(
         self,
         contexts: Sequence[Tensor],
@@ -124,18 +149,26 @@ class Predictor:
         seeds: Sequence[int] | None = None,
         slide: bool = False,
     ) -> RollOut:
-        """Continue sequences of embeddings by `length` predicted ones each."""
+        """Continue sequences of embeddings [S, E] by `length` predicted ones each; arguments as of `generate`."""
         if self.embedding_dim is None:
             raise UserError("this model predicts text, not embeddings: use generate")
-        return roll_out(
-            self.model,
-            self._observed(contexts),
-            num_states=length,
-            max_context=self.max_context,
-            thinking=thinking,
-            seeds=seeds,
-            slide=slide,
-        )
+        observed, seeds = self._sequences(contexts, seeds, length, slide)
+        sequences = Sequences(self.model, observed, thinking, seeds, self.max_context, slide)
+        predictions = []
+        for _ in range(length):
+            predictions.append(sequences.predict())
+            sequences.append(predictions[-1].state)
+        states, *rest, _ = zip(*predictions, strict=True)
+        energies, steps = (None if of_all[0] is None else torch.stack(of_all, 1) for of_all in rest)
+        return RollOut(torch.stack(states, 1), energies, steps)
+
+    def _sequences(
+        self, given: States | Sequence[States], seeds: Sequence[int] | None, new: int, slide: bool
+    ) -> tuple[list[Tensor], Sequence[int]]:
+        """Return observed states and seeds of sequences that have room for `new` states more."""
+        observed = self._observed(given)
+        check_length(max(map(len, observed)), new, self.max_context, slide)
+        return observed, [0] * len(observed) if seeds is None else seeds
 
     def _observed(self, given: States | Sequence[States]) -> list[Tensor]:
         """Return each sequence as a tensor on the model's device."""
@@ -160,7 +193,7 @@ class Predictor:
 
 
 class _Ids:
-    """Stands in for a tokenizer where there is none: no text, and no end."""
+    """The decoder of a model without a tokenizer: no text, and no end token."""
 
     eos_id = -1
 

@@ -1,4 +1,4 @@
-"""The context cache: sequences of different lengths that grow state by state, and what is predicted to come next.
+"""The context cache: sequences of different lengths that grow state by state, and predictions of their next states.
 
 The keys and values of what has been observed are kept, so a candidate costs one position, and so does an observed state
 that is added: neither depends on the whole prefix being run again. Each landscape has a context stream of its own, and
@@ -27,7 +27,7 @@ from ebwm_dist.models.layers import KeysValues
 class ContextCache:
     """Keys and values of one landscape for R sequences, in buffers that are made once.
 
-    A row's keys after its own length are left from others or from padding; whoever attends hides them.
+    A row's keys after its own length are left from others or from padding; attention masks them.
 
     Args:
         context: keys and values [R, H, T, d] of the first states of the sequences, padded at their ends.
@@ -43,7 +43,7 @@ class ContextCache:
         self.fill(list(range(len(lengths))), lengths, context)
 
     def fill(self, rows: list[int], lengths: list[int], context: KeysValues) -> None:
-        """Put the first states of other sequences in place of what these rows hold."""
+        """Replace rows by the first states of other sequences."""
         for pair, new in zip(self._buffers, context, strict=True):
             for buffer, x in zip(pair, new, strict=True):
                 buffer[rows, :, : x.shape[2]] = x
@@ -51,7 +51,7 @@ class ContextCache:
             self.lengths[row] = length
 
     def append(self) -> KeysValues:
-        """Make each sequence longer by one; return the context, for whoever observes to put the keys and values in."""
+        """Make each sequence longer by one; return the context, whose newest keys and values are to be written."""
         self.lengths = [length + 1 for length in self.lengths]
         length = self._time_tokens + max(self.lengths)
         # Views, not copies.
@@ -64,7 +64,7 @@ class ContextCache:
 
 
 class Prediction(NamedTuple):
-    """What comes next in each sequence."""
+    """The prediction of the next state of each sequence."""
 
     state: Tensor
     """Logits [R, V], or embeddings [R, E]."""
@@ -81,12 +81,12 @@ class Sequences:
 
     Args:
         model: an energy model, or an autoregressive one.
-        observed: what each sequence starts with [S, ...], at least one state.
+        observed: the first states of each sequence [S, ...], at least one.
         thinking: how to predict.
         seeds: one for each sequence, which determines its noise whatever else is in the batch.
-        max_context: most states that are looked at.
-        slide: where a sequence grows beyond that, forget the older half of what is looked at (and run the rest again:
-            once in max_context / 2 states); otherwise refuse it.
+        max_context: largest number of states in the context.
+        slide: where a sequence grows beyond that, forget the older half of the context (and run the rest again, once in
+            max_context / 2 states); otherwise refuse it.
     """
 
     def __init__(

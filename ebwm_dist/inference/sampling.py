@@ -1,4 +1,4 @@
-"""Tokens from logits: greedy, or drawn from the part of the distribution that is trusted.
+"""Tokens from logits: greedy, or drawn from the more likely part of the distribution.
 
 Shapes: R sequences, V vocabulary.
 """

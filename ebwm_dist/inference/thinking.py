@@ -1,8 +1,8 @@
 """Thinking: predictions refined for as long as each of them needs, with several candidates for each.
 
-A prediction starts from noise and descends its energy. How many steps that takes is not the same everywhere: a
-candidate whose energy has converged leaves the batch, so that what is computed falls with every one that is done.
-Nothing here has a graph of parameters or of second order: a step is one candidate pass, differentiated to the state.
+A prediction starts from noise and descends its energy. Positions need different numbers of steps: a candidate whose
+energy has converged leaves the batch and costs nothing from then on. There is no graph of parameters or of second
+order: a step is one energy evaluation, differentiated to the state.
 
 Energies of different landscapes cannot be compared. So the steps that lead to the last landscape are always taken, and
 stopping, accepting and choosing look at energies of that landscape alone.
@@ -67,7 +67,7 @@ class Thinking:
 
 @dataclass(frozen=True)
 class Thought:
-    """What thinking has led to, for every position."""
+    """The predictions of all positions."""
 
     state: Tensor
     """The chosen prediction [B, C, ...]: logits, or an embedding."""
@@ -98,13 +98,13 @@ def think(
 
     Args:
         model: the energy model.
-        contexts: keys and values of the B sequences for each landscape that `landscapes` names.
+        contexts: keys and values of the B sequences for each of `landscapes`.
         positions: for each prediction [B, C] the position of the observed state that it follows.
         observed: these states [B, C, ...].
         thinking: how.
         seeds: one for each sequence. With the positions they determine all noise, whatever else is in the batch.
-        add_observed: each sequence has one position, its newest, of which the contexts have no more than the place:
-            its keys and values are put there.
+        add_observed: each sequence has one position, its newest, whose keys and values are still to be written into
+            the contexts.
     """
     refinement = _Refinement(model, contexts, positions, observed, thinking, seeds)
     if add_observed:
@@ -142,7 +142,7 @@ def has_noise(model: EnergyBasedTransformer, thinking: Thinking) -> bool:
 
 
 def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
-    """Refuse candidates that would all be the same, and a limit that ends before the last landscape."""
+    """Refuse candidates that would all be equal, and a `max_nfe` that ends before the last landscape."""
     if thinking.candidates > 1 and not has_noise(model, thinking):
         raise UserError(
             f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
@@ -161,7 +161,7 @@ def _num_steps(model: EnergyBasedTransformer, thinking: Thinking) -> int:
 
 
 class _Refinement:
-    """The candidates on their way down; `index` [n] says which of all N go on, in order."""
+    """The candidates during their refinement; `index` [n] are those of all N that go on, in order."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class _Refinement:
         device, group = positions.device, thinking.candidates
         self.shape = (*positions.shape, group)
         self.positions = positions.repeat_interleave(group, 1).flatten()
-        # Each candidate is to the noise a sample of its own.
+        # Each candidate has noise of its own.
         self.ids = torch.tensor(
             [
                 mix_seed(seed, position, number)
@@ -198,7 +198,7 @@ class _Refinement:
         self.newest: Tensor | None = None  # embedded observed states [B, 1, D] that the contexts still lack
 
     def visit(self, step: int) -> None:
-        """Measure the energy of the states that `step` steps have led to, put by those that are done, step on."""
+        """Measure the energies after `step` steps, put aside the candidates that are done, and step on."""
         model, thinking, last = self.model, self.thinking, step == self.num_steps
         landscape = model.transformer.landscape(min(step, self.num_steps - 1))
         state, energy, gradient = self._measure(step, landscape, last)
@@ -305,7 +305,7 @@ class _Refinement:
 
 
 class _Layout:
-    """Where candidates [n], in order of their rows, stand in a batch [R, M]: side by side, R rows that have some."""
+    """The places of candidates [n], in order of their rows, in a batch [R, M] of the R rows that have some."""
 
     def __init__(self, rows: Tensor, positions: Tensor):
         self.rows, counts = rows.unique_consecutive(return_counts=True)

@@ -1,4 +1,4 @@
-"""Roll-outs of video: how held-out samples go on, what the model makes of them, and both as pictures.
+"""Roll-outs of held-out video, and pictures of them beside the true frames.
 
 Shapes: B samples, F frames of H x W pixels, n observed frames, N new ones, E width of the embeddings.
 """
@@ -18,28 +18,34 @@ from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
-from ebwm_dist.inference.generate import RollOut
+from ebwm_dist.inference.continuation import RollOut
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.run import Run
 
 SHORTEST_SIDE = 64
 """Pixels that small frames are enlarged to, so that they can be seen."""
+MARK = (255, 140, 0)
+"""Colour above and below predicted frames."""
 
 
 @dataclass(frozen=True)
-class Film:
-    """Held-out samples and what the model rolls out from their first frames."""
+class HeldOutRollOut:
+    """Held-out samples, and roll-outs from their first frames."""
 
     keys: list[str]
     """The samples."""
-    observed: int
-    """Number n of frames that the model has seen of each."""
     truth: Tensor
-    """Normalised embeddings [B, n + N, E] of what there is."""
-    frame_interval: float
-    """Seconds between two of them."""
+    """Their normalised embeddings [B, n + N, E]."""
     rolled: RollOut
-    """What the model goes on with, N of each."""
+    """N new frames of each."""
+    preprocess: FramePreprocessor
+    frame_interval: float
+    """Seconds between two frames."""
+
+    @property
+    def observed(self) -> int:
+        """Return the number n of observed frames of each sample."""
+        return self.truth.shape[1] - self.rolled.states.shape[1]
 
     def records(self) -> list[dict[str, Any]]:
         """Return, for each sample, the error, the energies and the steps of every new frame."""
@@ -54,6 +60,24 @@ class Film:
             records.append(record)
         return records
 
+    def write_pictures(self, folder: Path) -> list[Path]:
+        """Write the true frames above the predicted ones: strips of all frames as PNG, and moving as GIF."""
+        predicted = torch.cat((self.truth[:, : self.observed], self.rolled.states.to(self.truth.dtype)), 1)
+        decoded = [self.preprocess.decode(embeddings) for embeddings in (self.truth, predicted)]
+        frames = torch.stack(decoded, 1).cpu().numpy()  # [B, 2, F, H, W, 3]
+        larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
+        frames = frames.repeat(larger, 3).repeat(larger, 4)
+        frames[:, 1, self.observed :, :2] = frames[:, 1, self.observed :, -2:] = MARK
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, pair in enumerate(frames):
+            strip, moving = folder / f"sample-{number}.png", folder / f"sample-{number}.gif"
+            Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in pair], 0)).save(strip)
+            first, *rest = (Image.fromarray(np.concatenate(both, 0)) for both in zip(*pair, strict=True))
+            first.save(moving, save_all=True, append_images=rest, duration=round(1000 * self.frame_interval), loop=0)
+            paths += [strip, moving]
+        return paths
+
 
 def roll_out_held_out(
     run: Run,
@@ -63,51 +87,32 @@ def roll_out_held_out(
     observed: int,
     thinking: Thinking = AS_TRAINED,
     seed: int = 0,
-) -> tuple[Film, FramePreprocessor]:
-    """Roll out held-out samples of a run's data to their full length.
+    pictures: bool = False,
+) -> HeldOutRollOut:
+    """Roll out held-out samples to their full length.
 
     Args:
         run: a run on video.
-        folder: data to take them from; None: the data that it was trained on.
+        folder: data folder or its address; None: the data of the run.
         samples: how many, spread over the split.
-        observed: frames of each that the model sees.
-        thinking: how it thinks about each new frame.
+        observed: number of observed frames of each.
+        thinking: how to predict.
         seed: of the noise of the first sample; each further one has the next.
+        pictures: refuse an encoder that cannot decode, before anything is computed.
     """
     data = run.validation_data(folder)
-    content = data.mixture.sample_format
-    assert not isinstance(content, TokenFormat)
-    frames = content.sequence_length + 1
+    sample_format = data.mixture.sample_format
+    assert not isinstance(sample_format, TokenFormat)
+    frames = sample_format.sequence_length + 1
     if not 1 <= observed < frames:
         raise UserError(
             f"{observed} observed frames: the samples have {frames}, so at least 1 and at most {frames - 1}"
         )
+    if pictures and not data.preprocess.decodable:
+        raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")
     (batch,) = data.batches(sum(data.counts(samples)), samples)
     truth = data.preprocess(batch.observed)
     rolled = Predictor(run.model, run.config, None).roll_out(
-        list(truth[:, :observed]),
-        frames - observed,
-        thinking=thinking,
-        seeds=[seed + row for row in range(len(truth))],
+        list(truth[:, :observed]), frames - observed, thinking=thinking, seeds=range(seed, seed + len(truth))
     )
-    return Film(batch.keys, observed, truth, content.frame_interval, rolled), data.preprocess
-
-
-def write_pictures(film: Film, preprocess: FramePreprocessor, folder: Path) -> list[Path]:
-    """Write what was to come above what the model rolled out: strips of all frames as PNG, and moving as GIF."""
-    if not preprocess.decodable:
-        raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")
-    guess = torch.cat((film.truth[:, : film.observed], film.rolled.states.to(film.truth.dtype)), 1)
-    frames = torch.stack([preprocess.decode(clips) for clips in (film.truth, guess)], 1).cpu().numpy()  # [B, 2, F, ...]
-    larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
-    frames = frames.repeat(larger, 3).repeat(larger, 4)
-    frames[:, 1, film.observed :, :2], frames[:, 1, film.observed :, -2:] = (255, 140, 0), (255, 140, 0)  # new ones
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for number, pair in enumerate(frames):
-        strip, moving = folder / f"sample-{number}.png", folder / f"sample-{number}.gif"
-        Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in pair], 0)).save(strip)
-        first, *rest = (Image.fromarray(np.concatenate([above, below], 0)) for above, below in zip(*pair, strict=True))
-        first.save(moving, save_all=True, append_images=rest, duration=round(1000 * film.frame_interval), loop=0)
-        paths += [strip, moving]
-    return paths
+    return HeldOutRollOut(batch.keys, truth, rolled, data.preprocess, sample_format.frame_interval)

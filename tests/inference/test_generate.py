@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ebwm_dist.config.schema import ModelConfig
+from ebwm_dist.config.schema import Config, DataConfig, ModelConfig
 from ebwm_dist.errors import UserError
-from ebwm_dist.inference.generate import Continuation, RollOut, generate, roll_out
+from ebwm_dist.inference.api import Predictor
+from ebwm_dist.inference.continuation import Continuation
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking, landscapes, think
 from ebwm_dist.mcmc.build import Model
@@ -69,9 +71,18 @@ def written(model: Model, prompt: list[int], seed: int, new: int = NEW) -> tuple
     return tokens[len(prompt) :], energies
 
 
-def continued(model: Model, prompts: list[list[int]], seeds: list[int], **options: object) -> list[Continuation]:
-    options = {"num_tokens": NEW, "max_context": CONTEXT, "thinking": thinking_of(model)} | options
-    return generate(model, Letters(), prompts, seeds=seeds, **options)
+def predictor(
+    model: Model, decoder: Letters | None = None, context: int = CONTEXT, width: int | None = None
+) -> Predictor:
+    config = Config(model=ModelConfig(vocab_size=VOCAB, embedding_dim=width), data=DataConfig(sequence_length=context))
+    return Predictor(model, config, decoder or Letters())  # type: ignore[arg-type]
+
+
+def continued(
+    model: Model, prompts: list[list[int]], seeds: list[int], length: int = NEW, context: int = CONTEXT, **options: Any
+) -> list[Continuation]:
+    options = {"thinking": thinking_of(model)} | options
+    return predictor(model, context=context).generate(prompts, length, seeds=seeds, **options)
 
 
 def thinking_of(model: Model) -> Thinking:
@@ -99,7 +110,8 @@ def test_rolled_out_embeddings_equal_running_the_prefix_again(variant: str) -> N
     model = energy_model(variant, embedding_dim=6)
     generator = torch.Generator().manual_seed(0)
     observed = [torch.randn(n, 6, generator=generator).double() for n in (4, 1, 7)]
-    out: RollOut = roll_out(model, observed, num_states=3, max_context=CONTEXT, thinking=THINKING, seeds=SEEDS)
+    out = predictor(model, width=6).roll_out(observed, 3, thinking=THINKING, seeds=SEEDS)
+    assert out.energies is not None and out.steps is not None
     assert out.states.shape == (3, 3, 6) and out.energies.shape == (3, 3, 5) and out.steps.shape == (3, 3)
     for row, seed in enumerate(SEEDS):
         states = observed[row]
@@ -118,16 +130,7 @@ def test_texts_that_end_leave_the_others_as_they_were(name: str) -> None:
     decoder = Letters()
     decoder.eos_id = next(token for token in free[0].tokens if token not in free[1].tokens)
     stop = next(letter for letter in free[2].text if letter not in free[1].text)
-    found = generate(
-        model,
-        decoder,
-        PROMPTS,
-        seeds=SEEDS,
-        num_tokens=NEW,
-        max_context=CONTEXT,
-        thinking=thinking_of(model),
-        stop=[stop],
-    )
+    found = predictor(model, decoder).generate(PROMPTS, NEW, thinking=thinking_of(model), stop=[stop], seeds=SEEDS)
     assert found[1].tokens == free[1].tokens and found[1].finish == "length"
     assert found[0].finish == "end" and found[0].tokens == free[0].tokens[: free[0].tokens.index(decoder.eos_id)]
     assert len(found[0].steps) == (len(found[0].tokens) + 1 if name != "ar" else 0)
@@ -148,7 +151,7 @@ def test_a_text_depends_on_its_prompt_and_seed_alone() -> None:
 def test_a_sliding_context_looks_at_what_it_says(name: str) -> None:
     """It grows to `max_context`, then goes on from the newer half; prompts of different lengths slide apart."""
     model = twin() if name == "ar" else energy_model(name)
-    texts = continued(model, PROMPTS, SEEDS, num_tokens=9, max_context=6, slide=True)
+    texts = continued(model, PROMPTS, SEEDS, length=9, context=6, slide=True)
     for prompt, seed, text in zip(PROMPTS, SEEDS, texts, strict=True):
         seen = prompt[-6:]
         for token in text.tokens:
@@ -165,8 +168,8 @@ def test_what_does_not_fit_the_context_is_refused() -> None:
     with pytest.raises(UserError, match="a prompt of 15 tokens: the model was trained with a context of 14; shorten"):
         continued(model, [[5] * 15], [0])
     with pytest.raises(UserError, match="has room for 3 new ones; ask for no more, or let the context slide"):
-        continued(model, [[5] * 12], [0], num_tokens=4)
-    assert len(continued(model, [[5] * 12], [0], num_tokens=3)[0].tokens) == 3
+        continued(model, [[5] * 12], [0], length=4)
+    assert len(continued(model, [[5] * 12], [0], length=3)[0].tokens) == 3
     with pytest.raises(UserError, match="an autoregressive model takes no MCMC steps"):
         continued(twin(), PROMPTS, SEEDS, thinking=THINKING)
 
@@ -181,17 +184,9 @@ def test_streamed_text_is_never_taken_back() -> None:
     parts: list[str] = []
     decoder = Halves()
     model = energy_model()
-    (free,) = generate(model, decoder, [[5]], num_tokens=10, max_context=CONTEXT)
+    (free,) = predictor(model, decoder).generate([[5]], 10)
     stop = free.text[2:4]
-    (text,) = generate(
-        model,
-        decoder,
-        [[5]],
-        num_tokens=10,
-        max_context=CONTEXT,
-        stop=[stop, "zz"],
-        on_text=lambda _, new: parts.append(new),
-    )
+    (text,) = predictor(model, decoder).generate([[5]], 10, stop=[stop, "zz"], on_text=lambda _, new: parts.append(new))
     assert "".join(parts) == text.text == free.text[: free.text.index(stop)] and text.finish == "stop"
 
 
@@ -230,12 +225,7 @@ def test_a_gpu_generates_what_the_cpu_does(variant: str) -> None:
             Thinking(steps=4, accept_only_decrease=True, max_nfe=3),
         ):
             for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
-                texts.append(
-                    generate(
-                        model, Letters(), PROMPTS, num_tokens=NEW, max_context=CONTEXT, thinking=thinking,
-                        sampling=sampling, seeds=SEEDS,
-                    )
-                )  # fmt: skip
+                texts.append(predictor(model).generate(PROMPTS, NEW, thinking=thinking, sampling=sampling, seeds=SEEDS))
     for here, there in zip(texts[:4], texts[4:], strict=True):
         assert [text.tokens for text in here] == [text.tokens for text in there]
         assert [text.steps for text in here] == [text.steps for text in there]

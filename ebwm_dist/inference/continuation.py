@@ -1,0 +1,102 @@
+"""Results of generation: texts, with what is settled of them while they grow, and embeddings.
+
+Shapes: B sequences, E width of embeddings, N new states, K steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ebwm_dist.errors import UserError
+from ebwm_dist.inference.cache import Prediction
+
+_UNFINISHED = "\ufffd"
+"""The text of the first bytes of a character."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that generation uses."""
+
+    pad_id: int
+    eos_id: int
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+
+
+@dataclass
+class Continuation:
+    """A generated text, with energies and steps of every token."""
+
+    tokens: list[int] = field(default_factory=list)
+    """All generated tokens, those of a stop string included, without the end token."""
+    text: str = ""
+    """Their text, as far as the stop string."""
+    finish: str = "length"
+    """Why it ends: `length`, `end` (the end token) or `stop` (a stop string)."""
+    energies: list[list[float]] = field(default_factory=list)
+    """For each token, the end token included, the energy of its prediction before and after every step taken."""
+    steps: list[int] = field(default_factory=list)
+    """MCMC steps taken for each of them."""
+    nfe: int = 0
+    """Energy evaluations spent on all of them."""
+
+    def note(self, prediction: Prediction, row: int) -> None:
+        """Record energies, steps and NFE of one more token."""
+        if prediction.energies is not None and prediction.steps is not None and prediction.nfe is not None:
+            steps = int(prediction.steps[row])
+            self.steps.append(steps)
+            self.energies.append(prediction.energies[row, : steps + 1].tolist())
+            self.nfe += int(prediction.nfe[row])
+
+    def add(self, token: int, decoder: Decoder, stop: Sequence[str]) -> None:
+        """Add a token, unless it is the end; see whether a stop string is complete."""
+        if token == decoder.eos_id:
+            self.finish = "end"
+            return
+        self.tokens.append(token)
+        self.text = decoder.decode(self.tokens)
+        ends = [self.text.find(text) for text in stop if text in self.text]
+        if ends:
+            self.text, self.finish = self.text[: min(ends)], "stop"
+
+    def settled(self, stop: Sequence[str], done: bool) -> str:
+        """Return the part of the text that later tokens cannot change."""
+        if done:
+            return self.text
+        text = self.text.rstrip(_UNFINISHED)
+        held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - held]
+
+
+@dataclass(frozen=True)
+class RollOut:
+    """Generated embeddings, with energies and steps of each."""
+
+    states: Tensor
+    """[B, N, E]."""
+    energies: Tensor | None
+    """Energy before the first and after every step [B, N, K + 1]; None without an energy."""
+    steps: Tensor | None
+    """MCMC steps taken [B, N]."""
+
+
+def check_length(prompt: int, new: int, max_context: int, slide: bool) -> None:
+    """Refuse lengths that do not fit into the context the model was trained with."""
+    if new < 1:
+        raise UserError(f"{new} new tokens: must be at least 1")
+    if slide or prompt + new - 1 <= max_context:
+        return
+    if prompt > max_context:
+        raise UserError(
+            f"a prompt of {prompt} tokens: the model was trained with a context of {max_context}; shorten the prompt, "
+            "or let the context slide (--slide)"
+        )
+    raise UserError(
+        f"a prompt of {prompt} and {new} new tokens: the model was trained with a context of {max_context}, which has "
+        f"room for {max_context - prompt + 1} new ones; ask for no more, or let the context slide (--slide)"
+    )
