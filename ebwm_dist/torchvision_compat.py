@@ -1,57 +1,41 @@
-"""Let `import torchvision` work where its compiled operators cannot be loaded.
+"""Let `import torchvision` work beside a CPU build of torch, where its wheel cannot load its compiled operators.
 
-torchvision's wheel is linked to CUDA. Beside a CPU build of torch its library does not load, and the import then dies
-with "operator torchvision::nms does not exist", although transforms and image grids need no compiled operator. A
-finder on `sys.meta_path` waits for that import and declares the missing operators just before; where the library
-loads it changes nothing.
+The wheel on the package index is linked to CUDA; without CUDA the import dies with "operator torchvision::nms does not
+exist", although transforms, models and image grids need no compiled operator. A finder declares these operators just
+before torchvision is executed. It changes nothing where they can be loaded.
 
-Only the standard library is imported until then, and nothing of this package: the file is also installed as a
-top-level module that a `.pth` file starts with the interpreter (see pyproject.toml), so that torchvision can be
-imported in the environment without importing `ebwm_dist` first.
+Only the standard library is imported until then: a `.pth` file imports a copy of this module in every interpreter of
+the environment (see pyproject.toml), so that torchvision can be imported without `ebwm_dist`.
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-
-# A torch.library.Library takes its operators with it when it is collected.
-_kept_alive: list[Any] = []
-
-
-def install() -> None:
-    """Watch for the first import of torchvision; do nothing if it is past or already watched for."""
-    watched = any(type(finder).__name__ == TorchvisionFinder.__name__ for finder in sys.meta_path)
-    if not watched and "torchvision" not in sys.modules:
-        sys.meta_path.insert(0, TorchvisionFinder())
+_kept_alive: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
 
 
 class TorchvisionFinder:
-    """Finds torchvision as usual, but has it loaded by `_Loader`; leaves with that import."""
+    """Finds torchvision as usual, and prepares its execution."""
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "torchvision":
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of torchvision; torch is only imported when that is executed, not when it is looked for."""
+        spec = PathFinder.find_spec(name, path, target) if name == "torchvision" else None
+        if spec is None or spec.loader is None or spec.origin is None:
             return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        package, execute = Path(spec.origin).parent, spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            _declare_missing_operators(package)
+            execute(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-
-class _Loader(SourceFileLoader):
-    def exec_module(self, module: ModuleType) -> None:
-        # A mere look for the package (importlib.util.find_spec) does not come here, and so costs no import of torch.
-        _declare_missing_operators(Path(self.path).parent)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, TorchvisionFinder)]
-        super().exec_module(module)
 
 
 def _declare_missing_operators(package: Path) -> None:
@@ -62,9 +46,9 @@ def _declare_missing_operators(package: Path) -> None:
             torch.ops.load_library(str(library))
     except OSError:
         declared = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _SCHEMAS:
-            declared.define(schema)
+        for name in ("nms", "qnms"):
+            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept_alive.append(declared)
 
 
-install()
+sys.meta_path.insert(0, TorchvisionFinder)
