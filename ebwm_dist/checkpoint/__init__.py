@@ -1,1 +1,1 @@
-"""Checkpoints: the folder protocol, leases, ZeRO's files, universal checkpoints, copies in object storage."""
+"""Checkpoints: the folder protocol, leases, ZeRO's files, copies in object storage."""

@@ -1,10 +1,9 @@
-"""Checkpoints on disk: how a folder of files becomes a checkpoint all at once, and how a damaged one is noticed.
+"""The folder protocol of checkpoints: committed atomically, verified by hash, pruned.
 
-All ranks write into `step-000100.tmp/`, all of them hash (`hash_share`), and one of them calls `commit`: flush, write
-the marker `COMMITTED.json` with the size and SHA-256 of every file last of all, and rename to `step-000100/`. A folder
-is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`; deleting one gives it such a
-name first. When a step is saved again, the checkpoint that was there waits as `step-000100.old/` until the new one is
-committed, so that one of the two counts at every moment. What somebody holds a lease on (`leases.py`) is not pruned.
+All ranks write to `step-000100.tmp/` and hash their share of it (`hash_share`); then one rank calls `commit`, which
+writes the marker `COMMITTED.json` with the size and SHA-256 of every file and renames the folder to `step-000100/`. A
+folder is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`. A checkpoint that is
+replaced stays as `step-000100.old/` until the new one is committed. Leased checkpoints (`leases.py`) are not pruned.
 
 The run folder must be on a file system that all ranks share.
 """
@@ -52,10 +51,10 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the committed checkpoints, newest first, one for each step, without looking into their files."""
+    """Return the committed checkpoints, newest first, one for each step; their files are not verified."""
     committed: dict[int, Path] = {}
     for path in _folders(root):
-        # Sorted by name, so `step-N` comes before the `step-N.old` it has replaced.
+        # Sorted by name: `step-N` comes before the `step-N.old` that it has replaced.
         if not path.name.endswith(".tmp") and (path / MARKER).exists():
             committed.setdefault(step_of(path), path)
     return [committed[step] for step in sorted(committed, reverse=True)]
@@ -64,14 +63,14 @@ def list_checkpoints(root: Path) -> list[Path]:
 def newest_intact(root: Path, warn: Callable[[str], None], check: Callable[[Path], None] | None = None) -> Path | None:
     """Return the newest checkpoint that passes `check` (default: `verify`), or None if there are no checkpoints.
 
-    `warn` gets a line about every damaged checkpoint that is passed over.
+    `warn` gets a line about every damaged checkpoint that is skipped.
     """
     checkpoints = list_checkpoints(root)
     for path in checkpoints:
         try:
             (check or verify)(path)
         except CheckpointError as error:
-            warn(f"checkpoint passed over: {error}")
+            warn(f"skipped checkpoint: {error}")
         else:
             return path
     if checkpoints:
@@ -84,7 +83,7 @@ def newest_intact(root: Path, warn: Callable[[str], None], check: Callable[[Path
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Return what `commit` wrote: `step`, `format_version`, `files` and `metadata`."""
+    """Return the content of the marker: `step`, `format_version`, `files` and `metadata`."""
     try:
         marker = json.loads((Path(path) / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -112,7 +111,10 @@ def verify(path: Path, names: Iterable[str] | None = None) -> None:
     """Hash files of a checkpoint (default: all); raise a `CheckpointError` that names the first that has changed."""
     files: Files = read_marker(path)["files"]
     if names is not None:
-        files = {name: files[name] for name in names if name in files}
+        names = set(names)
+        if unknown := names - files.keys():
+            raise CheckpointError(f"{path} holds no {min(unknown)}: take another checkpoint")
+        files = {name: files[name] for name in files if name in names}
     for name, expected in files.items():
         try:
             size = (Path(path) / name).stat().st_size
@@ -130,7 +132,7 @@ def verify(path: Path, names: Iterable[str] | None = None) -> None:
 
 
 def prepare_staging(root: Path, step: int) -> Path:
-    """Make the empty folder that the ranks then write the checkpoint of `step` into. One rank calls this."""
+    """Create the empty staging folder of `step`. One rank calls this."""
     path = staging_path(root, step)
     if path.exists():
         _delete(path)
@@ -139,16 +141,13 @@ def prepare_staging(root: Path, step: int) -> Path:
 
 
 def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
-    """Flush and hash this rank's share of the files, once all ranks have written theirs.
-
-    The shares of all ranks together are what `commit` wants.
-    """
+    """Flush and hash this rank's share of all files, for `commit`, once all ranks have written theirs."""
     sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
     return _hash_files(staging, balanced_share(sizes, rank, world_size), flush=True)
 
 
 def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """Return which names are this rank's share of some work of these sizes, so that all have about as much to do."""
+    """Divide files of given sizes among the ranks so that all have about as much to do; return this rank's names."""
     load = [0] * world_size
     mine = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -160,9 +159,9 @@ def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list
 
 
 def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> Path:
-    """Turn the staging folder into a checkpoint, replacing one of the same step, and return its path.
+    """Make a checkpoint of the staging folder, in place of one of the same step, and return its path.
 
-    One rank calls this with the shares of all ranks. `metadata` is free-form and must be JSON.
+    One rank calls this, with the hashes from all ranks. `metadata` can be anything that JSON holds.
     """
     files: Files = {}
     for share in shares:
@@ -184,7 +183,7 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
 
 
 def install(staging: Path, names: Iterable[str] | None = None) -> Path:
-    """Turn a staging folder that files of a checkpoint (default: all) were copied into, and its marker, into one."""
+    """Verify files (default: all) of a checkpoint that was copied to the staging folder, and put it in place."""
     verify(staging, names)
     return _take_place(staging)
 
@@ -205,10 +204,10 @@ def _take_place(staging: Path) -> Path:
 
 
 def prune(root: Path, keep: int, latest: int | None = None) -> None:
-    """Delete all but the `keep` newest checkpoints, and those that are leased.
+    """Delete all but the `keep` newest checkpoints and those that are leased.
 
-    `latest` is the step just saved. Checkpoints of later steps, which a resume has passed over as damaged, are then
-    neither counted nor deleted: counting them would cost intact ones.
+    With `latest`, the step just saved, later ones (skipped as damaged at the resume) are neither counted nor deleted:
+    counting them would cost intact ones.
     """
     checkpoints = [path for path in list_checkpoints(root) if latest is None or step_of(path) <= latest]
     for path in checkpoints[max(keep, 1) :]:
@@ -217,10 +216,10 @@ def prune(root: Path, keep: int, latest: int | None = None) -> None:
 
 
 def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
-    """Put away what a killed run left half-written or half-deleted. One rank calls this, while nobody is saving.
+    """Clean up after a killed run. One rank calls this, while no rank is saving.
 
-    A folder that was being written or replaced is deleted. One that has a checkpoint's name and no marker may have
-    lost it in some other way, so it is only moved aside, and `warn` is told.
+    Folders that were being written or replaced are deleted. A folder with a checkpoint's name but no marker may have
+    lost it in some other way: it is renamed to `.incomplete`, with a warning.
     """
     committed = set(list_checkpoints(root))
     for path in _folders(root):
@@ -233,7 +232,7 @@ def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
             if aside.exists():
                 shutil.rmtree(aside)
             rename(path, aside)
-            warn(f"checkpoint passed over: {path} has no {MARKER}, so it is not complete; moved to {aside.name}")
+            warn(f"skipped checkpoint: {path} has no {MARKER}, so it is not complete; moved to {aside.name}")
     for path in committed:
         if path.name.endswith(".old"):
             rename(path, path.with_suffix(""))
@@ -271,7 +270,7 @@ def _checksum(marker: dict[str, Any]) -> str:
 
 
 def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:
-    """Delete a folder under another name. `unless` is asked once it has that name: then it gets its own back."""
+    """Rename a folder to `.tmp`, so that it no longer counts, and delete it, or undo the renaming if `unless` holds."""
     doomed = folder
     if not folder.name.endswith(".tmp"):
         doomed = folder.parent / f"{folder.name.removesuffix('.old')}.tmp"

@@ -1,9 +1,9 @@
-"""Keep a checkpoint from being deleted while it is read: a lease on it, which ends by itself if its holder dies.
+"""Leases that keep a checkpoint from being deleted while it is read; they expire if their holder dies.
 
-A lease on `step-000100/` is the file `step-000100.lease-HOLDER` beside it, whose content is the time until which it
-counts. Whoever deletes gives the folder another name first and then looks for leases once more; whoever reads takes
-the lease first and then looks whether the folder is there. So one of them sees the other, whatever comes between. The
-clocks of the machines must agree to much less than a lease's lifetime.
+A lease on `step-000100/` is the file `step-000100.lease-HOLDER` beside it, which contains the time when it expires. To
+delete, rename the folder and then check for leases again; to read, take the lease and then check that the folder is
+there. So one of the two notices the other, in any order of events. The clocks of the machines must agree to much less
+than the lifetime of a lease.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from ebwm_dist.files import write_atomically
 
 LIFETIME = 120.0
-"""Seconds that a lease counts, unless it is renewed."""
+"""Seconds until a lease expires that is not renewed."""
 
 
 class Lease:
-    """A claim on a checkpoint folder."""
+    """A lease on a checkpoint folder."""
 
     def __init__(self, checkpoint: Path, holder: str, lifetime: float = LIFETIME) -> None:
         self.checkpoint, self.lifetime = checkpoint, lifetime
@@ -26,7 +26,7 @@ class Lease:
         self._renewed = 0.0
 
     def take(self) -> bool:
-        """Take the lease; return whether the checkpoint is still there, and stays there while the lease is renewed."""
+        """Take the lease; return whether the checkpoint still exists. It then does as long as the lease is renewed."""
         self.renew()
         if self.checkpoint.is_dir():
             return True
@@ -34,19 +34,19 @@ class Lease:
         return False
 
     def renew(self) -> None:
-        """Let the lease count anew, if a third of its life is over."""
+        """Extend the lease, if a third of its lifetime is over."""
         now = time.time()
         if now - self._renewed > self.lifetime / 3:
             write_atomically(self._file, str(now + self.lifetime).encode())
             self._renewed = now
 
     def release(self) -> None:
-        """End the lease."""
+        """Give up the lease."""
         self._file.unlink(missing_ok=True)
 
 
 def is_leased(checkpoint: Path) -> bool:
-    """Return whether anybody holds a lease on a checkpoint; those that have run out are removed."""
+    """Return whether anyone holds a lease on a checkpoint; expired ones are removed."""
     leased = False
     for file in checkpoint.parent.glob(f"{checkpoint.name}.lease-*"):
         try:

@@ -1,11 +1,11 @@
-"""A copy of a run in object storage, with which another machine goes on where this one is lost.
+"""A copy of a run in object storage, from which another machine can continue it.
 
     REMOTE/metrics.jsonl, config.yaml, ...              the files of the run folder, as of the newest checkpoint
-    REMOTE/checkpoints/step-000100/FILE                 those of a checkpoint, which is there once it has its
-    REMOTE/checkpoints/step-000100/COMMITTED.json       marker: written last of all, and removed first
+    REMOTE/checkpoints/step-000100/FILE                 the files of a checkpoint
+    REMOTE/checkpoints/step-000100/COMMITTED.json       its marker, written last and removed first
 
-The storage may be left in any state by a kill: what has no marker does not count and is written over, and what was
-fetched is only used if size and SHA-256 of every file are those of the marker.
+A kill may leave the storage in any state: a folder without marker does not count and is overwritten, and a fetched
+checkpoint is used only if the size and SHA-256 of every file are those in its marker.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ebwm_dist.storage import open_storage, without_options
 
 _BLOCK = 1 << 23
 TRIES, PAUSE = 3, 2.0
-"""How often a checkpoint is uploaded where that fails, and the seconds before the second time, then doubled."""
+"""Attempts to upload a checkpoint, and the seconds before the second one, then doubled."""
 
 Tick = Callable[[], None]
 
@@ -56,24 +56,24 @@ class CheckpointMirror:
         self._checkpoints = self._path / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are whole there, newest first."""
-        return [step for step, whole in self._folders() if whole]
+        """Return the steps of the complete checkpoints, newest first."""
+        return [step for step, complete in self._folders() if complete]
 
     def _folders(self) -> list[tuple[int, bool]]:
-        """Return the steps of all folders of checkpoints there, newest first, and whether they have their markers."""
+        """Return the steps of all folders of checkpoints, newest first, and whether they have their markers."""
         from pyarrow.fs import FileSelector
 
-        # Where storage has no folders, those that are listed one by one are only what someone has made there.
+        # Object storage lists no folders but those made explicitly: take them from the paths of files.
         everything = FileSelector(str(self._checkpoints), allow_not_found=True, recursive=True)
         paths = {PurePosixPath(info.path) for info in self._storage.get_file_info(everything)}
         steps = set()
         for name in {path.relative_to(self._checkpoints).parts[0] for path in paths}:
-            with suppress(CheckpointError):  # something else lies there
+            with suppress(CheckpointError):  # not a checkpoint
                 steps.add(step_of(Path(name)))
         return [(step, self._checkpoint(step) / MARKER in paths) for step in sorted(steps, reverse=True)]
 
     def upload(self, checkpoint: Path, keep: int, tick: Tick = lambda: None) -> None:
-        """Copy a checkpoint and what lies in the run folder; then remove all but the `keep` newest up to it."""
+        """Copy a checkpoint and the files of the run folder; then remove all but the `keep` newest up to it."""
         step, marker = step_of(checkpoint), (checkpoint / MARKER).read_bytes()
         there = self._checkpoint(step)
         if self._read(there / MARKER) != marker:
@@ -85,16 +85,16 @@ class CheckpointMirror:
                 stream.write(marker)
         kept = [other for other in self.steps() if other <= step][: max(keep, 1)]
         for other, _ in self._folders():
-            if other < step and other not in kept:  # what an upload that was interrupted has left as well
+            if other < step and other not in kept:  # also the rest of an interrupted upload
                 self._remove_marker(self._checkpoint(other))
                 self._storage.delete_dir(str(self._checkpoint(other)))
 
     def fetch(
         self, after: int, warn: Callable[[str], None], wanted: Callable[[Path], list[str]] | None = None
     ) -> Path | None:
-        """Bring the newest intact checkpoint of a step after `after`, and the run's files; None if there is none.
+        """Download the newest intact checkpoint of a step after `after`, and the run's files; None if there is none.
 
-        `wanted` names the files of a checkpoint folder, in which there is the marker alone yet; None: all of them.
+        `wanted` returns the names of the files to download, given a folder with the marker alone; None: all of them.
         """
         for step in self.steps():
             if step <= after:
@@ -102,7 +102,7 @@ class CheckpointMirror:
             try:
                 return self._fetch(step, wanted)
             except (CheckpointError, OSError) as error:
-                warn(f"checkpoint of step {step} in {without_options(self.location)} passed over: {error}")
+                warn(f"skipped checkpoint of step {step} in {without_options(self.location)}: {error}")
         return None
 
     def has(self, checkpoint: Path) -> bool:
@@ -129,7 +129,7 @@ class CheckpointMirror:
         for info in self._storage.get_file_info(FileSelector(str(self._path))):
             if info.is_file:
                 source, target = PurePosixPath(info.path), self.run_dir / info.base_name
-                if target.suffix == ".jsonl":  # of which this machine may have lines of its own
+                if target.suffix == ".jsonl":  # this machine may have lines of its own
                     merge_lines(target, self._read(source) or b"")
                 else:
                     self._get(source, target)
@@ -161,7 +161,7 @@ class CheckpointMirror:
                 stream.write(block)
                 size += len(block)
                 tick()
-        # A stream that is left by an exception is closed as well, with what it has got so far.
+        # After an exception the stream is closed with what was written so far, so compare the sizes.
         found = self._storage.get_file_info(str(target)).size
         if found != size:
             raise OSError(f"{target} has {found} bytes instead of {size}")
@@ -192,12 +192,12 @@ def fetch_weights(address: str, folder: Path, warn: Callable[[str], None]) -> No
 
 
 class Uploader:
-    """Uploads the checkpoints of a run in a thread of its own, the newest first; the training does not wait for it."""
+    """Uploads the checkpoints of a run in a background thread, the newest first."""
 
     def __init__(self, remote: CheckpointMirror, keep: int, warn: Callable[[str], None]) -> None:
         self.remote, self.keep, self.warn = remote, keep, warn
         self.failure: str | None = None
-        """Why the newest checkpoint that was offered is not there."""
+        """Why the newest checkpoint could not be uploaded."""
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._waiting: Lease | None = None
@@ -206,12 +206,12 @@ class Uploader:
 
     @property
     def busy(self) -> bool:
-        """Return whether anything is still to be uploaded."""
+        """Whether an upload is running or waiting."""
         with self._changed:
             return self._waiting is not None or self._current is not None
 
     def offer(self, checkpoint: Path) -> None:
-        """Upload a checkpoint next, in place of one that still waits; it is not pruned until then."""
+        """Upload a checkpoint next, in place of one that still waits; a lease keeps it until then."""
         lease = Lease(checkpoint, "upload")
         with self._changed:
             if self._waiting is not None:
@@ -220,7 +220,7 @@ class Uploader:
             self._changed.notify()
 
     def close(self) -> None:
-        """Upload no more: what is under way is broken off, as a process that ends would wait for it."""
+        """Stop, and abort a running upload, as the end of the process would wait for it."""
         self._closed.set()
 
     def _run(self) -> None:

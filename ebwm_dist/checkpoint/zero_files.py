@@ -1,10 +1,10 @@
-"""What the files of a checkpoint hold, parameter by parameter, whatever ZeRO stage and number of ranks wrote them.
+"""Read DeepSpeed's checkpoint files parameter by parameter, from any ZeRO stage and number of ranks.
 
-DeepSpeed keeps fp32 weights and AdamW's moments in flat vectors. At stages 1 and 2 a vector is a rank's part of all
-parameters of a group, laid end to end; at stage 3 it is a rank's equal shares of each parameter of a group; at stage 0
-every parameter is a vector of its own, and rank 0 writes them all.
+DeepSpeed keeps fp32 weights and AdamW's moments in flat vectors. At stages 1 and 2, a rank has one part of the
+concatenated parameters of a group; at stage 3, an equal share of each parameter of a group; at stage 0, every parameter
+is a vector of its own, and rank 0 writes them all.
 
-Files are mapped into memory, so no more of them is loaded than is read. Nothing in them is executed.
+Files are memory-mapped, so only what is used is read. No code in them is executed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ebwm_dist.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-"""What DeepSpeed's engine counts."""
+"""Counters of DeepSpeed's engine."""
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _SHARD_FILES = "zero_pp_rank_{}_mp_rank_00_"
 
 
 class _Plain:
-    """Stands in for a class of DeepSpeed whose objects hold numbers only."""
+    """Stand-in for a class of DeepSpeed whose objects hold numbers only."""
 
 
-# What DeepSpeed's files hold besides tensors and plain values. Its own code is neither needed nor run.
+# The classes in DeepSpeed's files, besides tensors and plain values; DeepSpeed itself is not imported.
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Plain, "deepspeed.utils.tensor_fragment.fragment_address"),
@@ -41,37 +41,49 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 class Piece(NamedTuple):
-    """Where some consecutive numbers of a parameter are."""
+    """Where a consecutive part of a parameter is stored."""
 
     vectors: dict[str, Tensor]
-    """`fp32` and, once the optimizer has stepped, the moments, each flat, and the number of steps `step`."""
+    """`fp32` and, after the first optimizer step, the moments, all flat, and the number of steps `step`."""
     start: int
     numel: int
 
 
 @dataclass
 class ZeroState:
-    """Weights and optimizer state of a checkpoint, as they are used."""
+    """Weights and optimizer state of a checkpoint, read from its files as they are used."""
 
     shapes: dict[str, torch.Size]
     """Shapes of the trained parameters."""
     pieces: dict[str, list[Piece]]
-    """The pieces of each of them, in order."""
+    """Their pieces, in order."""
     rest: dict[str, Tensor]
     """Frozen parameters and buffers."""
     shared: dict[str, str]
-    """Further names of parameters: name -> name that it is stored under."""
+    """Tied parameters: name -> the name that it is stored under."""
     client: dict[str, Any]
     """`training_state`, and DeepSpeed's `COUNTERS`."""
 
     def read(self, name: str, key: str = "fp32") -> Tensor:
         """Return `fp32` or one of the `MOMENTS` of a trained parameter, whole."""
-        whole = torch.cat([vectors[key][start : start + numel] for vectors, start, numel in self.pieces[name]])
-        return whole.view(self.shapes[name])
+        shape = self.shapes[name]
+        return self.read_part(name, key, 0, shape.numel()).view(shape)
+
+    def read_part(self, name: str, key: str, start: int, numel: int) -> Tensor:
+        """Return `numel` > 0 consecutive numbers of a parameter; of a frozen one, only `fp32` is there."""
+        if name not in self.pieces:
+            return self.rest[name].flatten()[start : start + numel]
+        parts, offset = [], 0
+        for vectors, first, size in self.pieces[name]:
+            low, high = max(start, offset), min(start + numel, offset + size)
+            if low < high:
+                parts.append(vectors[key][first + low - offset : first + high - offset])
+            offset += size
+        return torch.cat(parts)
 
     def steps(self, name: str) -> Tensor | None:
-        """Return how often the optimizer has updated a trained parameter, a scalar; None before the first time."""
-        return self.pieces[name][0].vectors.get("step")
+        """Return how often the optimizer has updated a parameter, a scalar; None if it never has."""
+        return self.pieces[name][0].vectors.get("step") if name in self.pieces else None
 
 
 def open_zero_state(path: Path) -> ZeroState:
@@ -107,10 +119,7 @@ def verify_weights(path: Path) -> None:
 
 
 def load_module_state(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the model in a checkpoint, on the CPU, read as they are used.
-
-    They are in the precision that the model computes in.
-    """
+    """Return the weights of the model in a checkpoint, on the CPU, in the precision that the model computes in."""
     metadata = read_marker(path)["metadata"]
     try:
         if metadata.get("zero_stage") != 3:
@@ -124,7 +133,7 @@ def load_module_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_file(path: Path, name: str) -> dict[str, Any]:
-    """Read tensors and plain values from one of DeepSpeed's files."""
+    """Load one of DeepSpeed's files, memory-mapped, without executing code."""
     file = Path(path) / name
     if not file.exists():
         raise CheckpointError(f"{path} holds no {name}: take another checkpoint")

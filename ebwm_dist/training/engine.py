@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ebwm_dist.checkpoint.zero_files import ZeroState
 from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.models.passes import P, T
 from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.optimizer import build_optimizer
-from ebwm_dist.training.resharding import load_universal
+from ebwm_dist.training.resharding import reshard
 
 
 def create_engine(
@@ -157,11 +158,9 @@ class TrainingEngine:
         assert loaded is not None and Path(loaded).parent == folder, f"DeepSpeed has read {loaded} instead of {folder}"
         return client_state
 
-    def load_universal(self, folder: Path, counters: dict[str, int]) -> None:
-        """Read weights and optimizer state from a universal checkpoint, and what DeepSpeed counts from `counters`."""
-        load_universal(self.deepspeed, folder)
-        for name, value in counters.items():
-            setattr(self.deepspeed, name, value)
+    def load_resharded(self, saved: ZeroState, progress: Callable[[], None] = lambda: None) -> None:
+        """Read back what any number of ranks wrote at any stage, calling `progress` on the way."""
+        reshard(self.deepspeed, saved, progress)
 
 
 def _forget_gradients(optimizer: Any) -> None:

@@ -21,7 +21,7 @@ class MetricsLog:
     name = METRICS_FILE
 
     def __init__(self, run_dir: Path, resumed_step: int):
-        """Open the log; what an earlier process recorded after `resumed_step` moves to metrics.replaced.jsonl."""
+        """Open the log and move what an earlier process recorded after `resumed_step` to metrics.replaced.jsonl."""
         self.path = run_dir / self.name
         self.replaced = self.path.with_suffix(".replaced.jsonl")
         self._seen: set[tuple[str | None, int]] = set()
@@ -76,7 +76,7 @@ class SampleLog(MetricsLog):
 
 
 class Console:
-    """What a rank has to say: into its log file, and that of rank 0 on the console, above a progress bar."""
+    """Log lines of a rank, in its log file and, on rank 0, on the console above a progress bar."""
 
     def __init__(self, log_file: Path, enabled: bool):
         log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class Console:
             stream.flush()
 
     def record(self, text: str) -> None:
-        """Write `text` to the log file only, unless the disk is full: what matters is said on the console as well."""
+        """Write `text` to the log file only; a full disk is ignored, as important lines are on the console as well."""
         with suppress(OSError):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -155,7 +155,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person says it."""
+    """Format seconds in days, hours, minutes."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,21 +1,19 @@
-"""Fill an engine from a universal checkpoint: each rank reads of every parameter the part that it holds."""
+"""Load a checkpoint of any ZeRO stage and number of ranks: each rank reads the parts that it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebwm_dist.checkpoint import universal
-from ebwm_dist.checkpoint.zero_files import MOMENTS
+from ebwm_dist.checkpoint.zero_files import COUNTERS, MOMENTS, ZeroState
 
 
 class Part(NamedTuple):
-    """Some consecutive numbers of a parameter: where they are in it, and in a vector of fp32 weights."""
+    """A consecutive part of a parameter: its offset in the parameter, and its start in a vector of fp32 weights."""
 
     name: str
     offset: int
@@ -28,13 +26,13 @@ class Vector(NamedTuple):
 
     weights: Tensor
     names: list[str]
-    """Parameters of its group, of which this rank may hold nothing."""
+    """All parameters of its group; this rank may hold no part of some."""
     parts: list[Part]
 
 
 @torch.no_grad()
-def load_universal(engine: Any, folder: Path) -> None:
-    """Give a DeepSpeed engine the weights and the optimizer state in `folder`. All ranks do it together."""
+def reshard(engine: Any, saved: ZeroState, progress: Callable[[], None]) -> None:
+    """Give a DeepSpeed engine the weights and the optimizer state of a checkpoint. All ranks do it together."""
     optimizer = engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     if engine.zero_optimization_stage() == 3:
@@ -42,20 +40,25 @@ def load_universal(engine: Any, folder: Path) -> None:
     for weights, names, parts in _vectors(engine):
         base.state.pop(weights, None)
         vectors = {"fp32": weights}
-        if universal.has_steps(folder, names[0]):
+        steps = saved.steps(names[0])
+        if steps is not None:
             vectors |= {key: torch.zeros_like(weights) for key in MOMENTS}
-            steps = universal.read(folder, names[0], "step").clone().to(weights.device)
-            base.state[weights] = {"step": steps, **{key: vectors[key] for key in MOMENTS}}
-        for key, vector in vectors.items():
-            for name, offset, start, numel in parts:
-                whole = universal.read(folder, name, key).flatten()
-                vector.view(-1)[start : start + numel] = whole[offset : offset + numel]
+            base.state[weights] = {
+                "step": steps.clone().to(weights.device),
+                **{key: vectors[key] for key in MOMENTS},
+            }
+        for name, offset, start, numel in parts:
+            progress()
+            for key, vector in vectors.items() if numel else ():
+                vector.view(-1)[start : start + numel] = saved.read_part(name, key, offset, numel)
     _round_weights(engine)
-    _load_rest(engine.module, folder)
+    _load_rest(engine.module, saved)
+    for name in COUNTERS:
+        setattr(engine, name, saved.client[name])
 
 
 def _vectors(engine: Any) -> Iterator[Vector]:
-    """Yield the vectors of this rank, and what they hold: see `ebwm_dist/checkpoint/zero_files.py`."""
+    """Yield the vectors of this rank; their layout is described in `ebwm_dist/checkpoint/zero_files.py`."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         masters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -92,7 +95,7 @@ def _fragments(group: list[Any], names: list[str]) -> Iterator[Part]:
 
 
 def _round_weights(engine: Any) -> None:
-    """Make the weights that the model computes with from those in fp32."""
+    """Copy the fp32 weights to those that the model computes with."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         optimizer.round_weights()
@@ -104,15 +107,15 @@ def _round_weights(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()
 
 
-def _load_rest(module: torch.nn.Module, folder: Path) -> None:
+def _load_rest(module: torch.nn.Module, saved: ZeroState) -> None:
     """Load frozen parameters and buffers."""
     import deepspeed
 
     for name, p in module.named_parameters():
         if not p.requires_grad:
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.copy_(universal.read(folder, name))
+                p.copy_(saved.read_part(name, "fp32", 0, p.numel()).view(p.shape))
     kept = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in kept:
-            buffer.copy_(universal.read(folder, name))
+            buffer.copy_(saved.rest[name])

@@ -1,4 +1,4 @@
-"""What the micro-batches of an optimizer step have to tell, gathered over all ranks by one collective.
+"""Statistics of an optimizer step: means over its micro-batches and all ranks, reduced in one collective.
 
 Shapes: K MCMC steps; micro-batches may take different numbers of them.
 """
@@ -38,7 +38,7 @@ def targets_per_rank(count: int, world: World) -> float | Tensor:
 
 
 class StepStatistics:
-    """Adds up the outputs of micro-batches on their device: nothing waits for it before `gather`."""
+    """Accumulates the outputs of micro-batches on their device, without a synchronization before `gather`."""
 
     def __init__(self, world: World, num_landscapes: int):
         self.world, self.num_landscapes = world, num_landscapes
@@ -48,7 +48,7 @@ class StepStatistics:
         self._skipped: list[str] = []
 
     def add(self, output: TrainingOutput, skipped: Sequence[str] = ()) -> None:
-        """Take in one micro-batch, and why samples of it were replaced."""
+        """Add one micro-batch, and why samples of it were replaced."""
         self._skipped += skipped
         ends = [output.loss, *output.step_losses[[0, -1]]]
         for values in (output.step_energies, output.step_gradient_norms):
@@ -59,10 +59,14 @@ class StepStatistics:
             self._nonfinite.append(output.step_nonfinite)
 
     def gather(self, stop: bool) -> tuple[dict[str, float], bool, str | None, list[str]]:
-        """Return the means over all targets of the step, whether any rank is to stop, and what went wrong.
+        """Reduce over all ranks.
 
-        What was not finite is told with MCMC steps, landscapes and ranks; None if every energy and gradient was finite.
-        The last are the reasons of all samples that were replaced, on any rank.
+        Args:
+            stop: whether this rank was asked to stop.
+
+        Returns:
+            the means over all targets of the step; whether any rank was asked to stop; ranks, MCMC steps and
+            landscapes of energies or gradients that were not finite, or None; why samples were replaced, on any rank.
         """
         means = torch.stack(self._means).sum(0)  # micro-batches give their part of the mean
         nonfinite = torch.stack([counts.sum() for counts in self._nonfinite]).sum() if self._nonfinite else 0.0
@@ -74,14 +78,14 @@ class StepStatistics:
             packed[: len(_MEANS)] /= self.world.world_size
         *figures, stopped, skipped, count = packed.tolist()
         where = self._where() if count else None
-        # As with what is not finite, the ranks tell one another only where there is something to tell.
+        # Like the places that were not finite, they are gathered only if there are any.
         reasons = [r for of_rank in self.world.gather_objects(self._skipped) for r in of_rank] if skipped else []
         found = dict(zip(_MEANS, figures, strict=True))
         found["mcmc_num_steps"] = sum(self._num_steps) / len(self._num_steps)
         return found, stopped > 0, where, reasons
 
     def _where(self) -> str:
-        """Say where energies or gradients were not finite; the ranks tell one another only in this case."""
+        """Gather where energies or gradients were not finite."""
         found: dict[int, int] = {}
         for counts in self._nonfinite:
             for step, count in enumerate(counts.tolist()):

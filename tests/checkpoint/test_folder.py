@@ -182,7 +182,7 @@ def test_kill_while_cleaning(tmp_path: Path) -> None:
         assert killed or path == checkpoint_path(root, 1)
 
 
-def test_a_checkpoint_that_lost_its_marker_is_told_of_and_kept(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_marker_is_kept_with_a_warning(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2, "precious")
     (tmp_path / "step-000002" / MARKER).unlink()
@@ -230,6 +230,17 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, reason: str
     flip_byte(first / "rank-0.pt")
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
         newest_intact(tmp_path, warnings.append)
+
+
+def test_only_files_that_are_named_are_verified(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    flip_byte(path / "rank-1.pt")
+    verify(path, ["rank-0.pt"])
+    with pytest.raises(CheckpointError, match="content of rank-1.pt"):
+        verify(path, ["rank-0.pt", "rank-1.pt"])
+    (path / "rank-2.pt").write_text("was not committed")
+    with pytest.raises(CheckpointError, match="holds no rank-2.pt"):
+        verify(path, ["rank-0.pt", "rank-2.pt"])
 
 
 def test_prune_never_trades_intact_checkpoints_for_passed_over_ones(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from ebwm_dist.checkpoint import universal
 from ebwm_dist.checkpoint.folder import checkpoint_path, commit, hash_share, prepare_staging
 from ebwm_dist.checkpoint.zero_files import load_module_state, open_zero_state
 from ebwm_dist.errors import CheckpointError
@@ -88,32 +87,13 @@ def test_shares_of_parameters_are_put_together_without_executing_anything(tmp_pa
     assert not victim.exists()
 
 
-def test_ranks_share_the_parameters_of_a_universal_checkpoint(tmp_path: Path) -> None:
-    saved, folder = open_zero_state(two_shares(tmp_path, 1)), tmp_path / "universal"
-    for rank in range(2):
-        universal.write_share(saved, folder, rank, 2)
-    assert sorted(path.name for path in (folder / "zero").iterdir()) == ["alpha", "bias", "weight"]
-    for name, values in (("weight", [0.0, 1.0, 2.0, 3.0, 4.0]), ("bias", [[7.0], [8.0]])):
-        for key, factor in (("fp32", 1), ("exp_avg", 10), ("exp_avg_sq", 100)):
-            assert torch.equal(universal.read(folder, name, key), factor * torch.tensor(values))
-        assert universal.read(folder, name, "step") == 3
-    assert universal.read(folder, "alpha").tolist() == [0.5] and not universal.has_steps(folder, "alpha")
-    with pytest.raises(CheckpointError, match="holds no exp_avg of alpha"):
-        universal.read(folder, "alpha", "exp_avg")
-
-
-def test_names_of_parameters_cannot_leave_the_folder(tmp_path: Path) -> None:
-    for step, name in enumerate(("../../weight", "..", "/weight", ""), start=1):
-        saved = open_zero_state(two_shares(tmp_path / "checkpoints", step, weight=name))
-        with pytest.raises(CheckpointError, match="not the name of a folder"):
-            universal.write_share(saved, tmp_path / "a" / "universal")
-    assert not list(tmp_path.glob("**/weight")) and not list(tmp_path.glob("**/fp32.pt"))
-
-
-def test_universal_checkpoints_are_read_without_executing_anything(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    universal.write_share(open_zero_state(two_shares(tmp_path, 1)), tmp_path / "universal")
-    torch.save({"param": Malicious(victim)}, tmp_path / "universal" / "zero" / "bias" / "fp32.pt")
-    with pytest.raises(CheckpointError, match="does not hold a tensor"):
-        universal.read(tmp_path / "universal", "bias")
-    assert not victim.exists()
+def test_any_part_of_a_parameter_is_read(tmp_path: Path) -> None:
+    """Across the border of two shares, and of a frozen parameter."""
+    saved = open_zero_state(two_shares(tmp_path, 1))
+    for key, factor in (("fp32", 1), ("exp_avg", 10), ("exp_avg_sq", 100)):
+        for start in range(5):
+            for end in range(start + 1, 6):
+                numbers = [factor * float(number) for number in range(start, end)]
+                assert saved.read_part("weight", key, start, end - start).tolist() == numbers
+    assert saved.steps("weight") == 3 and saved.steps("alpha") is None
+    assert saved.read_part("alpha", "fp32", 0, 1).tolist() == [0.5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import io
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ebwm_dist.checkpoint import universal
-from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, verify
-from ebwm_dist.checkpoint.zero_files import MOMENTS, load_module_state, open_zero_state
+from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints
+from ebwm_dist.checkpoint.zero_files import MOMENTS, ZeroState, load_module_state, open_zero_state
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
@@ -24,7 +24,6 @@ from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import TrainingEngine, create_engine
 from ebwm_dist.training.metrics import SampleLog
-from tests.checkpoint.test_folder import flip_byte, kills
 from tests.checkpoint.test_zero_files import two_shares
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
@@ -79,10 +78,10 @@ def go_on(rank: int, world_size: int, root: Path, turn: int, chains: list[str]) 
             assert path is not None
             for _ in range(steps):
                 update(engine, config, rank, 9)  # what it has by now is to be overwritten
-            told: list[str] = []
-            state, _ = checkpointer.load(engine, path, tell=told.append)
+            lines: list[str] = []
+            state, _ = checkpointer.load(engine, path, log=lines.append)
             assert state == TrainingState(step=turn, tokens=7) and engine.deepspeed.global_steps == steps * turn
-            check_random_state(path, world, state.step, told)
+            check_random_state(path, world, state.step, lines)
             check_weights(path, engine, chain)
             elsewhere = settings(config.training.precision, run_dir=str(root / "loaded" / chain), zero=config.zero)
             Checkpointer(elsewhere, world).save(engine, state)
@@ -90,11 +89,10 @@ def go_on(rank: int, world_size: int, root: Path, turn: int, chains: list[str]) 
             update(engine, config, rank, step + 1)
         torch.manual_seed(rank)
         checkpointer.save(engine, TrainingState(step=turn + 1, tokens=7))
-        assert not checkpointer.universal_root.exists()
         engine.deepspeed.destroy()
 
 
-def check_random_state(path: Path, world: World, step: int, told: list[str]) -> None:
+def check_random_state(path: Path, world: World, step: int, lines: list[str]) -> None:
     before = len(list(path.glob("rank_*.pt")))
     if world.rank < before:
         saved = torch.load(path / f"rank_{world.rank:05d}.pt", weights_only=True)["random"]["torch"]
@@ -102,7 +100,7 @@ def check_random_state(path: Path, world: World, step: int, told: list[str]) -> 
         saved = torch.Generator().manual_seed(mix_seed(SEED, step, world.rank)).get_state()
     assert torch.equal(torch.get_rng_state(), saved)
     new = {(1, 3): ["ranks 1 to 2 are new: their"], (2, 3): ["rank 2 is new: its"]}.get((before, world.world_size), [])
-    assert [line for line in told if " new" in line] == [
+    assert [line for line in lines if " new" in line] == [
         f"{line} random state follows from the seed, step and rank" for line in new
     ]
 
@@ -225,9 +223,8 @@ def test_weights_and_optimizer_are_the_same_after_a_conversion(elastic: Path, ch
 def test_a_run_that_goes_on_with_more_ranks_follows_one_process(elastic: Path) -> None:
     check_run(elastic / "run", elastic / "whole")
     log = (elastic / "run" / "logs" / "rank_00000.log").read_text()
-    universal_root = elastic / "run" / "checkpoints_universal"
-    assert f"converted step-000003 to {universal_root / 'step-000003'}, for any ZeRO stage" in log
-    assert log.count("ranks 1 to 2 are new: their random state") == 1 and not universal_root.exists()
+    assert "resharded step-000003, written with ZeRO 1 on 1 rank, for ZeRO 3 on 3 ranks" in log
+    assert log.count("ranks 1 to 2 are new: their random state") == 1
 
 
 @pytest.mark.slow
@@ -258,54 +255,21 @@ def test_a_run_on_2_1_3_and_2_ranks_follows_one_process(tiny_data: Path, tiny_co
 class Reader:
     """Stands in for an engine: keeps what it is to load."""
 
-    weight: torch.Tensor
-
-    def load_universal(self, folder: Path, counters: dict[str, int]) -> None:
-        verify(folder)
-        self.weight = universal.read(folder, "weight", "exp_avg").clone()
-        assert set(counters) == {"global_steps", "global_samples", "skipped_steps"}
+    def load_resharded(self, saved: ZeroState, progress: Callable[[], None]) -> None:
+        self.weight = saved.read("weight", "exp_avg")
+        assert {"global_steps", "global_samples", "skipped_steps"} <= saved.client.keys()
 
 
-def load(root: Path) -> list[str]:
-    """Load the newest checkpoint of `root`, written by two ranks, on one; return what was told."""
-    world = World(0, 0, 1, torch.device("cpu"), "here")
-    checkpointer, told, reader = Checkpointer(settings(run_dir=str(root)), world), [], Reader()
-    path = list_checkpoints(checkpointer.root)[0]
+def test_extra_states_are_resharded(tmp_path: Path) -> None:
+    """Of a checkpoint that two ranks wrote, on one."""
+    path, lines, reader = two_shares(tmp_path / "checkpoints", 5), list[str](), Reader()
+    checkpointer = Checkpointer(settings(run_dir=str(tmp_path)), World(0, 0, 1, torch.device("cpu"), "here"))
     state, extra = checkpointer.load(
-        cast(TrainingEngine, reader), path, lambda states, *_: {"all": states}, told.append
+        cast(TrainingEngine, reader), path, lambda states, *_: {"all": states}, lines.append
     )
     assert reader.weight.tolist() == [0.0, 10.0, 20.0, 30.0, 40.0]
     assert (state.step, state.tokens, extra) == (5, 7, {"all": [{"of": 0}, {"of": 1}]})
-    return told
-
-
-def test_kill_while_converting_changes_nothing(tmp_path: Path) -> None:
-    seen = set()
-    for root, killed in kills(tmp_path, lambda root: two_shares(root / "checkpoints", 5), load):
-        (told,) = load(root)
-        seen.add("before" in told)
-        assert killed or "has been converted before" in told
-        assert [path.name for path in (root / "checkpoints").iterdir()] == ["step-000005"]
-        assert [path.name for path in (root / "checkpoints_universal").iterdir()] == ["step-000005"]
-    assert seen == {False, True}
-
-
-def test_a_conversion_that_is_damaged_or_of_other_weights_is_made_again(tmp_path: Path) -> None:
-    two_shares(tmp_path / "checkpoints", 5)
-    folder = checkpoint_path(tmp_path / "checkpoints_universal", 5)
-    for damage, reason in (
-        (lambda: None, None),
-        (lambda: flip_byte(folder / "zero" / "weight" / "exp_avg.pt"), "exp_avg.pt has changed"),
-        (lambda: (folder / "zero" / "bias" / "step.pt").unlink(), "step.pt is missing"),
-        (lambda: (folder / "COMMITTED.json").unlink(), "not a complete"),
-        (lambda: two_shares(tmp_path / "checkpoints", 5, alpha=0.25), "of other weights"),
-    ):
-        load(tmp_path)
-        inode = folder.stat().st_ino
-        damage()
-        told = load(tmp_path)
-        assert len(told) == (2 if reason else 1) and (reason or "converted before") in told[0]
-        assert (folder.stat().st_ino == inode) == (reason is None)
+    assert lines == ["resharded step-000005, written with ZeRO 3 on 2 ranks, for ZeRO 1 on 1 rank"]
 
 
 def test_another_precision_is_refused(tmp_path: Path) -> None:
