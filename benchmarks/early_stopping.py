@@ -17,24 +17,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import ebwm_dist
-from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.loading.stream import validation_batches
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.run import Run
 
 BATCH_SIZE = 16
 THRESHOLDS = torch.logspace(-4, 1.5, 56)
-
-
-def batches(path: str, sequence_length: int, sequences: int) -> list[tuple[Tensor, list[int]]]:
-    """Return batches of held-out tokens [B, S+1] with a seed for each sequence."""
-    manifest = Manifest.load(path)
-    if manifest.sample_format.sequence_length != sequence_length:
-        raise SystemExit(f"{path} was made with another sequence length than the model's {sequence_length}")
-    held_out = validation_batches(manifest, batch_size=BATCH_SIZE, max_sequences=sequences, dp_rank=0, dp_world_size=1)
-    return [(batch.observed, batch.sample_ids.tolist()) for batch in held_out]
 
 
 def losses(model: EnergyBasedTransformer, state: Tensor, targets: Tensor) -> Tensor:
@@ -86,18 +75,19 @@ def main() -> int:
     """Measure every number of steps asked for and print a JSON list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", default="data/text")
+    parser.add_argument("--data", help="data folder; default: the data it was trained on")
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[3, 4, 8], help="fixed numbers of steps to compare with"
     )
     parser.add_argument("--sequences", type=int, default=128, help="held-out sequences; a quarter is for the threshold")
     args = parser.parse_args()
     try:
-        predictor = ebwm_dist.load(args.checkpoint, torch.device("cpu"))
-        model = predictor.model
+        run = Run(args.checkpoint)
+        model = run.model
         if not isinstance(model, EnergyBasedTransformer):
             raise UserError("an autoregressive model takes no steps: name an energy-based one")
-        all_batches = batches(args.data, predictor.max_context, args.sequences)
+        held_out = run.validation_data(args.data).batches(BATCH_SIZE, args.sequences)
+        all_batches = [(batch.observed, batch.sample_ids.tolist()) for batch in held_out]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -80,24 +80,20 @@ def measure_runs(runs: list[Run], folder: str | None, options: Options, world: W
     }
     for other in others:
         evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, world, log).run()
-        evaluation["comparison"] = side_by_side(model, evaluation["baseline"])
+        evaluation["equal_flops"] = equal_flops(model["model"], evaluation["baseline"]["model"])
     return evaluation
 
 
-def side_by_side(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
-    """Compare two models as they are, and where both had been trained with the same number of FLOPs."""
-    models = {"model": result, "baseline": baseline}
-    comparison: dict[str, Any] = {
-        name: {key: one["model"][key] for key in ("parameters", "tokens", "training_flops")}
-        | {"loss": one["by_steps"]["loss"][one["model"]["trained_steps"] - 1]}
-        for name, one in models.items()
-    }
-    flops = [one["model"]["training_flops"] for one in models.values()]
-    if None not in flops:
-        comparison["equal_flops"] = {"flops": min(flops)} | {
-            name: _loss_at(one["model"]["validation_by_flops"], min(flops)) for name, one in models.items()
-        }
-    return comparison
+def equal_flops(model: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float | None] | None:
+    """Return the validation losses of two models, as described, after the same number of training FLOPs.
+
+    A loss is None where there was no validation as early; without records of a training there is no comparison.
+    """
+    flops = [one["training_flops"] for one in (model, baseline)]
+    if None in flops:
+        return None
+    losses = [_loss_at(one["validation_by_flops"], min(flops)) for one in (model, baseline)]
+    return {"flops": min(flops), "model": losses[0], "baseline": losses[1]}
 
 
 def _loss_at(curve: list[list[float]], flops: float) -> float | None:

@@ -42,8 +42,8 @@ def render(evaluation: dict[str, Any]) -> str:
     sections += [_calibration(model), _out_of_distribution(model)]
     if "multiple_choice" in model:
         sections.append(_multiple_choice(models))
-    if "comparison" in evaluation:
-        sections.append(_comparison(evaluation["comparison"], models))
+    if "baseline" in models:
+        sections.append(_equal_flops(evaluation["equal_flops"], models))
     title = f"Evaluation of {html.escape(model['model']['path'])}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
@@ -55,12 +55,15 @@ def render(evaluation: dict[str, Any]) -> str:
 
 def _overview(models: Models, data: dict[str, Any]) -> str:
     rows = []
-    for one in models.values():
+    for name, one in models.items():
         model, by_steps = one["model"], one["by_steps"]
+        trained = ["unknown" if model[key] is None else f"{model[key]:.4g}" for key in ("tokens", "training_flops")]
         figures = [by_steps[key][model["trained_steps"] - 1] if key in by_steps else "" for key in _LOSSES]
-        rows.append([model["path"], model["kind"], f"{model['parameters']:,}", model["step"], *figures])
+        row = [name, model["path"], model["kind"], f"{model['parameters']:,}", model["step"], *trained, *figures]
+        rows.append(row)
     note = f"{data['sequences']:,} held-out sequences of {data['folder']}, {data['predictions']:,} predictions."
-    return f"<p>{html.escape(note)}</p>" + _table(["model", "kind", "parameters", "step", *_LOSSES.values()], rows)
+    head = ["", "path", "kind", "parameters", "step", "training tokens", "training FLOPs", *_LOSSES.values()]
+    return f"<p>{html.escape(note)}</p>" + _table(head, rows)
 
 
 _LOSSES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
@@ -220,26 +223,12 @@ def _multiple_choice(models: Models) -> str:
     return f"<h2>Multiple choice</h2><p>{note}</p>" + _table(["chosen by", "accuracy"], rows)
 
 
-def _comparison(found: dict[str, Any], models: Models) -> str:
-    rows = [
-        [
-            name,
-            f"{found[name]['parameters']:,}",
-            *(
-                "unknown" if found[name][key] is None else f"{found[name][key]:.4g}"
-                for key in ("tokens", "training_flops")
-            ),
-            found[name]["loss"],
-        ]
-        for name in models
-    ]
-    head = ["", "parameters", "training tokens", "training FLOPs", "held-out loss"]
-    page = "<h2>Beside the baseline</h2>" + _table(head, rows)
-    if "equal_flops" not in found:
-        return page + '<p class="note">An export has no record of its training: no comparison at equal FLOPs.</p>'
-    equal = found["equal_flops"]
+def _equal_flops(found: dict[str, Any] | None, models: Models) -> str:
+    title = "<h2>At equal training FLOPs</h2>"
+    if found is None:
+        return title + '<p class="note">An export has no record of its training: no comparison at equal FLOPs.</p>'
     losses = " and ".join(
-        f"{name} {'was not validated as early' if equal[name] is None else format(equal[name], '.4f')}"
+        f"{name} {'was not validated as early' if found[name] is None else format(found[name], '.4f')}"
         for name in models
     )
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -247,11 +236,11 @@ def _comparison(found: dict[str, Any], models: Models) -> str:
     for (name, one), color in zip(models.items(), (BLUE, ORANGE), strict=True):
         curve = one["model"]["validation_by_flops"]
         axes.plot([x for x, _ in curve], [y for _, y in curve], "o-", color=color, label=name)
-    axes.axvline(equal["flops"], color=GRAY, linestyle=":", label="equal FLOPs")
+    axes.axvline(found["flops"], color=GRAY, linestyle=":", label="equal FLOPs")
     axes.set(title="Validation while training", xlabel="training FLOPs", ylabel="loss", xscale="log")
     axes.legend()
-    note = f"At {equal['flops']:.3g} training FLOPs, by the runs' own validations: {losses}."
-    return f"{page}<p>{note}</p>{_svg(figure)}"
+    note = f"After {found['flops']:.3g} training FLOPs, by the runs' own validations: {losses}."
+    return f"{title}<p>{note}</p>{_svg(figure)}"
 
 
 def _plus_minus(value: float, error: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -202,7 +202,7 @@ def calibration(table: Table) -> dict[str, Any]:
                 "pearson": pearson(uncertainty, loss),
                 "spearman": spearman(uncertainty, loss),
                 "spearman_of_sequences": spearman(table.by_sequence(column), table.by_sequence(table.losses)),
-                "reliability": [asdict(share) for share in reliability(uncertainty, loss)],
-                "risk_coverage": asdict(risk_coverage(uncertainty, loss)),
+                "reliability": reliability(uncertainty, loss),
+                "risk_coverage": risk_coverage(uncertainty, loss),
             }
     return result

@@ -7,7 +7,7 @@ standard errors are only given where observations are whole sequences, or bins a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,48 +32,26 @@ def spearman(x: Tensor, y: Tensor) -> float:
     return pearson(ranks(x), ranks(y))
 
 
-@dataclass(frozen=True)
-class Bin:
-    """A share of the observations, those with neighbouring uncertainties."""
+def reliability(uncertainty: Tensor, loss: Tensor, bins: int = 10) -> list[dict[str, float]]:
+    """Sort observations by uncertainty, cut them into equal shares, and return the figures of each.
 
-    uncertainty: float
-    """Mean uncertainty."""
-    loss: float
-    """Mean loss."""
-    spread: float
-    """Standard deviation of the loss."""
-    count: int
-
-
-def reliability(uncertainty: Tensor, loss: Tensor, bins: int = 10) -> list[Bin]:
-    """Sort observations by uncertainty and cut them into `bins` equal shares."""
+    These are the mean `uncertainty` and `loss`, the standard deviation of the loss (`spread`), and the `count`.
+    """
     order = uncertainty.argsort(stable=True)
-    shares = zip(
-        uncertainty[order].to(torch.float64).tensor_split(bins),
-        loss[order].to(torch.float64).tensor_split(bins),
-        strict=True,
-    )
-    return [Bin(u.mean().item(), y.mean().item(), y.std(correction=0).item(), len(u)) for u, y in shares if len(u)]
+    shares = zip(*(x[order].to(torch.float64).tensor_split(bins) for x in (uncertainty, loss)), strict=True)
+    return [
+        {"uncertainty": u.mean().item(), "loss": y.mean().item(), "spread": y.std(correction=0).item(), "count": len(u)}
+        for u, y in shares
+        if len(u)
+    ]
 
 
-@dataclass(frozen=True)
-class RiskCoverage:
-    """The mean loss of the predictions that are kept when the most uncertain ones are given up."""
+def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> dict[str, Any]:
+    """Return the mean loss of the predictions that are kept when the most uncertain ones [N] are dropped.
 
-    coverage: list[float]
-    """Shares of predictions kept, at some points of the curve."""
-    risk: list[float]
-    """Mean loss of those kept, the most certain ones, at these points."""
-    aurc: float
-    """Mean of the risk over all coverages: smaller is better."""
-    best: float
-    """That of the true loss itself, the lower bound."""
-    chance: float
-    """That of a random uncertainty: the mean loss."""
-
-
-def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCoverage:
-    """Return the risk-coverage curve of predictions with these uncertainties and losses [N]."""
+    `risk` is this loss at some shares of predictions kept (`coverage`), and `aurc` its mean over all shares: smaller is
+    better. `best` is the `aurc` of the true loss itself, the lower bound, and `chance` that of a random uncertainty.
+    """
     loss = loss.to(torch.float64)
 
     def risks(by: Tensor) -> Tensor:
@@ -85,13 +63,13 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor, points: int = 50) -> RiskCo
 
     curve = risks(uncertainty)
     at = torch.linspace(0, len(curve) - 1, min(points, len(curve))).round().long()
-    return RiskCoverage(
-        coverage=((at + 1) / len(curve)).tolist(),
-        risk=curve[at.to(curve.device)].tolist(),
-        aurc=curve.mean().item(),
-        best=risks(loss).mean().item(),
-        chance=loss.mean().item(),
-    )
+    return {
+        "coverage": ((at + 1) / len(curve)).tolist(),
+        "risk": curve[at.to(curve.device)].tolist(),
+        "aurc": curve.mean().item(),
+        "best": risks(loss).mean().item(),
+        "chance": loss.mean().item(),
+    }
 
 
 def auroc(ood: Tensor, held_out: Tensor) -> tuple[float, float]:

@@ -25,27 +25,31 @@ def test_ranks_and_correlation() -> None:
 
 def test_reliability() -> None:
     bins = reliability(torch.tensor([4.0, 1.0, 3.0, 2.0]), torch.tensor([7.0, 1.0, 5.0, 2.0]), bins=2)
-    assert [(b.uncertainty, b.loss, b.spread, b.count) for b in bins] == [(1.5, 1.5, 0.5, 2), (3.5, 6.0, 1.0, 2)]
+    assert [tuple(share.values()) for share in bins] == [(1.5, 1.5, 0.5, 2), (3.5, 6.0, 1.0, 2)]
 
 
 def test_risk_coverage() -> None:
     loss = torch.tensor([1.0, 2.0, 3.0])
     curve = risk_coverage(torch.tensor([0.0, 5.0, 1.0]), loss, points=3)
-    assert curve.coverage == pytest.approx([1 / 3, 2 / 3, 1]) and curve.risk == pytest.approx([1, 2, 2])
-    assert curve.aurc == pytest.approx(5 / 3) and curve.best == pytest.approx((1 + 1.5 + 2) / 3) and curve.chance == 2
-    # Uncertainties that are all the same know nothing, in whatever order they come.
-    assert risk_coverage(torch.zeros(3), loss).aurc == pytest.approx(2)
+    assert curve["coverage"] == pytest.approx([1 / 3, 2 / 3, 1]) and curve["risk"] == pytest.approx([1, 2, 2])
+    assert (
+        curve["aurc"] == pytest.approx(5 / 3)
+        and curve["best"] == pytest.approx((1 + 1.5 + 2) / 3)
+        and curve["chance"] == 2
+    )
+    # Uncertainties that are all the same have no information, in whatever order they come.
+    assert risk_coverage(torch.zeros(3), loss)["aurc"] == pytest.approx(2)
 
 
 def test_auroc_is_the_share_of_pairs() -> None:
-    strange, usual = draw(30) + 1, draw(40, seed=1)
-    strange[:5] = usual[:5]
-    pairs = (strange[:, None] > usual).double() + 0.5 * (strange[:, None] == usual).double()
-    value, error = auroc(strange, usual)
+    ood, held_out = draw(30) + 1, draw(40, seed=1)
+    ood[:5] = held_out[:5]
+    pairs = (ood[:, None] > held_out).double() + 0.5 * (ood[:, None] == held_out).double()
+    value, error = auroc(ood, held_out)
     assert value == pytest.approx(pairs.mean().item())
     by_definition = pairs.mean(1).var() / 30 + pairs.mean(0).var() / 40
     assert error == pytest.approx(by_definition.sqrt().item())
-    assert auroc(usual + 100, usual) == (1, 0)
+    assert auroc(held_out + 100, held_out) == (1, 0)
 
 
 def test_standard_error_of_auroc_is_the_spread_of_repetitions() -> None:
