@@ -85,7 +85,7 @@ def evaluate(args: argparse.Namespace) -> int:
         work = summarise_runs if args.summary else evaluate_runs
         files = work(args.run, args.baseline, args.data, args.out, options, world)
     except (UserError, OSError) as error:
-        if world is None or world.rank == 0:
+        if world is None or world.rank == 0 or not getattr(error, "same_on_all_ranks", False):
             print(f"error: {error}", file=sys.stderr)
         return 1
     if world.rank == 0:

@@ -108,6 +108,8 @@ def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
     """Continue held-out samples of video."""
     from ebwm_dist.inference.video import roll_out_held_out
 
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     found = roll_out_held_out(
         run,
         args.data,

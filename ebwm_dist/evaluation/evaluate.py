@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ebwm_dist.distributed import World
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, same_on_all_ranks
 from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Options, Suite
 from ebwm_dist.evaluation.summary import Pair, write_summary
-from ebwm_dist.files import write_atomically, write_json
+from ebwm_dist.files import printable, write_atomically, write_json
 from ebwm_dist.run import Run
 
 
@@ -32,11 +33,12 @@ def evaluate_runs(
         options: measurements.
         world: the processes that share the work.
     """
-    runs = [Run(path, world.device), *([] if baseline is None else [Run(baseline, world.device)])]
-    target = _target(runs[0], out, "evaluation")
-    for run in runs:
-        if options.questions and run.tokenizer is None:
-            raise UserError(f"--choices: the questions are text, and {run.name} has no tokenizer")
+    with same_on_all_ranks():
+        runs = [Run(path, world.device), *([] if baseline is None else [Run(baseline, world.device)])]
+        target = _target(runs[0], out, "evaluation")
+        for run in runs:
+            if options.questions and run.tokenizer is None:
+                raise UserError(f"--choices: the questions are text, and {run.name} has no tokenizer")
     evaluation = measure_runs(runs, folder, options, world)
     if world.rank != 0:
         return []
@@ -51,9 +53,10 @@ def summarise_runs(
 ) -> list[Path]:
     """Print the errors of a run and of its twin on all held-out data; rank 0 writes and returns summary and picture."""
     started = time.perf_counter()
-    pair = Pair(Run(path, world.device), Run(baseline, world.device))
-    target = _target(pair.run, out, ".")
-    data = pair.run.validation_data(folder)
+    with same_on_all_ranks():
+        pair = Pair(Run(path, world.device), Run(baseline, world.device))
+        target = _target(pair.run, out, ".")
+        data = pair.run.validation_data(folder)
     options = replace(options, steps=pair.steps, max_sequences=data.samples, only_errors=True)
     evaluation = measure_runs([pair.run, pair.twin], folder, options, world)
     return write_summary(pair, data, evaluation, time.perf_counter() - started, target) if world.rank == 0 else []
@@ -67,7 +70,8 @@ def measure_runs(runs: list[Run], folder: str | None, options: Options, world: W
             print(text, flush=True)
 
     run, *others = runs
-    data = run.validation_data(folder)
+    with same_on_all_ranks():
+        data = run.validation_data(folder)
     model = Suite(run, data, options, world, log).run()
     evaluation: dict[str, Any] = {
         "data": {
@@ -105,6 +109,11 @@ def _loss_at(curve: list[list[float]], flops: float) -> float | None:
 
 
 def _target(run: Run, out: Path | None, name: str) -> Path:
+    """Return the folder for results, made before they are computed."""
     if out is None and run.remote:
         raise UserError(f"--out: name a folder of this machine for the results, as {run.name} is none")
-    return out or run.folder / name
+    target = out or run.folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    if not os.access(target, os.W_OK):
+        raise UserError(f"{printable(target)} cannot be written to: name another folder with --out")
+    return target

@@ -82,7 +82,6 @@ def write_summary(
     pair: Pair, data: ValidationData, evaluation: dict[str, Any], evaluation_time: float, folder: Path
 ) -> list[Path]:
     """Print the table, and write summary and picture into `folder`; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     spent = seconds(pair.run) + seconds(pair.twin) + evaluation_time
     if pair.unit == "tokens":
         unigram = unigram_perplexity(data, data.samples)

@@ -68,7 +68,6 @@ class HeldOutRollOut:
         larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
         frames = frames.repeat(larger, 3).repeat(larger, 4)
         frames[:, 1, self.observed :, :2] = frames[:, 1, self.observed :, -2:] = MARK
-        folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, pair in enumerate(frames):
             strip, moving = folder / f"sample-{number}.png", folder / f"sample-{number}.gif"

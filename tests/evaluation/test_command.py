@@ -1,4 +1,4 @@
-"""Files of questions: what may stand in them, and the one line about what may not."""
+"""The command reads its files before anything else, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.distributed import World
+from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.multiple_choice import Question, read_questions
+from ebwm_dist.evaluation.suite import Suite
 from launchers.evaluate import main
+from tests.made_runs import finished_run
+from tests.runs import write_config
+from tests.tiny_data import make_tiny_data
 
 LINE = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1})
 
@@ -51,6 +57,23 @@ def test_anything_else_is_one_line(content: str | bytes | None, message: str, tm
     assert "\n" not in str(error.value) and str(error.value).startswith(str(tmp_path / "q"))
 
 
+def test_an_error_of_another_rank_is_reported_by_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that all ranks have is reported by the first alone."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ebwm_dist.distributed.join", lambda: World(1, 1, 2, torch.device("cpu")))
+    monkeypatch.setattr("ebwm_dist.evaluation.evaluate.evaluate_runs", fail)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "nowhere"])
+    error = DataError("val-000000.tar is damaged")
+    assert main() == 1 and capsys.readouterr().err == "error: val-000000.tar is damaged\n"
+    error.same_on_all_ranks = True
+    assert main() == 1 and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--choices", "--ood-text"])
 def test_files_are_read_before_the_model(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -59,3 +82,17 @@ def test_files_are_read_before_the_model(
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "nowhere", option, str(tmp_path / "latin")])
     assert main() == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'latin'} cannot be read: not UTF-8 from byte 3 on\n"
+
+
+def test_the_folder_for_results_is_made_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = make_tiny_data(tmp_path / "text", documents=40)
+    finished_run(write_config(tmp_path), text, tmp_path / "run")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Suite, "run", pytest.fail)
+    arguments = ["evaluate.py", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert "Not a directory" in error and error.count("\n") == 1
