@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from ebwm_dist.errors import run_tool
@@ -70,25 +71,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 0.001 seconds")
     if not 0.0 <= options.holdout_fraction < 1.0:
         parser.error("--holdout-fraction must be at least 0 and below 1")
+    options.holdout = tuple(sorted(set(options.holdout)))
+    options.height, options.width = options.size
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the tool."""
     options = parse_arguments(arguments)
-    cut = Cut(
-        frames=options.frames,
-        frame_interval=options.frame_interval,
-        stride=options.stride,
-        height=options.size[0],
-        width=options.size[1],
-        crop=options.crop,
-        min_length=options.min_length,
-        holdout=tuple(sorted(set(options.holdout))),
-        holdout_fraction=options.holdout_fraction,
-        holdout_last=options.holdout_last,
-        gap=options.gap,
-    )
+    cut = Cut(**{field.name: getattr(options, field.name) for field in fields(Cut)})
     report = cut_clips(
         options.input,
         options.out,

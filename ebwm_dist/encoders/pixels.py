@@ -1,4 +1,4 @@
-"""Frames as their own embeddings: resized, which needs no weights and can be undone.
+"""Resized frames as embeddings, which need no weights and can be decoded.
 
 `pixels:SIZE` holds SIZE x SIZE pixels row by row, each as red, green and blue in [-1, 1]. `pixels:SIZE/P` holds the
 same numbers patch by patch: the P x P pixels of the first patch row by row, then those of the patch to its right, and

@@ -141,7 +141,7 @@ def _no_weights(spec: str, weights: Path | None, expected: str) -> UserError:
 
 
 def _folder(kind: str, weights: Path | None) -> tuple[Path, list[Path]]:
-    """Return the folder of the weights and the files in it that fix what the encoder computes."""
+    """Return the folder of the weights, and its files that the encoder depends on."""
     files = [] if weights is None else sorted(weights.glob("*.safetensors"))
     if weights is None or not files or not (weights / "config.json").is_file():
         raise _no_weights(kind, weights, _FOLDER)

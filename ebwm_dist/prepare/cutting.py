@@ -1,8 +1,8 @@
-"""Cut videos into clips: find the files, decide which clips go to which split, read their frames.
+"""Cut videos into clips: find the files, assign clips to splits, read their frames.
 
 A clip is F frames `frame_interval` seconds apart; clips of a video start `stride` seconds apart and may overlap. Held
-out are whole videos, or the last part of every video. There is a gap in front of such a part, because frames that are
-neighbours in time are nearly equal and would tell a model what it is judged on.
+out are whole videos, or the last part of every video. A gap before that part is in neither split, because neighbouring
+frames are nearly equal.
 
 Shapes: C clips, F frames of a clip, U different frames, H x W pixels.
 """
@@ -24,12 +24,12 @@ from ebwm_dist.prepare.video_files import VideoInfo, frames_at, probe
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 
-_DIGITS = 6  # times are rounded to microseconds, so that frames which clips share are seen to be the same
+_DIGITS = 6  # times are rounded to microseconds, so that clips which share a frame have an equal time
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How videos are cut into clips: all settings that decide which frames there are and where they go."""
+    """How videos are cut into clips, and which of them are held out."""
 
     frames: int
     frame_interval: float
@@ -67,7 +67,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Reject:
-    """A video that cannot be read, or as many `clips` of it that cannot."""
+    """A video that cannot be read, or some clips of it: all of a shard."""
 
     file: str
     clips: int | None
@@ -76,13 +76,13 @@ class Reject:
 
 @dataclass
 class Rejects:
-    """What cannot be read: left out and listed if `on_error` is "skip", else a DataError."""
+    """Lists videos that cannot be read if `on_error` is "skip"; else the first is a DataError."""
 
     on_error: str
     listed: list[Reject] = field(default_factory=list)
 
     def add(self, error: DataError, file: str, clips: int | None = None) -> None:
-        """List a video, or some of its clips."""
+        """List a video, or a number of its clips."""
         if self.on_error == "fail":
             raise DataError(f"{error}; replace it, or leave it out with --on-error skip") from None
         self.listed.append(Reject(file, clips, str(error)))

@@ -1,4 +1,4 @@
-"""Make shards of latents: frames encoded by a frozen encoder, those of videos or of a folder of clips.
+"""Make shards of latents: frames of videos, or of a folder of clips, encoded by a frozen encoder.
 
 Shapes: C clips of F frames, U different frames in them, E the width of a frame's latent.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ebwm_dist.prepare.build_state import begin, finish, up_to_date
 from ebwm_dist.prepare.cutting import Rejects
 from ebwm_dist.prepare.listing import refuse_outputs
 from ebwm_dist.prepare.report import Report
-from ebwm_dist.prepare.shard_tasks import VERSION, Batch, Made, Record, ShardTask, make_shards, shards_of
+from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
 from ebwm_dist.workers.executors import LOCAL, Work
 
 CLIPS_PER_MEMBER = 16  # latents of so many clips share a member of a tar
@@ -32,7 +32,7 @@ CLIPS_PER_MEMBER = 16  # latents of so many clips share a member of a tar
 
 @dataclass(frozen=True)
 class Encoding:
-    """Which frozen encoder turns frames into latents, and how these are stored."""
+    """A frozen encoder, and the type that its latents are stored in."""
 
     encoder: str
     weights: Path | None = None
@@ -60,15 +60,15 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, required: bool) -> N
 
 
 @dataclass(frozen=True)
-class LatentStore:
-    """Stores the latents of clips."""
+class LatentStore(Store):
+    """Store the latents of clips."""
 
     sample_format: LatentFormat
     encoding: Encoding
 
     @staticmethod
     def of(clips: ClipFormat, encoding: Encoding) -> LatentStore:
-        """Describe the latents of clips; mean and standard deviation follow from all shards, 0 and 1 change nothing."""
+        """Return the store for such clips, with mean 0 and standard deviation 1 until all shards are made."""
         from ebwm_dist.encoders import build_encoder
 
         encoder = build_encoder(encoding.encoder, encoding.weights, clips.height, clips.width, encoding.precision)
@@ -87,11 +87,9 @@ class LatentStore:
         return LatentStore(sample_format, encoding)
 
     def describe(self) -> dict[str, Any]:
-        """Return all that the stored bytes depend on, as JSON."""
-        return {**asdict(self.sample_format), "precision": self.encoding.precision}
+        return {**super().describe(), "precision": self.encoding.precision}
 
-    def write(self, task: ShardTask, batches: Iterable[Batch], record: Record) -> Shard | None:
-        """Write the shard of a task, and add up its values in `record`."""
+    def write(self, task: ShardTask, batches: Iterable[Batch], record: BuildRecord) -> Shard | None:
         sample_format = self.sample_format
         encode = _load_encoder(self.encoding, sample_format.height, sample_format.width)
         clips = [encode(batch.frames)[batch.members] for batch in batches]
@@ -114,7 +112,7 @@ class LatentStore:
         return writer.shards[0]
 
     def final_format(self, made: Iterable[Made]) -> LatentFormat:
-        """Return the format with mean and standard deviation of all values of the training split."""
+        """Return the format with mean and standard deviation over the training split."""
         records = [m.record for m in made if m.task.split == "train"]
         values = sum(record.values for record in records)
         mean = sum(record.total for record in records) / values
@@ -134,11 +132,9 @@ class StoredClips:
     sha256: str
 
     def describe(self) -> str:
-        """Return the hash of the shard."""
         return self.sha256
 
     def batches(self, rejects: Rejects) -> Iterator[Batch]:
-        """Yield the clips a few at a time; damaged ones are an error."""
         manifest = Manifest.load(self.folder)
         reader = ShardReader(manifest, self.split)
         count = manifest.splits[self.split].counts[self.number]

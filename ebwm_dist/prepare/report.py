@@ -1,4 +1,4 @@
-"""Report what a data tool made, and list what it left out."""
+"""Reports of data tools, and lists of the inputs that were left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Report:
     """More lines for the user."""
 
     def describe(self) -> str:
-        """Return what was made, as lines for the user."""
+        """Return the report as lines for the user."""
         manifest, sample_format = self.manifest, self.manifest.sample_format
         lines = [f"{manifest.folder}: {'up to date' if self.up_to_date else 'done'}"]
         lines += [f"  {name}: {self._counts(split)}" for name, split in manifest.splits.items()]

@@ -1,8 +1,7 @@
-"""Make the shards of video, a task each, in any executor, and keep those that are there already.
+"""Make the shards of video, a task each, in any executor; keep those that an earlier run has made.
 
-A task holds all that its shard depends on, so every executor writes the same bytes. A hash of it is stored in the index
-of the shard. A shard with the hash of its task is kept: after an interruption, and also when videos were added at the
-end, or dropped, up to the first shard that holds their clips.
+A task contains all that its shard depends on, and the index of the shard stores a hash of it. A shard with the hash of
+its task is kept: after an interruption, when videos were added at the end, and up to the first clip of a dropped video.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from tqdm import tqdm
 
 from ebwm_dist.data.format.index import finished_shard, read_build_record, write_build_record
 from ebwm_dist.data.format.manifest import Shard
-from ebwm_dist.data.format.sample_format import SampleFormat
+from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
 from ebwm_dist.prepare.build_state import hash_of
 from ebwm_dist.prepare.cutting import Reject, Rejects
 from ebwm_dist.workers.executors import Work, run_in_order
 
 VERSION = 2
-"""Of how frames are read and stored; shards of another version are made again."""
+"""Raised when frames are read or stored in another way, so that shards are made again."""
 
 
 class Batch(NamedTuple):
@@ -41,25 +40,31 @@ class Source(Protocol):
         """Return all that the clips depend on, as JSON."""
 
     def batches(self, rejects: Rejects) -> Iterator[Batch]:
-        """Yield the clips in order, but those that are added to `rejects`."""
+        """Yield the clips in order, except those that are added to `rejects`."""
 
 
-class Store(Protocol):
-    """What clips are stored as."""
+@dataclass(frozen=True)
+class Store:
+    """Store clips, or what is computed from them."""
 
-    def describe(self) -> Any:
+    sample_format: ClipFormat | LatentFormat
+
+    def describe(self) -> dict[str, Any]:
         """Return all that the stored bytes depend on, as JSON."""
+        return asdict(self.sample_format)
 
-    def write(self, task: ShardTask, batches: Iterable[Batch], record: Record) -> Shard | None:
-        """Write the shard of a task and complete its record; without clips there is none."""
+    def write(self, task: ShardTask, batches: Iterable[Batch], record: BuildRecord) -> Shard | None:
+        """Write the shard of a task and complete its record; without clips there is no shard."""
+        raise NotImplementedError
 
-    def final_format(self, made: Iterable[Made]) -> SampleFormat:
-        """Return the format of the samples in all shards."""
+    def final_format(self, made: Iterable[Made]) -> ClipFormat | LatentFormat:
+        """Return the sample format when all shards are made."""
+        return self.sample_format
 
 
 @dataclass
-class Record:
-    """How a shard was made: the hash of its task, what was left out, and of latents number, sum, and sum of squares."""
+class BuildRecord:
+    """Stored in a shard's index: a hash of its task, rejects, and of latents their number, sum and sum of squares."""
 
     made_from: str
     rejects: list[Reject] = field(default_factory=list)
@@ -88,11 +93,11 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Made:
-    """What a task left in the folder: its shard, if there was any clip, and whether it had been there before."""
+    """The shard of a task, if it has any clip; `kept` if an earlier run had made it."""
 
     task: ShardTask
     shard: Shard | None
-    record: Record
+    record: BuildRecord
     kept: bool
 
 
@@ -113,16 +118,16 @@ def make_shard(task: ShardTask) -> Made:
     if found is not None and (record := _record(task, found)) is not None:
         return Made(task, found, record, kept=True)
     rejects = Rejects(task.on_error)
-    record = Record(task.made_from, rejects.listed)
+    record = BuildRecord(task.made_from, rejects.listed)
     shard = task.store.write(task, task.source.batches(rejects), record)
     if shard is not None:
         write_build_record(task.folder, shard, asdict(record))
     return Made(task, shard, record, kept=False)
 
 
-def _record(task: ShardTask, shard: Shard) -> Record | None:
+def _record(task: ShardTask, shard: Shard) -> BuildRecord | None:
     """Return the record of a shard if it is the one of the task; clips may be missing only if it skips errors."""
     stored = read_build_record(task.folder, shard)
     if stored.get("made_from") != task.made_from or (stored["rejects"] and task.on_error == "fail"):
         return None
-    return Record(**{**stored, "rejects": [Reject(**reject) for reject in stored["rejects"]]})
+    return BuildRecord(**{**stored, "rejects": [Reject(**reject) for reject in stored["rejects"]]})

@@ -18,6 +18,7 @@ from av.error import FFmpegError
 
 from ebwm_dist.data.format.video_codec import one_line, to_rgb, video_stream
 from ebwm_dist.errors import DataError
+from ebwm_dist.files import printable
 
 _TOLERANCE = 1e-3  # seconds by which a time may lie before the frame that is meant
 
@@ -82,14 +83,14 @@ def frames_at(path: Path, times: Sequence[float], info: VideoInfo) -> Iterator[n
             picture: np.ndarray | None = None
             while time is not None and time + _TOLERANCE < end:
                 if frame.is_corrupt:
-                    raise DataError(f"{path}: damaged video, the frame at {time:.3f} s is corrupt")
+                    raise DataError(f"{printable(path)}: damaged video, the frame at {time:.3f} s is corrupt")
                 picture = to_rgb(frame, pixel_aspect) if picture is None else picture
                 yield picture
                 time = next(wanted, None)
             if time is None:
                 return
     if time is not None:
-        raise DataError(f"{path}: no frame at {time:.3f} s, the video ends at {end:.3f} s")
+        raise DataError(f"{printable(path)}: no frame at {time:.3f} s, the video ends at {end:.3f} s")
 
 
 def _spans(path: Path, start: float, info: VideoInfo) -> Iterator[tuple[av.VideoFrame, float, float]]:
@@ -127,10 +128,10 @@ def _time(frame: av.VideoFrame, number: int, stream: Any, info: VideoInfo) -> fl
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Turn whatever a file that cannot be read raises into a DataError with its name."""
+    """Raise a DataError that names the file for every error of reading it."""
     try:
         yield
     except DataError:
         raise
     except (FFmpegError, OSError, ValueError, IndexError, TypeError) as error:
-        raise DataError(f"{path}: unreadable video ({one_line(error)})") from None
+        raise DataError(f"{printable(path)}: unreadable video ({one_line(error)})") from None

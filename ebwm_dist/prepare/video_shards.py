@@ -19,7 +19,7 @@ from ebwm_dist.prepare.cutting import Clip, Cut, Rejects, find_videos, plan_clip
 from ebwm_dist.prepare.latent_shards import Encoding, LatentStore
 from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.report import REJECTS_FILE, Report, write_rejects
-from ebwm_dist.prepare.shard_tasks import VERSION, Batch, Made, Record, ShardTask, Store, make_shards, shards_of
+from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
 from ebwm_dist.workers.executors import LOCAL, Work
 
 
@@ -31,13 +31,11 @@ class VideoFiles:
     cut: Cut
 
     def describe(self) -> list[Any]:
-        """Return all that the clips depend on, as JSON."""
         cut = self.cut
         frames = [cut.frames, cut.frame_interval, cut.height, cut.width, cut.crop]
         return [frames, [[clip.video.name, clip.video.sha256, clip.start] for clip in self.clips]]
 
     def batches(self, rejects: Rejects) -> Iterator[Batch]:
-        """Yield the clips of one video after the other; the clips of a video that cannot be read are left out."""
         for video, group in groupby(self.clips, key=lambda clip: clip.video):
             starts = [clip.start for clip in group]
             try:
@@ -51,33 +49,23 @@ class VideoFiles:
 
 
 @dataclass(frozen=True)
-class ClipStore:
-    """Stores clips as they are."""
+class ClipStore(Store):
+    """Store clips as they are."""
 
     sample_format: ClipFormat
 
-    def describe(self) -> dict[str, Any]:
-        """Return all that the stored bytes depend on, as JSON."""
-        return asdict(self.sample_format)
-
-    def write(self, task: ShardTask, batches: Iterable[Batch], record: Record) -> Shard | None:
-        """Write the shard of a task."""
+    def write(self, task: ShardTask, batches: Iterable[Batch], record: BuildRecord) -> Shard | None:
         sample_format = self.sample_format
         writer = ClipWriter(task.folder, task.split, sample_format, task.clips_per_shard, first_shard=task.number)
         for frames, members, infos in batches:
             for chosen, info in zip(members, infos, strict=True):
                 clip = frames[chosen]
-                mp4 = sample_format.storage == "mp4"
-                media = (
-                    encode_clip(clip, sample_format.frame_interval) if mp4 else [encode_jpeg(frame) for frame in clip]
-                )
-                writer.write(media, info)
+                if sample_format.storage == "mp4":
+                    writer.write(encode_clip(clip, sample_format.frame_interval), info)
+                else:
+                    writer.write([encode_jpeg(frame) for frame in clip], info)
         writer.close()
         return writer.shards[0] if writer.shards else None
-
-    def final_format(self, made: Iterable[Made]) -> ClipFormat:
-        """Return the format; clips are not normalised."""
-        return self.sample_format
 
 
 def cut_clips(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -140,6 +141,12 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             probe(tmp_path / name)
         with pytest.raises(DataError, match=f"{name}: unreadable video"):
             list(frames_at(tmp_path / name, [0.0], VideoInfo(9, 0.32)))
+    latin = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    latin.write_bytes(encode_clip(gradient(9), 0.04))
+    assert probe(latin).frames == 9
+    latin.write_text("no video")
+    with pytest.raises(DataError, match=r"caf\\xe9.mp4: unreadable video"):
+        probe(latin)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=8000)
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
