@@ -20,7 +20,7 @@ def main() -> int:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what it takes; exit")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration, FLOPs and memory; exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
     args = parser.parse_intermixed_args()
@@ -34,7 +34,7 @@ def main() -> int:
             print(describe(load_config(args.config, args.overrides)))
             return 0
         from ebwm_dist.rendezvous import Place
-        from ebwm_dist.training.trainer import train
+        from ebwm_dist.training.train import train
 
         rank = Place.of_environment().rank
         config = load_config(args.config, args.overrides)
@@ -45,7 +45,7 @@ def main() -> int:
         if rank == 0 or not getattr(error, "same_on_all_ranks", False):
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
         else:
-            # A launcher ends all ranks as soon as one has failed; rank 0 must have spoken by then.
+            # A launcher ends all ranks as soon as one has failed, and rank 0 is to print the error first.
             time.sleep(10)
         return 1
     except KeyboardInterrupt:

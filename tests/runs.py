@@ -34,7 +34,8 @@ def train_in_turn(rank: int, world_size: int, config: Path, runs: Sequence[Seque
     """Train with each list of overrides in turn, in one process group."""
     from ebwm_dist.training.backend import setup_distributed
     from ebwm_dist.training.shutdown import StopSignal
-    from ebwm_dist.training.trainer import Trainer, load_data
+    from ebwm_dist.training.train import load_data
+    from ebwm_dist.training.trainer import Trainer
     from ebwm_dist.training.watchdog import Watchdog
 
     world = setup_distributed(60)

@@ -60,7 +60,7 @@ def work(settings: dict[str, Any]) -> int:
     import ray.train
 
     from ebwm_dist.training.shutdown import StopSignal
-    from ebwm_dist.training.trainer import train
+    from ebwm_dist.training.train import train
 
     config, control = settings["config"], settings["control"]
     rank = ray.train.get_context().get_world_rank()

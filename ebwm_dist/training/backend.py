@@ -94,8 +94,8 @@ def restricted_loading() -> Iterator[None]:
 def remove_stale_locks(folder: Path) -> None:
     """Remove the locks that killed processes have left among torch's compiled extensions.
 
-    A build waits for such a lock for ever. While one is being built its process holds the lock open, so a lock that no
-    process of this machine holds is stale. (The default folder has the machine's name in it, as /proc shows no others.)
+    A build waits for such a lock for ever. A process that builds holds its lock open, so a lock that no process of this
+    machine holds is stale; the default folder belongs to one machine.
     """
     locks = list(folder.glob("**/lock"))
     if not locks or not Path("/proc/self/fd").exists():

@@ -1,4 +1,4 @@
-"""What a run would be and take, told without starting it: `launchers/train.py --dry-run`."""
+"""Describe a run and its cost without starting it: `launchers/train.py --dry-run`."""
 
 from __future__ import annotations
 
@@ -90,11 +90,10 @@ def state_bytes(parameters: int, zero: ZeroConfig, world_size: int, precision: s
 
 
 def activation_bytes(config: Config) -> int:
-    """Return the most bytes that a micro-batch holds at a time, by running it on the meta device, without memory.
+    """Return the peak memory of a micro-batch without weights and their gradients, from a run on the meta device.
 
-    Activations, states and what is computed from them count; weights and their gradients do not. Of a deep model only
-    a few layers are run, as all hold the same: but not where they are checkpointed and hold next to nothing, which
-    makes it depend on the depth what holds the most.
+    Deep models are extrapolated from a few layers, unless their layers are checkpointed: those hold next to nothing,
+    so the peak is not linear in their number.
     """
     layers = config.model.num_layers
     if layers <= 6 or config.training.activation_checkpointing != "none":

@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl, the console and its log file."""
+"""Records in metrics.jsonl and samples.jsonl, and lines on the console and in log files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -89,11 +89,11 @@ class Console:
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
 
-    def line(self, text: str, stream: TextIO | None = None) -> None:
-        """Print `text` on a line of its own, and record it."""
+    def line(self, text: str, warning: bool = False) -> None:
+        """Print `text` on a line of its own, a warning to stderr, and record it."""
         self.record(text)
         if self._enabled:
-            stream = stream or sys.stdout
+            stream = sys.stderr if warning else sys.stdout
             tqdm.write(text, file=stream)
             stream.flush()
 

@@ -1,4 +1,4 @@
-"""Notice that the run should stop: a signal arrived, or the launcher that started this rank has died."""
+"""Requests to stop a run: a signal, or the end of the launcher that started this rank."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from ebwm_dist.checkpoint.run_lock import process_fields
 
 
 class StopSignal:
-    """Remember a request to stop until the trainer asks for it at the end of a step.
+    """Keeps a request to stop until the trainer polls it at the end of a step.
 
-    SIGTERM and the first SIGINT are such requests; a second SIGINT interrupts at once. So is the death of the launcher:
-    a SIGTERM to the `deepspeed` command ends it alone, and its ranks would train on with nobody to stop them. The
-    parent of a rank that was started without a launcher means nothing: `nohup python launchers/train.py &` outlives
-    its shell.
+    SIGTERM and the first SIGINT are requests; a second SIGINT interrupts at once. The end of the launcher is one too,
+    as a SIGTERM to the `deepspeed` command ends that process alone, not its ranks. Without a launcher the parent does
+    not matter: `nohup python launchers/train.py &` outlives its shell.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """What asked to stop; whoever learns of it in another way than by a signal may set it."""
+        """Why to stop; may also be set from outside, for requests that are not signals."""
         self._launchers = _launchers()
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -36,7 +35,7 @@ class StopSignal:
         return self.reason
 
     def close(self) -> None:
-        """Put back the signal handlers that were there before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -1,13 +1,12 @@
-"""The training loop: from a configuration to a finished run, the same on one process and on many."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import random
 import resource
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,72 +15,37 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.checkpoint.run_lock import RunLock
-from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.format.manifest import SPLITS
 from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
-from ebwm_dist.data.tokenizer import load_tokenizer
-from ebwm_dist.distributed import World, leave
-from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, check_format, embedding_statistics
-from ebwm_dist.errors import PeerError, UserError, same_on_all_ranks
+from ebwm_dist.distributed import World
+from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, embedding_statistics
+from ebwm_dist.errors import UserError, same_on_all_ranks
 from ebwm_dist.evaluation.losses import accumulate
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.models.output import Evaluation
-from ebwm_dist.rendezvous import Place
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
-from ebwm_dist.training.backend import set_collective_timeout, setup_distributed
+from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import create_engine
-from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, train_line, val_line
 from ebwm_dist.training.optimizer import set_lr
+from ebwm_dist.training.run_log import RunLog
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.step_statistics import StepStatistics, targets_per_rank
-from ebwm_dist.training.wandb_log import WandbLog
-from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
+from ebwm_dist.training.watchdog import Watchdog
 
 COLLECTIVE_MARGIN = 30.0
 """Seconds by which collectives outlast the watchdog."""
 
 
-def train(config: Config, stop: StopSignal | None = None, tell: Callable[[str], None] | None = None) -> TrainingState:
-    """Train until `training.max_steps`, `training.stop_after` or a stop signal; return the state then.
-
-    `tell` is told why, before this process is ended for want of progress.
-    """
-    check_world(config, Place.of_environment().world_size)
-    data = load_data(config)
-    stop = stop or StopSignal()
-    world = setup_distributed(config.training.startup_timeout, stop.poll)
-    lock = RunLock(Path(config.run_dir))
-    timeouts = config.training.startup_timeout, config.training.step_timeout
-    watchdog = Watchdog(world, heartbeat_store(), *timeouts, tell, data.outage)
-    failure = None
-    try:
-        world.together(lambda: lock.take() if world.rank == 0 else None)
-        return Trainer(config, data, world, stop, watchdog, lock).run()
-    except BaseException as error:
-        failure = f"{type(error).__name__}: {error}"
-        if is_communication_error(error):
-            # A failed collective says nothing of who failed it, or when; the heartbeats do.
-            raise PeerError(watchdog.explain(error)) from error
-        raise
-    finally:
-        lock.release()
-        watchdog.close(failure)
-        stop.close()
-        if failure is None:  # else the others may sit in a collective, which a clean end of NCCL would wait for
-            leave()
-
-
 class Trainer:
-    """Holds the parts of a run together."""
+    """The parts of a run, and its loop."""
 
     def __init__(
         self,
@@ -92,16 +56,16 @@ class Trainer:
         watchdog: Watchdog,
         lock: RunLock | None = None,
     ):
-        self.config, self.data, self.manifest, self.world = config, data, data.manifest, world
-        self.stop, self.watchdog, self.lock = stop, watchdog, lock
+        self.config, self.data, self.world = config, data, world
+        self.stop, self.watchdog = stop, watchdog
+        self.verify_lock = (lambda: None) if lock is None else lock.verify
         self.run_dir = Path(config.run_dir)
-        self.console = Console(self.run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
+        self.log = RunLog(config, world)
         watchdog.beat(0, "loading")
-
         with same_on_all_ranks():
             self.stream = SampleStream(
                 config.data,
-                self.data,
+                data,
                 seed=config.seed,
                 global_batch_size=config.training.global_batch_size,
                 micro_batch_size=config.training.micro_batch_size,
@@ -109,119 +73,121 @@ class Trainer:
                 dp_world_size=world.world_size,
             )
         self.checkpointer = Checkpointer(config, world)
-        checkpoint = self.checkpointer.find(lambda text: self._say(f"WARNING: {text}", sys.stderr))
+        checkpoint = self.checkpointer.find(self.log.warn)
         if world.rank == 0:
             save_config(config, self.run_dir / CONFIG_FILE)
-            save_sample_format(self.manifest, self.run_dir)
-
-        self.unit = "token" if config.model.embedding_dim is None else "frame"
+            save_sample_format(data.manifest, self.run_dir)
         self.preprocess = self._build_preprocessor()
+        self._build_model()
+        self.state = TrainingState()
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self.saved_step = self.state.step
+        self.damage: set[str] = set()
+        """Reasons of damage that were warned of."""
+        self.log.open(self.state.step)
+        self._describe()
+
+    def _build_preprocessor(self) -> FramePreprocessor:
+        """Return the preprocessor of batches; for clips, with the same statistics of embeddings on all ranks."""
+        with same_on_all_ranks():
+            preprocessor = build_preprocessor(self.config, self.data.sample_format, self.world.device)
+        if isinstance(self.data.sample_format, ClipFormat):
+            self.watchdog.beat(0, "statistics of the embeddings")
+            skip, alone = self.config.data.on_error == "skip", self.world.rank == 0
+            found = embedding_statistics(preprocessor, self.data, self.run_dir, skip) if alone else None
+            preprocessor.mean, preprocessor.std = self.world.from_rank_0(found)
+        return preprocessor
+
+    def _build_model(self) -> None:
+        config, sample_format = self.config, self.data.sample_format
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
-        sample_format = self.manifest.sample_format
         pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
-        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), world)
+        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world)
         self.model = cast("Model", self.engine.module)
         if config.training.compile:
             self.model.compile_blocks()
-        self.state = TrainingState()
-        if checkpoint is not None:
-            self.state, extra = self.checkpointer.load(
-                self.engine,
-                checkpoint,
-                self.model.reshard_extra_state,
-                self._say,
-                lambda: watchdog.beat(0, "loading"),
-            )
-            self.model.load_extra_state(extra)
-            with same_on_all_ranks():
-                self.stream.load_state_dict(self.state.data)
-            self._say(f"continuing from {checkpoint}")
-        self.saved_step = self.state.step
 
+    def _load(self, checkpoint: Path) -> None:
+        progress = partial(self.watchdog.beat, 0, "loading")
+        self.state, extra = self.checkpointer.load(
+            self.engine, checkpoint, self.model.reshard_extra_state, self.log.log, progress
+        )
+        self.model.load_extra_state(extra)
+        with same_on_all_ranks():
+            self.stream.load_state_dict(self.state.data)
+        self.log.log(f"continuing from {checkpoint}")
+
+    def _describe(self) -> None:
+        """Log what is trained on what, and note the FLOPs that the devices could do."""
+        config, device = self.config, self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak_flops = peak_flops(name) * self.world.world_size
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
-        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-        self.peak_flops = peak_flops(name) * world.world_size
-        self.damage: set[str] = set()
-        self.logs: list[MetricsLog | WandbLog] = []
-        self.samples: SampleLog | None = None
-        if world.rank == 0:
-            if config.data.log_sample_ids:
-                self.samples = SampleLog(self.run_dir, self.state.step)
-            metrics = MetricsLog(self.run_dir, self.state.step)
-            self.logs.append(metrics)
-            if metrics.dropped:
-                self._say(
-                    f"training goes on from step {self.state.step}: {metrics.dropped} records of later steps "
-                    f"are kept in {metrics.replaced}"
-                )
-            self.logs.append(WandbLog(config, self.run_dir, lambda text: self._say(f"WARNING: {text}", sys.stderr)))
-        self.console.start_bar(config.training.max_steps, self.state.step)
-        self._say(
-            f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {world.world_size} x {name}, "
+        unit = "token" if config.model.embedding_dim is None else "frame"
+        self.log.log(
+            f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {self.world.world_size} x {name}, "
             f"ZeRO {config.zero.stage}, {config.training.precision}; "
-            f"{self.data.train_samples:,} training sequences of {config.data.sequence_length} {self.unit}s, "
+            f"{self.data.train_samples:,} training sequences of {config.data.sequence_length} {unit}s, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
         if config.data.mixture:
-            self._say(self.data.describe_shares(config.data.path))
+            self.log.log(self.data.describe_shares(config.data.path))
         if config.warmup_steps < config.optimizer.warmup_steps:
-            self._say(
+            self.log.log(
                 f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than training.max_steps: "
                 f"the warm-up takes {config.warmup_steps} steps, all of the run"
             )
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""
-        config, state, training = self.config, self.state, self.config.training
-        last = training.last_step
-        first = state.step
-        stop = False
+        state, training = self.state, self.config.training
+        first, last = state.step, training.last_step
         try:
-            if self._validation_due() and not self._validated(state.step):
-                stop = self._validate()  # a kill or a stop came between a checkpoint and its validation
+            stop = self._validation_due() and not self.log.has_validation(first) and self._validate()
             while state.step < last and not stop:
                 stop = self._train_step()
                 if state.step == first + 1:
                     self.watchdog.first_step_done()
                     # Longer than the watchdog's, whose message says more than a failed collective's.
                     set_collective_timeout(training.step_timeout + COLLECTIVE_MARGIN)
-                if state.step % config.checkpoint.interval == 0 or state.step == last or stop:
+                if state.step % self.config.checkpoint.interval == 0 or state.step == last or stop:
                     self._save()
                 if self._validation_due() and not stop:
                     stop = self._validate()
                     if stop and self.saved_step != state.step:
                         self._save()
-            self.checkpointer.finish(state.step, lambda: self.watchdog.beat(state.step, "upload"))
-            if stop:
-                self._say(f"asked to stop ({self.stop.reason or 'another rank'}): saved step {state.step}, leaving")
-            elif first > last:
-                limit = "max_steps" if training.stop_after is None else "stop_after"
-                self._say(f"nothing to do: {self.run_dir} is at step {first}, past training.{limit} = {last}")
-            elif state.step < training.max_steps:
-                self._say(f"left after training.stop_after = {last} of {training.max_steps} steps, in {self.run_dir}")
-            else:
-                self._say(f"done: step {state.step} of {training.max_steps}, in {self.run_dir}")
+            self.checkpointer.finish(state.step, partial(self.watchdog.beat, state.step, "upload"))
+            self.log.log(self._outcome(first, stop))
         except BaseException:
-            self.console.record(traceback.format_exc())
+            self.log.failure()
             raise
         finally:
             self.stream.close()
             self.checkpointer.close()
-            self.console.close()
-            for log in (*self.logs, *([self.samples] if self.samples else [])):
-                log.close()
+            self.log.close()
         return state
+
+    def _outcome(self, first: int, stop: bool) -> str:
+        step, training = self.state.step, self.config.training
+        if stop:
+            return f"asked to stop ({self.stop.reason or 'another rank'}): saved step {step}, leaving"
+        if first > training.last_step:
+            limit = "max_steps" if training.stop_after is None else "stop_after"
+            return f"nothing to do: {self.run_dir} is at step {first}, past training.{limit} = {training.last_step}"
+        if step < training.max_steps:
+            return f"left after training.stop_after = {step} of {training.max_steps} steps, in {self.run_dir}"
+        return f"done: step {step} of {training.max_steps}, in {self.run_dir}"
 
     def _train_step(self) -> bool:
         """Do one optimizer step and record it; return whether any rank was asked to stop."""
         config, state, engine = self.config, self.state, self.engine
-        self._verify_lock()
+        self.verify_lock()
         step = state.step + 1
         start, self.data_wait = time.perf_counter(), 0.0
-        lr = set_lr(self.optimizer, config, step)
-        step_size = self._step_size()
-        seen = StepStatistics(self.world, config.model.num_landscapes)
+        lr, step_size = set_lr(self.optimizer, config, step), self._step_size()
+        statistics = StepStatistics(self.world, config.model.num_landscapes)
         keys: list[str] = []
         batches, num_targets = self._micro_batches(step)
         for micro_step, batch in enumerate(batches):
@@ -236,46 +202,37 @@ class Trainer:
                 forward=engine,
                 backward=engine.backward,
             )
-            seen.add(output, batch.skipped)
+            statistics.add(output, batch.skipped)
         self.watchdog.beat(step, "optimizer step")
         applied = engine.step()
-
         self.watchdog.beat(step, "waiting for all ranks")
-        means, stop, nonfinite, damage = seen.gather(self.stop.poll() is not None)
-        if config.data.log_sample_ids:
-            ranks = self.world.gather_objects(keys)  # a rank's part of the global batch is contiguous
-            if self.samples is not None:
-                self.samples.write({"step": step, "samples": [key for rank in ranks for key in rank]})
+        means, stop, nonfinite, damage = statistics.gather(self.stop.poll() is not None)
+        self.log.samples(step, keys)
 
         seconds = time.perf_counter() - start
-        tokens_in_step = config.training.global_batch_size * config.data.sequence_length
+        tokens = config.training.global_batch_size * config.data.sequence_length
         state.step = step
-        state.tokens += tokens_in_step
+        state.tokens += tokens
         state.seconds += seconds
         state.skipped_samples += len(damage)
         state.data = self.stream.state_dict()
         refined = config.model.kind == "ebt"
-        figures = {name: value if refined or name.startswith("loss") else None for name, value in means.items()}
-        self._record(
-            {
-                "kind": "train",
-                "step": step,
-                **figures,
-                "grad_norm": engine.gradient_norm(),
-                "lr": lr,
-                "mcmc_step_size": step_size,
-                "tokens": state.tokens,
-                "skipped_samples": state.skipped_samples,
-                "tokens_per_second": tokens_in_step / seconds,
-                "data_wait": self.data_wait / seconds,
-                "peak_memory_bytes": self._peak_memory(),
-                "mfu": self.flops_per_token * tokens_in_step / seconds / self.peak_flops if self.peak_flops else 0.0,
-            }
-        )
-        if nonfinite is not None:
-            self._say(f"WARNING: step {step} had energies or gradients not finite: {nonfinite}", sys.stderr)
-        self._warn_of_damage(damage)
-        self._count_skipped(applied)
+        record = {
+            "kind": "train",
+            "step": step,
+            **{name: value if refined or name.startswith("loss") else None for name, value in means.items()},
+            "grad_norm": engine.gradient_norm(),
+            "lr": lr,
+            "mcmc_step_size": step_size,
+            "tokens": state.tokens,
+            "skipped_samples": state.skipped_samples,
+            "tokens_per_second": tokens / seconds,
+            "data_wait": self.data_wait / seconds,
+            "peak_memory_bytes": self._peak_memory(),
+            "mfu": self.flops_per_token * tokens / seconds / self.peak_flops if self.peak_flops else 0.0,
+        }
+        self.log.train(record, state.seconds)
+        self._warn(applied, nonfinite, damage)
         return stop
 
     def _micro_batches(self, step: int) -> tuple[Iterable[Batch], float | Tensor]:
@@ -294,63 +251,45 @@ class Trainer:
                 self.data_wait += time.perf_counter() - waited
                 yield batch
 
-        if self.unit == "frame":
+        if self.config.model.embedding_dim is not None:
             return read(), accumulation * self.config.training.micro_batch_size * self.config.data.sequence_length
         batches = list(read())
         self.watchdog.beat(step, "forward/backward")
         count = sum(int(self.model.target_mask(batch.observed[:, 1:]).sum()) for batch in batches)
         return batches, targets_per_rank(count, self.world)
 
-    def _warn_of_damage(self, damage: list[str]) -> None:
-        """Say why samples were replaced, once for each damage."""
+    def _warn(self, applied: bool, nonfinite: str | None, damage: list[str]) -> None:
+        """Warn of what went wrong in a step, of damaged data once; end the run after too many skipped steps."""
+        state, limit = self.state, self.config.training.max_nonfinite_steps
+        if nonfinite is not None:
+            self.log.warn(f"step {state.step} had energies or gradients not finite: {nonfinite}")
         for reason in dict.fromkeys(damage):
             if reason not in self.damage:
                 self.damage.add(reason)
-                self._say(f"WARNING: step {self.state.step} goes on without a damaged sample: {reason}", sys.stderr)
-
-    def _count_skipped(self, applied: bool) -> None:
-        """Keep count of steps that were left out because their gradient was not finite; stop after too many."""
-        state, limit = self.state, self.config.training.max_nonfinite_steps
-        state.skipped_in_a_row = 0 if applied else state.skipped_in_a_row + 1
+                self.log.warn(f"step {state.step} goes on without a damaged sample: {reason}")
         if applied:
+            state.skipped_in_a_row = 0
             return
+        state.skipped_in_a_row += 1
         state.skipped_steps += 1
-        self._say(
-            f"WARNING: step {state.step} skipped on all ranks: its gradient is not finite "
-            f"({state.skipped_steps} skipped so far)",
-            sys.stderr,
+        self.log.warn(
+            f"step {state.step} skipped on all ranks: its gradient is not finite ({state.skipped_steps} skipped so far)"
         )
         if state.skipped_in_a_row >= limit:
-            error = UserError(
-                f"{limit} steps in a row had a gradient that is not finite, the last one step {state.step}: lower "
-                "optimizer.lr and start the same command again, or a new run_dir with a lower mcmc.step_size"
-            )
-            error.same_on_all_ranks = True
-            raise error
-
-    def _record(self, record: dict[str, Any]) -> None:
-        """Write the record of a step everywhere, and its line to the console every `log_interval` steps."""
-        for log in self.logs:
-            log.write(record)
-        self.console.advance()
-        step, training = record["step"], self.config.training
-        if step % training.log_interval == 0 or step in (1, training.max_steps):
-            remaining = (training.max_steps - step) * self.state.seconds / step
-            unit = "tok" if self.unit == "token" else "frames"
-            self._say(train_line(record, training.max_steps, remaining, unit))
+            with same_on_all_ranks():
+                raise UserError(
+                    f"{limit} steps in a row had a gradient that is not finite, the last one step {state.step}: lower "
+                    "optimizer.lr and start the same command again, or a new run_dir with a lower mcmc.step_size"
+                )
 
     def _validation_due(self) -> bool:
         step = self.state.step
         return step > 0 and (step % self.config.validation.interval == 0 or step == self.config.training.max_steps)
 
-    def _validated(self, step: int) -> bool:
-        done = bool(self.logs) and isinstance(self.logs[0], MetricsLog) and self.logs[0].has("val", step)
-        return self.world.from_rank_0(done)
-
     def _validate(self) -> bool:
         """Evaluate the held-out split at the trained number of steps; no second-order graph is built.
 
-        Return whether any rank was asked to stop meanwhile: the rest is then left out, and done by the next start.
+        Return whether any rank was asked to stop meanwhile: the next start then does all of it.
         """
         config, step = self.config, self.state.step
         batches = validation_batches(
@@ -372,6 +311,7 @@ class Trainer:
         if sums is None:
             return True
         result = sums.over_ranks().result()
+        copied = result.copy_loss
         record = {
             "kind": "val",
             "step": step,
@@ -380,44 +320,21 @@ class Trainer:
             "loss_last_step": result.step_losses[-1],
             "energy_first": result.energies[0] if result.energies else None,
             "energy_last": result.energies[-1] if result.energies else None,
-            **(
-                {"perplexity": result.perplexities[-1]} if result.copy_loss is None else {"copy_loss": result.copy_loss}
-            ),
+            **({"perplexity": result.perplexities[-1]} if copied is None else {"copy_loss": copied}),
             "mcmc_step_size": self._step_size(),
             "tokens": self.state.tokens,
         }
-        for log in self.logs:
-            log.write(record)
-        self._say(val_line(record))
+        self.log.validation(record)
         return False
 
-    def _build_preprocessor(self) -> FramePreprocessor:
-        """Return what shows batches to the model; the statistics of clips are the same on all ranks."""
-        with same_on_all_ranks():
-            preprocess = build_preprocessor(self.config, self.manifest.sample_format, self.world.device)
-        if isinstance(self.manifest.sample_format, ClipFormat):
-            self.watchdog.beat(0, "statistics of the embeddings")
-            skip = self.config.data.on_error == "skip"
-            found = embedding_statistics(preprocess, self.data, self.run_dir, skip) if self.world.rank == 0 else None
-            preprocess.mean, preprocess.std = self.world.from_rank_0(found)
-        return preprocess
-
-    def _verify_lock(self) -> None:
-        """End a run that was taken for dead, before it writes among what another one writes."""
-        if self.lock is not None:
-            self.lock.verify()
-
     def _save(self) -> None:
-        self._verify_lock()
-        self.watchdog.beat(self.state.step, "checkpoint")
-        path = self.checkpointer.save(
-            self.engine,
-            self.state,
-            lambda: self.watchdog.beat(self.state.step, "checkpoint"),
-            self.model.extra_state(),
-        )
-        self.saved_step = self.state.step
-        self._say(f"saved {path}")
+        self.verify_lock()
+        state = self.state
+        progress = partial(self.watchdog.beat, state.step, "checkpoint")
+        progress()
+        path = self.checkpointer.save(self.engine, state, progress, self.model.extra_state())
+        self.saved_step = state.step
+        self.log.log(f"saved {path}")
 
     def _step_size(self) -> float | None:
         """Return alpha; under ZeRO-3 all ranks have to ask for it."""
@@ -429,18 +346,3 @@ class Trainer:
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _say(self, text: str, stream: Any = None) -> None:
-        self.console.line(text, stream)
-
-
-def load_data(config: Config) -> Mixture:
-    """Return the configured data sets, if they are there and fit each other and the configured model."""
-    with same_on_all_ranks():
-        data = Mixture.load(config.data)
-        data.check_files(("val",) if config.data.on_error == "skip" else SPLITS)
-        check_format(config, data.sample_format)
-        for source in data.sources:
-            if isinstance(source.manifest.sample_format, TokenFormat):
-                load_tokenizer(source.manifest)
-    return data

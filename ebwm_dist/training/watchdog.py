@@ -1,9 +1,9 @@
 """End a rank that makes no progress, with one line that names the step and the ranks at fault.
 
-Each rank publishes once a second where it is, from a thread of its own, in the key-value store that the process group
-was made with. A rank whose process is stopped or dead falls silent there; one that hangs in Python goes on reporting
-the same place. The store lives in the process of rank 0 (or of torchrun) and may itself stop answering: every access
-to it is made by a thread that nothing waits for without a limit.
+Once a second a thread of each rank publishes its step and phase in the key-value store of the process group. Reports
+of a stopped or dead process end, and those of a process that hangs in Python repeat the same place. The process of
+rank 0 (or torchrun) serves the store and may itself hang, so the store is only accessed from threads, and waited for
+with a limit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ebwm_dist.distributed import World
+from ebwm_dist.rendezvous import Store
 
 EXIT_CODE = 75
 """Exit code of a rank ended by its watchdog (EX_TEMPFAIL: starting again may help)."""
@@ -33,11 +34,9 @@ _TIME_TO_LEAVE = 60.0
 _NAMED_RANKS = 8
 _LIBRARIES = {"torch", "deepspeed"} | sys.stdlib_module_names - {"__main__"}
 
-Store = Any
-"""A `torch.distributed.Store` (whose `clone` torch's type stubs leave out)."""
 Report = dict[str, Any]
-"""What a rank publishes: `beat, time, host, step, phase, count` (of phases in the step), `place, in_collective`, and
-when it leaves, `end` (why) and `blames` (its own verdict, if other ranks are the reason)."""
+"""State of a rank: `beat, time, host, step, phase, count` (of phases in the step), `place, in_collective`, and after
+its end the reason, `end`, and its own verdict if other ranks caused it, `blames`."""
 
 
 def heartbeat_store() -> Store | None:
@@ -61,7 +60,16 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 class Watchdog:
-    """Watch this rank, and explain a failure by what the others last reported."""
+    """Watches this rank, and explains a failure by the last reports of the others.
+
+    Args:
+        world: this process and the others.
+        store: of `heartbeat_store`; None leaves the other ranks out.
+        startup_timeout: seconds without progress until the first step is done.
+        step_timeout: seconds without progress afterwards.
+        on_timeout: called with the reason before this process is ended.
+        outage: returns the reason why data are waited for, if the network is away.
+    """
 
     def __init__(
         self,
@@ -69,14 +77,10 @@ class Watchdog:
         store: Store | None,
         startup_timeout: float,
         step_timeout: float,
-        tell: Callable[[str], None] | None = None,
+        on_timeout: Callable[[str], None] = lambda reason: None,
         outage: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Begin to watch; `tell` is told, besides the console, why the process is about to be ended.
-
-        `outage` returns what the data are waiting for, if the network is away.
-        """
-        self.world, self._tell, self._outage = world, tell, outage
+        self.world, self._on_timeout, self._outage = world, on_timeout, outage
         self.store = store if world.world_size > 1 else None
         self.step_timeout = step_timeout
         self._timeout = startup_timeout
@@ -96,9 +100,9 @@ class Watchdog:
             threading.Thread(target=self._publish_repeatedly, name="heartbeat", daemon=True).start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Tell that this rank has come to `phase` of `step`; all ranks go through the same phases.
+        """Report that this rank is at `phase` of `step`; all ranks go through the same phases.
 
-        The same phase again only shows that there is progress, as often as the rank likes.
+        The same phase again only shows that there is progress.
         """
         before = self._report
         if (step, phase) != (before["step"], before["phase"]):
@@ -109,7 +113,7 @@ class Watchdog:
         self._silence = 0.0
 
     def first_step_done(self) -> None:
-        """Go over from the start-up timeout to the one for steps."""
+        """Replace the start-up timeout by the one for steps."""
         self._timeout, self._limit_key = self.step_timeout, "training.step_timeout"
         self._silence = 0.0
 
@@ -126,7 +130,7 @@ class Watchdog:
         return f"{self._here()}: lost the other ranks in {_point(where)}: {_reason(error)}. {verdict}"
 
     def close(self, failure: str | None = None) -> None:
-        """Stop watching; `failure` is what the other ranks will name as the reason why this one has gone."""
+        """Stop watching; the other ranks will name `failure` as the reason for the end of this one."""
         self._closed.set()
         self._moved.set()
         self._publish_end(failure or "it has finished")
@@ -146,16 +150,13 @@ class Watchdog:
 
     def _give_up(self) -> None:
         self._giving_up = True
-        what = f"no progress for {self._silence:.0f} s in {_point(self._current())}"
-        outage = self._outage()
-        reason = f": {outage}" if outage else ""
-        what += reason
+        where, outage = _point(self._current()), self._outage()
+        cause = f": {outage}" if outage else ""
         verdict = self._verdict()
-        told = f"{self._here()}: {what}. {verdict}"
-        print(told, file=sys.stderr, flush=True)
-        if self._tell is not None:
-            self._tell(told)
-        self._publish_end(f"it made no progress{reason}", verdict)
+        reason = f"{self._here()}: no progress for {self._silence:.0f} s in {where}{cause}. {verdict}"
+        print(reason, file=sys.stderr, flush=True)
+        self._on_timeout(reason)
+        self._publish_end(f"it made no progress{cause}", verdict)
         self._wait_for_readers()
         sys.stdout.flush()
         os._exit(EXIT_CODE)

@@ -177,14 +177,14 @@ def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: l
     """Train, with a SIGTERM to the last rank during the first validation; then start again."""
     from ebwm_dist.training import trainer
 
-    evaluate, calls = trainer.evaluate, iter(range(10))
+    accumulate, calls = trainer.accumulate, iter(range(10))
 
     def interrupted(*args):
         if next(calls) == 0 and rank == world_size - 1:
             signal.raise_signal(signal.SIGTERM)
-        return evaluate(*args)
+        return accumulate(*args)
 
-    trainer.evaluate = interrupted
+    trainer.accumulate = interrupted
     train_in_turn(rank, world_size, config, [overrides])
     if rank == 0:
         run_dir = Path(overrides[1].partition("=")[2])

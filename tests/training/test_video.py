@@ -19,7 +19,7 @@ from ebwm_dist.encoders.preprocessing import (
     embedding_statistics,
 )
 from ebwm_dist.errors import ConfigError, DataError, UserError
-from ebwm_dist.training.trainer import load_data
+from ebwm_dist.training.train import load_data
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 from tests.tiny_shards import DIM, FRAMES, SAMPLES, make_tiny_clips, make_tiny_latents, tiny_frames, tiny_latents
