@@ -189,7 +189,7 @@ class _Wait:
         if reason := self.stop_reason():
             raise UserError(f"stopped ({reason}) while {describe()}")
         if seconds > self.timeout:
-            raise UserError(f"gave up after {self.timeout:g} s (training.startup_timeout): {describe()}")
+            raise UserError(f"gave up after {self.timeout:g} s: {describe()}")
         if report and seconds > self._next_report:
             self._next_report = seconds + NEXT_REPORT
             print(f"{describe()} (for {seconds:.0f} s now)", file=sys.stderr, flush=True)

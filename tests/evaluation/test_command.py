@@ -96,3 +96,14 @@ def test_the_folder_for_results_is_made_first(
     assert main() == 1
     error = capsys.readouterr().err
     assert "Not a directory" in error and error.count("\n") == 1
+
+
+def test_variables_that_a_launcher_has_left_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "runs/none"])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the environment describes part of a distributed run, RANK, ")
+    assert error.endswith("or unset RANK and WORLD_SIZE\n") and error.count("\n") == 1

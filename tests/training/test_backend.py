@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name not in launcher}, **changes}
 
 
-def test_plain_python_is_a_world_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_process_alone_needs_no_port(tmp_path: Path, launched: bool) -> None:
+    """Neither as plain python nor under a launcher, whose port another run may have."""
     program = """
 from ebwm_dist.distributed import leave
 from ebwm_dist.training.backend import setup_distributed
@@ -34,13 +37,20 @@ leave()
 print(world.rank, world.local_rank, world.world_size, world.device)
 """
     shared_memory = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=clean_environment(DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(other.getsockname()[1])
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=clean_environment(
+                DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path), **(place if launched else {})
+            ),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
     assert (result.returncode, result.stdout, result.stderr) == (0, "0 0 1 cpu\n", "")
     assert not list(tmp_path.iterdir())
     if shared_memory:
