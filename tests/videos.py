@@ -1,4 +1,4 @@
-"""Video files of 25 frames, 1 s, whose frames can be told apart, in the forms that cameras and programs write."""
+"""Video files of 25 frames that differ, 1 s, in the forms that cameras and programs write."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def gradient(frames: int = RATE, height: int = 48, width: int = 64) -> np.ndarra
     """Return smooth frames `[F, H, W, 3]`: red grows by 8 with each frame, green to the right, blue downwards."""
     x, y = np.meshgrid(np.linspace(0, 100, width), np.linspace(0, 100, height))
     return np.stack([np.stack([x * 0 + 8 * i, x + 50, y + 50], axis=-1) for i in range(frames)]).astype(np.uint8)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def number_of(frame: np.ndarray) -> int:

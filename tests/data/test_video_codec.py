@@ -109,7 +109,7 @@ def test_damaged_clips_are_named(backend: str) -> None:
             decode_clip(damaged, "train-0, key 5", backend)
 
 
-def test_odd_sizes_and_missing_backends_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_sizes_and_missing_backends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="47 x 64 cannot be stored as mp4"):
         encode_clip(gradient(2)[:, :47], 0.1)
     monkeypatch.setattr(video_codec, "_optional", lambda name: None)

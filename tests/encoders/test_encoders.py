@@ -56,7 +56,7 @@ def test_pixels_are_means_of_their_blocks_row_by_row_or_patch_by_patch() -> None
         ("torchvision:resnet", None, "no such classifier; it has resnet101"),
     ],
 )
-def test_wrong_specs_and_missing_weights_are_told(spec: str, weights: str | None, message: str) -> None:
+def test_wrong_specs_and_missing_weights_are_refused(spec: str, weights: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_encoder(spec, weights)
 

@@ -16,6 +16,7 @@ from ebwm_dist.prepare.latent_shards import Encoding, encode_clips
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.report import Report
 from ebwm_dist.prepare.video_shards import cut_clips
+from tests.videos import contents
 
 CUT = Cut(frames=3, frame_interval=0.08, stride=0.2, height=16, width=24, holdout_last=0.4, gap=0.1)
 PER_VIDEO, HELD_OUT = 7, 2  # clips: those for training start at 0, 0.2 ... 1.2 s and end by 1.46 s
@@ -43,10 +44,6 @@ def damage(video: Path, first: float = 0.3, last: float = 0.6) -> None:
     for offset in range(frames + int((end - frames) * first), frames + int((end - frames) * last)):
         data[offset] ^= 0x55 if offset % 3 else 0
     video.write_bytes(data)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -142,4 +139,4 @@ def test_the_tool_skips_what_cannot_be_read(folder: Path, tmp_path: Path, capsys
     with pytest.raises(DataError, match="0.mp4: unreadable video"):
         cut_tool.main([*map(str, arguments)])
     cut_tool.main([*map(str, arguments), "--on-error", "skip"])
-    assert "of 3 videos" in (told := capsys.readouterr().out) and "1 unreadable videos left out" in told
+    assert "of 3 videos" in (output := capsys.readouterr().out) and "1 unreadable videos left out" in output

@@ -64,7 +64,7 @@ def test_held_out_ends_are_a_gap_away_from_all_that_is_trained_on(
             assert min(starts["val"]) >= video.info.last - last - 1e-5
 
 
-def test_impossible_splits_are_told() -> None:
+def test_impossible_splits_are_refused() -> None:
     for wrong, message in (
         (cut(holdout=("v0.mp4", "v1.mp4")), "no clip of 0.20 s is left for the train split"),
         (cut(), "left for the val split"),

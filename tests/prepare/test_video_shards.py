@@ -34,6 +34,7 @@ from ebwm_dist.prepare.report import Report
 from ebwm_dist.prepare.video_files import probe
 from ebwm_dist.prepare.video_shards import cut_clips
 from ebwm_dist.workers.executors import Work
+from tests.videos import contents
 
 ROOT = Path(__file__).parents[2]
 CUT = Cut(frames=3, frame_interval=0.08, stride=0.04, height=16, width=24, holdout_last=0.4, gap=0.1)
@@ -55,10 +56,6 @@ def make(folder: Path, out: Path, **changes: object) -> Report:
 
 def frames_of(path: Path, starts: list[float]) -> tuple[np.ndarray, np.ndarray]:
     return read_frames(Video(path.name, path, "", probe(path)), starts, CUT)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def all_samples(manifest: Manifest, split: str) -> np.ndarray:
@@ -83,8 +80,8 @@ def test_shards_hold_the_clips_that_were_planned(folder: Path, tmp_path: Path, s
     shards = [str(tmp_path / "out" / shard.path) for shard in manifest.train.shards]
     plain = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in plain[:21:20]] == ["00000000", "00000020"]
-    told = json.loads(plain[34]["json"])
-    assert told == {"video": "1.mp4", "start": 0.04, "frame_interval": 0.08}
+    info = json.loads(plain[34]["json"])
+    assert info == {"video": "1.mp4", "start": 0.04, "frame_interval": 0.08}
     media = plain[34]["mp4"] if storage == "mp4" else plain[34]["001.jpg"]
     if storage == "jpeg":
         assert np.asarray(Image.open(io.BytesIO(media))).shape == (16, 24, 3)
@@ -165,7 +162,7 @@ def test_an_interrupted_run_is_continued_and_other_settings_start_anew(
         make(folder, out, encoding=PIXELS)
     with pytest.raises(DataError, match="unfinished"):
         Manifest.load(out)
-    (out / ".train-000002.tar.123.tmp").touch()  # what a kill leaves behind
+    (out / ".train-000002.tar.123.tmp").touch()  # of a killed process
     made = {path: path.stat().st_mtime_ns for path in out.glob("train-*.tar")}
     report = make(folder, out, encoding=PIXELS)
     assert len(made) == 2 and len(calls) == 3 + 3 and not report.up_to_date
@@ -207,7 +204,7 @@ def test_a_killed_run_is_continued(folder: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_what_cannot_be_encoded_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_encoded_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(folder, tmp_path / "latents", encoding=PIXELS)
     with pytest.raises(UserError, match="latents is an output of this run"):
         encode_clips(tmp_path / "latents", tmp_path / "latents", PIXELS)
@@ -230,8 +227,8 @@ def test_the_tools(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     arguments = ["--input", folder, "--out", clips, "--frames", 3, "--frame-interval", 0.08, "--stride", 0.2]
     arguments += ["--size", "16x24", "--holdout", "1.mp4"]
     cut_tool.main([*map(str, arguments)])
-    told = capsys.readouterr().out
-    assert "train: 10 clips of 1 videos, 30 frames, 1 shards" in told and "frames/s" in told
+    output = capsys.readouterr().out
+    assert "train: 10 clips of 1 videos, 30 frames, 1 shards" in output and "frames/s" in output
     assert Manifest.load(clips).held_out_groups == ("1.mp4",)
     cut_tool.main([*map(str, arguments)])
     assert "up to date" in capsys.readouterr().out
@@ -243,8 +240,8 @@ def test_the_tools(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (latents, "pixels:8: 192 values"),
     ):
         stats.main([str(made), "--contact-sheet", str(sheet)])
-        told = capsys.readouterr().out
-        assert heading in told and "frames: 30" in told and "held out: 1.mp4" in told
+        output = capsys.readouterr().out
+        assert heading in output and "frames: 30" in output and "held out: 1.mp4" in output
         with Image.open(sheet) as image:
             wide = 144 if made == clips else 96  # latents of pixels are square
             assert image.size == (3 * wide + 4, 8 * 96 + 14)
@@ -259,7 +256,7 @@ def test_the_tools(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_stats_of_tokens(tiny: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats.main([str(tiny.folder)])
-    told = capsys.readouterr().out
-    assert "tokens: 16 a sample, vocabulary of 320" in told and "held out: book 0" in told
+    output = capsys.readouterr().out
+    assert "tokens: 16 a sample, vocabulary of 320" in output and "held out: book 0" in output
     with pytest.raises(UserError, match="only video has a contact sheet"):
         stats.main([str(tiny.folder), "--contact-sheet", str(tmp_path / "x.png")])
