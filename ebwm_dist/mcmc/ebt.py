@@ -41,10 +41,6 @@ class EnergyBasedTransformer(EnergyModel):
         self.transformer.blocks.checkpointing = activation_checkpointing == "block"
         self.replay = ReplayBuffer(mcmc.replay_size) if mcmc.replay_size else None
 
-    def compile_blocks(self) -> None:
-        """Compile the transformer blocks, each stream when it is first run."""
-        self.transformer.blocks.compile_streams()
-
     def plan(self, step: int, micro_step: int) -> StepPlan:
         """Return the MCMC steps of a micro-batch of optimizer step `step`, counted from 1; the same on all ranks."""
         return plan_at(self.mcmc, self.seed, step, micro_step)

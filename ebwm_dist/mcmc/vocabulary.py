@@ -1,9 +1,9 @@
 """Text as the space predictions live in: the state is a distribution over tokens, held as logits.
 
-The read-in e = p W is linear in the probabilities p = softmax(z), so the energy gradient is only ever taken in
-width-sized space: dE/dp = (dE/de) W^T, a language-model head with the read-in's own weight. Read-in, read-out,
-cross-entropy and their gradients go through the rows (positions) in slices, so that of the many tensors with a
-vocabulary dimension only the state itself is held for all positions that are refined together.
+The embedding e = p W is linear in the probabilities p = softmax(z), so the energy gradient is only ever taken in
+width-sized space: dE/dp = (dE/de) W^T, a language-model head with the same weight. Embedding, read-out, cross-entropy
+and their gradients are computed for slices of the rows (positions): of the many tensors with a vocabulary dimension
+only the state itself is held for all positions that are refined together.
 
 Shapes: B batch, S observed positions, C candidate positions, V vocabulary, D width; N = B x C rows.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Block, Blocks, KeysValues, Linear, RMSNorm, positions_and_mask, rotary_table
+from ebwm_dist.models.layers import Blocks, KeysValues, Linear, RMSNorm, positions_and_mask
 from ebwm_dist.models.output import Evaluation, SequenceModel, TrainingOutput, prediction_losses, target_mask
 from ebwm_dist.models.passes import Backward, Forward
 
@@ -28,22 +28,16 @@ class AutoregressiveTransformer(SequenceModel):
     def __init__(self, config: ModelConfig, pad_id: int | None, activation_checkpointing: str = "none"):
         super().__init__()
         dim, width = config.dim, config.embedding_dim
-        self.pad_id, self.head_dim, self.rope_base = pad_id, dim // config.num_heads, config.rope_base
+        self.pad_id = pad_id
         self.embeddings: nn.Module
         if width is None:
             self.embeddings = nn.Embedding(config.vocab_size, dim)
         else:
             self.embeddings = nn.Identity() if width == dim else Linear(width, dim)
-        self.blocks = Blocks(
-            Block(dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps) for _ in range(config.num_layers)
-        )
+        self.blocks = Blocks(config)
         self.blocks.checkpointing = activation_checkpointing == "block"
         self.norm = RMSNorm(dim, config.norm_eps)
         self.head = Linear(dim, width or config.vocab_size, bias=width is not None)
-
-    def compile_blocks(self) -> None:
-        """Compile the transformer blocks, each stream when it is first run."""
-        self.blocks.compile_streams()
 
     def plan(self, step: int, micro_step: int) -> None:
         """Return nothing: there are no MCMC steps."""
@@ -76,14 +70,14 @@ class AutoregressiveTransformer(SequenceModel):
         """
         x = self.embed(observed)
         positions, mask = positions_and_mask(last, 1, context[0][0])
-        rotary = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
+        rotary = self.blocks.rotary(positions, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
             x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, None, last[:, 0] + 1)
         return self.head(self.norm(x))
 
     def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:
         x, keys_values = self.embed(observed), []
-        rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim, self.rope_base, x.dtype)
+        rotary = self.blocks.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
         for block in self.blocks:
             x, keys, values = self.blocks.run(block, block.context, x, rotary, None)
             keys_values.append((keys, values))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import (
-    Block,
     Blocks,
     KeysValues,
     Linear,
@@ -25,7 +24,6 @@ from ebwm_dist.models.layers import (
     modulate,
     modulate_with_tangent,
     positions_and_mask,
-    rotary_table,
 )
 
 
@@ -46,16 +44,12 @@ class EnergyTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        dim, eps = config.dim, config.norm_eps
-        adaln = config.variant == "adaln"
+        dim, adaln = config.dim, config.variant == "adaln"
         self.variant, self.num_landscapes = config.variant, config.num_landscapes
-        self.head_dim, self.rope_base = dim // config.num_heads, config.rope_base
         self.time_tokens = 1 if config.variant == "time_embed" else 0
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
-        self.blocks = Blocks(
-            Block(dim, config.num_heads, config.ffn_hidden_dim, eps, adaln) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(dim, eps)
+        self.blocks = Blocks(config, adaln)
+        self.norm = RMSNorm(dim, config.norm_eps)
         self.modulation = Modulation(dim, 2) if adaln else None
         self.head = EnergyHead(dim)
 
@@ -68,7 +62,7 @@ class EnergyTransformer(nn.Module):
         condition = self._condition(landscape, x)
         if self.time_tokens:
             x = torch.cat((self._time(landscape, x).expand(x.shape[0], 1, -1), x), dim=1)
-        rotary = self._rotary(torch.arange(x.shape[1], device=x.device), x)
+        rotary = self.blocks.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
         keys_values = []
         *body, last = self.blocks
         for block in body:
@@ -152,9 +146,6 @@ class EnergyTransformer(nn.Module):
     def _condition(self, landscape: int, like: Tensor) -> Tensor | None:
         return self._time(landscape, like) if self.variant == "adaln" else None
 
-    def _rotary(self, positions: Tensor, like: Tensor) -> Rotary:
-        return rotary_table(positions, self.head_dim, self.rope_base, like.dtype)
-
     def _positions(
         self, candidate: Tensor, context: KeysValues, start: int | Tensor
     ) -> tuple[KeysValues, Rotary, Tensor]:
@@ -166,4 +157,4 @@ class EnergyTransformer(nn.Module):
         if isinstance(start, int):
             context = self.slice_context(context, start + size)
         positions, mask = positions_and_mask(self.time_tokens + start, size, context[0][0])
-        return context, self._rotary(positions, candidate), mask
+        return context, self.blocks.rotary(positions, candidate.dtype), mask

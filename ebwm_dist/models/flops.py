@@ -6,14 +6,9 @@ attention costs half of a dense one. These are the operations the method needs, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
-
-
-def stream_flops(config: ModelConfig, sequence_length: int) -> float:
-    """Return the forward FLOPs per token of one pass of a stream through all blocks."""
-    matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_hidden_dim
-    attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
-    return config.num_layers * 2.0 * (matrices + attention)
 
 
 def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_length: int) -> float:
@@ -23,25 +18,20 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
     the projection (none, where E = D):
 
     * autoregressive: 3 (F + M), M being that with the head; embeddings that are projected: 2 M more.
-    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (read-in, read-out); each step
-      that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products; and
-      for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings that
-      are projected 2 M. A random number of steps counts by its mean, replayed sequences as so many more tokens.
+    * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (embedding, read-out); each
+      step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products;
+      and for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings
+      that are projected 2 M. A random number of steps counts by its mean, replayed sequences as so many more tokens.
     """
-    forward = stream_flops(config, sequence_length)
-    video = config.embedding_dim is not None
-    head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
-    product = 0.0 if config.embedding_dim == config.dim else head
-    read_context = 2 * product if video else 0.0
+    costs = _costs(config, sequence_length)
     if config.kind == "ar":
-        return 3 * (forward + head) + read_context
-    last_block = forward / config.num_layers - 4.0 * config.dim**2
+        return 3 * (costs.stream + costs.head) + 2 * costs.projection
     contexts = min(mcmc.num_steps, config.num_landscapes)
     steps = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
-    refinement = steps * (2 * forward + 2 * product) + trained * (6 * forward + 3 * product)
-    return rows * (refinement + contexts * (3 * (forward - last_block) + read_context))
+    refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
+    return rows * (refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
 
 def prediction_flops(
@@ -56,14 +46,36 @@ def prediction_flops(
         steps: MCMC steps, each 2 F and 2 M.
         measured: energies that are measured without a step, each F and M.
     """
-    forward = stream_flops(config, sequence_length)
+    costs = _costs(config, sequence_length)
+    if config.kind == "ar":
+        return costs.stream + costs.head + costs.projection
+    return landscapes * (costs.context + costs.projection) + (2 * steps + measured) * (costs.stream + costs.product)
+
+
+class _Costs(NamedTuple):
+    """Forward FLOPs per token of the parts of a model."""
+
+    stream: float
+    """All blocks."""
+    context: float
+    """All blocks, of which the last only makes keys and values."""
+    head: float
+    """The head of an autoregressive model."""
+    product: float
+    """Embedding or read-out of a state."""
+    projection: float
+    """Embedding of an observed state."""
+
+
+def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
+    matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_hidden_dim
+    attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
+    block = 2.0 * (matrices + attention)
+    stream = config.num_layers * block
     head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
     product = 0.0 if config.embedding_dim == config.dim else head
-    read_context = 0.0 if config.embedding_dim is None else product
-    if config.kind == "ar":
-        return forward + head + read_context
-    last_block = forward / config.num_layers - 4.0 * config.dim**2
-    return landscapes * (forward - last_block + read_context) + (2 * steps + measured) * (forward + product)
+    projection = 0.0 if config.embedding_dim is None else product
+    return _Costs(stream, stream - (block - 4.0 * config.dim**2), head, product, projection)
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
@@ -53,14 +54,6 @@ def positions_and_mask(last: int | Tensor, size: int, keys: Tensor) -> tuple[Ten
     else:
         positions = last[:, None] + 1
     return positions, torch.arange(keys.shape[2], device=keys.device) >= positions[..., None]
-
-
-def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
-    """Return the rotary angles of `positions` [..., S]; made in float64, as low precision cannot hold a position."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
-    angle = positions.to(torch.float64)[..., None] * frequency
-    dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -279,13 +272,22 @@ class Blocks(nn.ModuleList):
     checkpointing = False
     """Whether to keep only the inputs of each block and compute the rest again in the backward."""
 
+    def __init__(self, config: ModelConfig, adaln: bool = False):
+        super().__init__(
+            Block(config.dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps, adaln)
+            for _ in range(config.num_layers)
+        )
+        self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base
+
     def __iter__(self) -> Iterator[Block]:
         return cast("Iterator[Block]", super().__iter__())
 
-    def compile_streams(self) -> None:
-        """Compile the streams of every block when they are first run."""
-        for block in self:
-            block.compile_streams()
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """Return the rotary angles of positions [..., S], computed in float64: low precision cannot hold them."""
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
+        angle = positions.to(torch.float64)[..., None] * self.rope_base ** (-steps / self.head_dim)
+        dtype = torch.promote_types(dtype, torch.float32)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def run(self, block: Block, stream: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `stream`, a method of one of the blocks: checkpointing works around the call, compilation inside it."""

@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebwm_dist.models.layers import Block
 from ebwm_dist.models.passes import PassModule
 
 
 class SequenceModel(PassModule):
     """A model that predicts each next state of a sequence. By default it has no state besides its parameters."""
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks, each stream when it is first run."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile_streams()
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint of this rank must hold besides parameters."""
