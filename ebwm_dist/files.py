@@ -27,7 +27,7 @@ def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's content in hex, without holding the file in memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
 
@@ -40,12 +40,12 @@ def printable(path: str | Path) -> str:
 def rename(source: Path, target: Path) -> None:
     """Give a file or folder another name in the same folder, in place of what has it, also after a power cut."""
     os.replace(source, target)
-    flush_folder(target.parent)
+    flush(target.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """Write the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Write a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

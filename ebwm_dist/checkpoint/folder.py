@@ -10,9 +10,7 @@ The run folder must be on a file system that all ranks share.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +20,7 @@ from typing import Any
 
 from ebwm_dist.checkpoint.leases import is_leased
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.files import flush_folder, rename, write_atomically
+from ebwm_dist.files import flush, rename, sha256_of_bytes, sha256_of_file, write_atomically
 
 MARKER = "COMMITTED.json"
 FORMAT_VERSION = 2
@@ -143,7 +141,7 @@ def prepare_staging(root: Path, step: int) -> Path:
 def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
     """Flush and hash this rank's share of all files, for `commit`, once all ranks have written theirs."""
     sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
-    return _hash_files(staging, balanced_share(sizes, rank, world_size), flush=True)
+    return _hash_files(staging, balanced_share(sizes, rank, world_size), sync=True)
 
 
 def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
@@ -177,7 +175,7 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
     text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
     for folder in {path.parent for path in _files(staging)} | {staging}:
-        flush_folder(folder)
+        flush(folder)
     write_atomically(staging / MARKER, text.encode())
     return _take_place(staging)
 
@@ -248,25 +246,20 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _hash_files(folder: Path, names: Iterable[str], flush: bool = False) -> Files:
-    def one(name: str) -> dict[str, Any]:
-        digest, size = hashlib.sha256(), 0
-        with open(folder / name, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-                size += len(block)
-            if flush:
-                os.fsync(stream.fileno())
-        return {"bytes": size, "sha256": digest.hexdigest()}
+def _hash_files(folder: Path, names: Iterable[str], sync: bool = False) -> Files:
+    def describe(name: str) -> dict[str, Any]:
+        if sync:
+            flush(folder / name)
+        return {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
 
     names = list(names)
     # Threads, because hashing and reading both release the interpreter lock.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
+        return dict(zip(names, pool.map(describe, names), strict=True))
 
 
 def _checksum(marker: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+    return sha256_of_bytes(json.dumps(marker, sort_keys=True).encode())
 
 
 def _delete(folder: Path, unless: Callable[[Path], bool] = lambda path: False) -> None:

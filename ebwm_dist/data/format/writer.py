@@ -18,7 +18,7 @@ import numpy as np
 from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, Member, write_index
 from ebwm_dist.data.format.manifest import Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
-from ebwm_dist.files import sha256_of_file
+from ebwm_dist.files import rename, sha256_of_file
 
 
 class _TarShards:
@@ -78,7 +78,7 @@ class _TarShards:
         samples, size = len(self._checksums), self._partial.stat().st_size
         shard = Shard(self._name, samples, size, sha256_of_file(self._partial))
         (self._folder / shard.index_path).unlink(missing_ok=True)
-        os.replace(self._partial, path)
+        rename(self._partial, path)
         write_index(self._folder, shard, self._records, self._checksums)
         self.shards.append(shard)
         self._number += 1
