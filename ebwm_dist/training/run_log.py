@@ -31,7 +31,7 @@ class RunLog:
             self._metrics = MetricsLog(self._run_dir, step)
             if self._metrics.dropped:
                 self.log(
-                    f"training goes on from step {step}: {self._metrics.dropped} records of later steps are kept in "
+                    f"training starts from step {step}: {self._metrics.dropped} records of later steps are kept in "
                     f"{self._metrics.replaced}"
                 )
             if config.data.log_sample_ids:
