@@ -26,12 +26,12 @@ _CONNECT_TIMEOUT = 5.0
 _NAMED = 16
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SCHEDULERS = (
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),  # of srun
     ("SLURM_NTASKS", "SLURM_PROCID"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
 )
-"""Variables by which schedulers tell their tasks how many there are, and which one this is."""
+"""Variables of schedulers with the number of tasks and the number of this one."""
 
 _c10d: Any = dist  # torch's type stubs leave its stores out
 Store = Any
@@ -81,6 +81,8 @@ def _number(name: str, low: int, high: int | None = None) -> int:
 def _refuse_lone_tasks() -> None:
     for count, number in _SCHEDULERS:
         tasks = os.environ.get(count, "")
+        if count == "SLURM_NTASKS" and ("SLURM_STEP_NUM_TASKS" in os.environ or "SLURM_GTIDS" in os.environ):
+            continue  # a step of another size, or the batch script, of which there is one whatever the number of tasks
         if number in os.environ and tasks.isdigit() and int(tasks) > 1:
             raise UserError(
                 f"the scheduler has started {tasks} tasks ({count}), each of which would train by itself: start one "

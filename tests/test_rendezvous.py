@@ -15,7 +15,7 @@ from ebwm_dist.rendezvous import Place, meet
 from tests.distributed import free_port
 
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
-SCHEDULED = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+SCHEDULED = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_GTIDS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,10 @@ def test_a_process_without_a_launcher_is_alone() -> None:
         ({**LAUNCHED, "LOCAL_RANK": "first"}, "LOCAL_RANK = 'first' in the environment"),
         ({**LAUNCHED, "MASTER_PORT": "http"}, "MASTER_PORT = 'http' in the environment"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "the scheduler has started 2 tasks (SLURM_NTASKS)"),
+        (
+            {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_GTIDS": "0,1"},
+            "the scheduler has started 2 tasks (SLURM_STEP_NUM_TASKS)",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "has started 4 tasks (OMPI_COMM_WORLD_SIZE)"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "has started 4 tasks (PMI_SIZE)"),
     ],
@@ -80,6 +84,8 @@ def test_an_environment_that_cannot_be_meant_is_one_line(
     [
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         {"SLURM_NTASKS": "2"},  # in a shell of salloc
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_GTIDS": "0"},  # in a batch script
+        {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_GTIDS": "0"},
         {**LAUNCHED, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},  # torchrun in each task
     ],
 )

@@ -53,7 +53,9 @@ class RunLock:
         if not self._thread.is_alive():
             return
         self._released.set()
-        self._thread.join()
+        self._thread.join(self.interval)
+        if self._thread.is_alive():  # the storage hangs
+            return
         with suppress(OSError):
             if self._is_own(self.file.read_bytes()):
                 self.file.unlink()

@@ -51,8 +51,8 @@ def train(
             raise PeerError(watchdog.explain(error)) from error
         raise
     finally:
-        lock.release()
         watchdog.close(failure)
+        lock.release()
         stop.close()
         if failure is None:  # else the others may sit in a collective, which a clean end of NCCL would wait for
             leave()
