@@ -1,17 +1,18 @@
 """The model under DeepSpeed: built, sharded, and run pass by pass.
 
 DeepSpeed is made for one forward and one backward per step. A step here is many of both, each over some of the
-parameters only, and a context stream goes backward long after it went forward. Three things then need help, all of them
+parameters only, and the backward of a context stream comes long after its forward. That needs three workarounds, all
 found by comparing gradients or memory with those of one process (DeepSpeed 0.19.8):
 
 * Stages 2 (with an offloaded optimizer) and 3 overwrite the sum of gradients in the first backward of a step and add to
   it in the others: a parameter that the first one does not reach keeps the sum of the step before. And in bf16 with an
   offloaded optimizer, stages 1 and 2 go on adding to a sum that was not finite. So `step` clears all sums.
-* Stage 3 foresees which parameters are needed from the order of modules in the last pass. With passes of several kinds
-  no two in a row are alike, and an order that does not fit is an error: so each pass starts without one, and parameters
-  are fetched when their module runs.
-* Stage 3 lets go of a module's parameters once as many gradients as its last forward had inputs have come out of it.
-  Forwards in between spoil that count, and a late backward would end up with the whole model gathered.
+* Stage 3 prefetches parameters in the order of modules in the last pass. With passes of several kinds no two in a row
+  are alike, and an order that does not fit is an error: so each pass starts without one, and parameters are fetched
+  when their module runs.
+* Stage 3 releases a module's parameters once its backward has given as many gradients as its last forward had inputs.
+  Forwards in between spoil that count, and a late backward would end up with the whole model gathered: so the counts
+  of a forward are restored before its backward.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class TrainingEngine:
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         engine.step()
-        _forget_gradients(optimizer)
+        _clear_gradients(optimizer)
         if self._sharded is not None:
             self._sharded.clear()
         return engine.was_step_applied()
@@ -118,7 +119,7 @@ class TrainingEngine:
         return float(self.deepspeed.get_global_grad_norm())
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """Return a copy of a parameter, whole; under stage 3 all ranks have to ask for it."""
+        """Return a copy of a whole parameter; under stage 3 a collective call."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -163,7 +164,7 @@ class TrainingEngine:
         reshard(self.deepspeed, saved, progress)
 
 
-def _forget_gradients(optimizer: Any) -> None:
+def _clear_gradients(optimizer: Any) -> None:
     """Clear what ZeRO's optimizers keep of the gradients of a step."""
     kept = list(getattr(optimizer, "accumulated_grads_in_cpu", {}).values())
     if hasattr(optimizer, "grad_partitions_flat_buffer"):  # stage 3
@@ -179,7 +180,7 @@ def _forget_gradients(optimizer: Any) -> None:
 
 
 class _ShardedPasses:
-    """What ZeRO-3 must be told between the passes of a step."""
+    """Resets what ZeRO-3 assumes about the order of modules and backwards between the passes of a step."""
 
     def __init__(self, engine: Any):
         self.offload = engine.optimizer.parameter_offload
@@ -189,7 +190,7 @@ class _ShardedPasses:
         self.number = 0
 
     def before_forward(self) -> None:
-        self._forget_order()
+        self._clear_trace()
         self.number += 1
 
     def after_forward(self, output: Any) -> None:
@@ -202,13 +203,13 @@ class _ShardedPasses:
         if number != self.number:
             for module, count in zip(self.modules, counts, strict=False):
                 module.ds_grads_remaining = count
-            self._forget_order()
+            self._clear_trace()
             self.offload.param_coordinator.reset_step()
 
     def clear(self) -> None:
         self.waiting.clear()
 
-    def _forget_order(self) -> None:
+    def _clear_trace(self) -> None:
         coordinator = copy.copy(self.blank)
         coordinator._clear_trace_structures()
         self.offload.param_coordinator = coordinator
