@@ -94,6 +94,9 @@ class MCMCConfig:
     """Initial state of a prediction: drawn from N(0, 1), zeros, or a copy of the last observed embedding."""
     replay_size: int = number(0, at_least=0)
     """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
+    replay_top_k: int = number(1024, at_least=1)
+    """Tokens whose probabilities are kept of a state, in 4 bytes each; the others share the rest evenly. Unused with
+    `model.embedding_dim`."""
     replay_fraction: float = number(0.5, above=0, at_most=1)
     """Replayed sequences added to a micro-batch, as a fraction of its size."""
 

@@ -50,9 +50,12 @@ class EnergyBasedTransformer(EnergyModel):
         return {} if self.replay is None else {"replay": self.replay.state_dict()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the replay buffer; a run that had none starts with an empty one."""
+        """Restore the replay buffer; it starts empty if the run had none, or another `mcmc.replay_top_k`."""
         if self.replay is not None:
-            self.replay.load_state_dict(state.get("replay", {}))
+            records = state.get("replay", {})
+            blank = self.space.compress(torch.zeros(1, 1, self.space.state_width))
+            fits = records and all(x.shape[2:] == blank[name].shape[2:] for name, x in records["state"].items())
+            self.replay.load_state_dict(records if fits else {})
 
     def reshard_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
         """Return this rank's part of the records in the replay buffers of all ranks so far."""
@@ -173,12 +176,12 @@ class EnergyBasedTransformer(EnergyModel):
         return {landscape: self.context_stream(observed, landscape) for landscape in sorted(landscapes)}
 
     def _replayed(self, observed: Tensor, sample_ids: Tensor) -> ReplayedSequences | None:
-        """Draw the rows that this micro-batch replays, if the buffer holds as many."""
+        """Take the rows that this micro-batch replays, if the buffer holds as many."""
         if self.replay is None:
             return None
         # A sample's id is its number in the run, so each micro-batch has a draw of its own, the same after a resume.
         seed = mix_seed(self.seed, int(sample_ids[0]))
-        return self.replay.sample(self.mcmc.replayed_rows(len(observed)), seed)
+        return self.replay.take(self.mcmc.replayed_rows(len(observed)), seed)
 
     def _initial_state(
         self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, start: int, stop: int

@@ -2,9 +2,13 @@
 
 Shapes: B batch, S positions, V vocabulary, K kept tokens, E width of an embedding state.
 
-A whole distribution over tokens takes 4 V bytes a position. What is kept of it is its `KEEP` most probable tokens and
-the probability of all others together, which is what softmax sees; an embedding state is kept in float16. Positions
-are always dimension 1, so the compact forms of slices are joined there.
+Sequences that are drawn leave the buffer, and return with their new final states: each is there once, and its
+refinement goes on over several replays. The published buffer draws without removal and stores fresh sequences only,
+so that its states are those of a single refinement.
+
+A whole distribution over tokens, as the published buffer keeps it, takes 4 V bytes a position. Here it is reduced to
+the probabilities of its `mcmc.replay_top_k` most probable tokens, and of all others together; an embedding state is
+kept in float16. Positions are always dimension 1, so the compact forms of slices are joined there.
 """
 
 from __future__ import annotations
@@ -18,8 +22,6 @@ from torch import Tensor
 
 from ebwm_dist.mcmc.noise import mix_seed
 
-KEEP = 64
-
 # Below this softmax gives 0, whatever the dtype; and unlike -inf it stays finite when it is computed with.
 _LOWEST = torch.finfo(torch.float16).min
 
@@ -30,18 +32,18 @@ ReplayedSequences = tuple[Tensor, Tensor, Compact]
 """What was observed, the sample's id, and the compact final state; with or without a batch dimension."""
 
 
-def compress_logits(logits: Tensor, keep: int = KEEP) -> Compact:
+def compress_logits(logits: Tensor, top_k: int) -> Compact:
     """Return the compact form of `logits` [B, S, V], up to a constant per position, which softmax does not see.
 
-    Its `indices` [B, S, K] and `values` [B, S, K] are those of the K = min(keep, V) largest logits, less the largest;
+    Its `indices` [B, S, K] and `values` [B, S, K] are those of the K = min(top_k, V) largest logits, less the largest;
     `rest` [B, S] is the logit that gives the others together the probability that they have. Positions without a
     distribution (nan, inf, or nothing but -inf) give values that are not finite.
     """
     vocab_size = logits.shape[-1]
-    values, indices = logits.topk(min(keep, vocab_size))
+    values, indices = logits.topk(min(top_k, vocab_size))
     largest = values[..., :1]
     # Summed without the kept ones: the difference of two sums near 1 would be lost to rounding.
-    rest = logits.scatter(-1, indices, -math.inf).logsumexp(-1) - math.log(max(1, vocab_size - keep))
+    rest = logits.scatter(-1, indices, -math.inf).logsumexp(-1) - math.log(max(1, vocab_size - top_k))
     return {
         # As 16 bits without a sign, for which torch has few operations: `expand_logits` takes the sign off again.
         "indices": indices.to(torch.int16 if vocab_size <= 1 << 16 else torch.int32),
@@ -84,8 +86,8 @@ class ReplayBuffer:
             row = {name: tensor[i].clone() for name, tensor in state.items()}
             self._records.append((observed[i].clone(), sample_ids[i].clone(), row))
 
-    def sample(self, count: int, seed: int) -> ReplayedSequences | None:
-        """Draw `count` different records, by `seed` and what the buffer holds alone.
+    def take(self, count: int, seed: int) -> ReplayedSequences | None:
+        """Remove `count` records at random, as determined by `seed` and the content of the buffer alone.
 
         The ids returned are new ones, hashed from the records' own and the seed, so that a replayed refinement draws
         other noise than the first.
@@ -98,6 +100,8 @@ class ReplayBuffer:
         generator = torch.Generator().manual_seed(mix_seed(seed))
         chosen = torch.randperm(len(self), generator=generator)[:count].tolist()
         observed, sample_ids, state = _stacked([self._records[i] for i in chosen])
+        for i in sorted(chosen, reverse=True):
+            del self._records[i]
         return observed, torch.tensor([mix_seed(seed, sample_id) for sample_id in sample_ids.tolist()]), state
 
     def state_dict(self) -> dict[str, Any]:

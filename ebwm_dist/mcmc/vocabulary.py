@@ -73,7 +73,7 @@ class VocabularySpace(Space):
 
     def compress(self, state: Tensor) -> Compact:
         """Return the most probable tokens and the probability of all others."""
-        return compress_logits(state)
+        return compress_logits(state, self.config.replay_top_k)
 
     def expand(self, compact: Compact) -> Tensor:
         """Return logits [B, C, V] with these probabilities."""

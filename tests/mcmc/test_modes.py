@@ -146,6 +146,29 @@ def test_replayed_rows_count_like_any_other(gradient: str, loss: str) -> None:
     assert len(model.replay) == 3
 
 
+def test_every_sequence_is_in_the_buffer_once() -> None:
+    """Replayed rows return with the state that they have been refined to, in place of the earlier one."""
+    mcmc = settings(replay_size=64)
+    model, states = build(mcmc), {}
+    for number in range(4):
+        tokens, ids = batch(4)
+        model.training_step((tokens + number) % VOCAB, ids + 4 * number, StepPlan(2))
+        kept = model.replay.state_dict()
+        rows = [tuple(row) for row in kept["observed"].tolist()]
+        assert len(set(rows)) == len(rows) == 4 * (number + 1)
+        before, states = states, dict(zip(rows, kept["state"]["values"], strict=True))
+        assert sum(not torch.equal(states[row], value) for row, value in before.items()) == (2 if number else 0)
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(10, 4), (11, 0), (VOCAB, 0)])
+def test_a_buffer_of_another_top_k_is_not_restored(top_k: int, kept: int) -> None:
+    model, other = build(settings(replay_size=8, replay_top_k=10)), build(settings(replay_size=8, replay_top_k=top_k))
+    model.training_step(*batch(4), StepPlan(1))
+    other.load_extra_state(model.extra_state())
+    assert len(other.replay) == kept
+    other.training_step(*batch(4), StepPlan(1))
+
+
 @in_every_mode
 def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
     mcmc = settings(num_steps=3, gradient=gradient, loss=loss, step_size_jitter=1.5, langevin_noise=0.3)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc.replay import (
     ReplayBuffer,
     compress_logits,
@@ -119,7 +120,7 @@ def test_first_in_first_out():
 
 def test_samples_belong_together_and_are_different():
     buffer = filled(50, 40)
-    observed, ids, state = buffer.sample(30, seed=1)
+    observed, ids, state = buffer.take(30, seed=1)
     originals = observed[:, 0] // 10
     assert len(set(originals.tolist())) == 30
     assert torch.equal(observed, originals[:, None] * 10 + torch.arange(S + 1))
@@ -128,10 +129,17 @@ def test_samples_belong_together_and_are_different():
     assert ids.min() > 2**32  # fresh ones, far from those pushed
 
 
+def test_what_is_drawn_leaves_the_buffer():
+    buffer = filled(8, 8)
+    observed, _, _ = buffer.take(3, seed=1)
+    assert sorted([*(observed[:, 0] // 10).tolist(), *held(buffer)]) == list(range(8))
+    assert held(buffer) == sorted(held(buffer))
+
+
 def test_too_few_records_give_none():
-    assert ReplayBuffer(4).sample(1, 0) is None
-    assert filled(4, 2).sample(3, 0) is None
-    assert filled(4, 3).sample(3, 0) is not None
+    assert ReplayBuffer(4).take(1, 0) is None
+    assert filled(4, 2).take(3, 0) is None
+    assert filled(4, 3).take(3, 0) is not None
 
 
 def assert_same(one, two):
@@ -140,12 +148,12 @@ def assert_same(one, two):
 
 
 def test_sample_is_a_function_of_content_and_seed():
-    one = filled(8, 8).sample(4, 5)
+    one = filled(8, 8).take(4, 5)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert_same(filled(8, 8).sample(4, 5), one)
+    assert_same(filled(8, 8).take(4, 5), one)
     assert torch.equal(torch.get_rng_state(), before)
-    others = [filled(8, 8).sample(8, seed) for seed in range(20)]
+    others = [filled(8, 8).take(8, seed) for seed in range(20)]
     assert len({tuple(observed[:, 0].tolist()) for observed, _, _ in others}) == 20
     by_record = [dict(zip(observed[:, 0].tolist(), ids.tolist(), strict=True)) for observed, ids, _ in others]
     assert len({mapping[0] for mapping in by_record}) == 20  # the same record gets another id each time
@@ -153,9 +161,8 @@ def test_sample_is_a_function_of_content_and_seed():
 
 def test_every_record_is_drawn_alike():
     counts = torch.zeros(8)
-    buffer = filled(8, 8)
     for seed in range(400):
-        counts[buffer.sample(2, seed)[0][:, 0] // 10] += 1
+        counts[filled(8, 8).take(2, seed)[0][:, 0] // 10] += 1
     assert (counts - 100).abs().max() < 6 * (100 * 0.75) ** 0.5
 
 
@@ -167,7 +174,7 @@ def test_resumes_exactly():
     other = filled(6, 2)
     other.load_state_dict(torch.load(stream, weights_only=True))
     for seed in range(3):
-        assert_same(other.sample(4, seed), buffer.sample(4, seed))
+        assert_same(other.take(2, seed), buffer.take(2, seed))
         for each in (buffer, other):
             each.push(*records(20 + seed, 1))
 
@@ -213,13 +220,13 @@ def test_records_do_not_hold_on_to_their_batch():
         for tensor in (row, sample_id, *compact.values()):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
     observed.zero_()
-    assert buffer.sample(4, 0)[0].min() > 0
+    assert buffer.take(4, 0)[0].min() > 0
 
 
-def test_bytes_of_a_published_record():
+def test_bytes_of_a_record():
     """256 positions and a vocabulary of 50,277: whole, that is 51 MB."""
-    compact = compress_logits(torch.randn(1, 256, 50_277))
-    assert sum(tensor.nbytes for tensor in compact.values()) == 256 * (64 * (2 + 2) + 2) == 66_048
+    compact = compress_logits(torch.randn(1, 256, 50_277), MCMCConfig().replay_top_k)
+    assert sum(tensor.nbytes for tensor in compact.values()) == 256 * (1024 * (2 + 2) + 2) == 1_049_088
 
 
 def holding(capacity, ids):

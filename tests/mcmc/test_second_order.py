@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def expect(
     state = model.space.initial_state(ids, model.seed, 0, length, observed[:, :-1]).double()
     num_targets = model.target_mask(observed[:, 1:]).sum().item()
     if model.replay is not None:
-        draw = model.replay.sample(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
+        draw = deepcopy(model.replay).take(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
         if draw is not None:
             replayed = (draw[0], draw[1], model.space.expand(draw[2]))
             num_targets *= 1 + len(draw[1]) / len(ids)
