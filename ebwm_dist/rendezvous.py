@@ -1,7 +1,8 @@
 """Bring the processes of a run together through a key-value store, which the process of rank 0 (or torchrun) serves.
 
-Torch's own way waits in silence, deaf to signals, for as long as the timeout of collectives. Here every wait is short
-and repeated, says after some seconds who is missing where, and ends on a request to stop.
+Torch's own rendezvous blocks silently until the timeout of collectives, and no Python signal handler runs meanwhile.
+Here waits are short and repeated: after some seconds a line names the missing ranks and the address, and a request to
+stop ends them.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _some(names: list[str]) -> str:
 
 
 class _Wait:
-    """A wait that reports itself and has a limit."""
+    """A wait with a limit and reports."""
 
     def __init__(self, timeout: float, stop_reason: Callable[[], str | None]) -> None:
         self.timeout, self.stop_reason = timeout, stop_reason
@@ -186,7 +187,7 @@ class _Wait:
         self._next_report = FIRST_REPORT
 
     def tick(self, describe: Callable[[], str], report: bool) -> None:
-        """Pause for a moment; raise if the wait is over, and else print what it is for from time to time."""
+        """Pause for a moment, or raise on a request to stop or after the timeout; print what is awaited at times."""
         seconds = time.monotonic() - self._start
         if reason := self.stop_reason():
             raise UserError(f"stopped ({reason}) while {describe()}")

@@ -1,8 +1,8 @@
 """Keep two runs out of one run folder: a lock file with a heartbeat, held by rank 0 while it trains.
 
-The file `.lock` names the process that holds it, which rewrites it every few seconds. A lock is free again when its
-process has ended, as other processes of the same machine see at once, or when the file has not changed for `PATIENCE`
-seconds. Neither clocks of several machines nor locks of the file system are needed.
+The file `.lock` names its process, which rewrites it every few seconds. A lock is stale when its process has ended,
+which is visible at once on the same machine, or when the file has not changed for `PATIENCE` seconds. Neither the
+clocks of machines nor locks of the file system matter.
 """
 
 from __future__ import annotations
