@@ -96,10 +96,10 @@ def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreproc
 def predictions(
     model: Model, observed: Tensor, sample_ids: Tensor, num_steps: int
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield name, prediction [B, S, E] and energy [B, S] of what follows each but the last of `observed`.
+    """Yield name, prediction [B, S, E] and energy [B, S] of the frames after the first of `observed`.
 
-    These are `copy`, and of an energy-based model the initial state `0` and the state after each step by its number; an
-    autoregressive model has one prediction, `1`.
+    The names are `copy`, and of an energy-based model `0` for the initial state and the number of each step for the
+    state after it; an autoregressive model has one prediction, `1`.
     """
     context = observed[:, :-1]
     yield "copy", context.float(), None

@@ -1,4 +1,4 @@
-"""A model for lm-evaluation-harness (the extra `lm-eval`), whose tasks are many:
+"""A model for lm-evaluation-harness (the extra `lm-eval`):
 
 from lm_eval import simple_evaluate
 from ebwm_dist.evaluation.harness import HarnessModel
@@ -27,12 +27,12 @@ from ebwm_dist.run import Run
 
 
 class HarnessModel(LM):
-    """Each token of a text is a prediction that is thought about; scores are likelihoods of what comes of it.
+    """A model for the harness: tokens are predicted with `thinking` and scored by their likelihood.
 
     Args:
         path: of a run, as `Run` opens it.
         thinking: how to predict.
-        batch_size: texts that are looked at together.
+        batch_size: number of texts in a batch.
     """
 
     def __init__(self, path: str | Path, thinking: Thinking = AS_TRAINED, batch_size: int = 16):
@@ -74,7 +74,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each context up to the first of its stop strings; contexts that are too long slide."""
+        """Return the continuation of each context up to its first stop string; contexts that are too long slide."""
         texts: list[str] = []
         for settings, alike in groupby(requests, key=lambda request: request.args[1]):
             prompts = [self._context(request.args[0]) for request in alike]

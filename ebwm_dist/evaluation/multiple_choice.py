@@ -82,7 +82,7 @@ def score(
     batch_size: int,
     device: torch.device,
 ) -> list[Score]:
-    """Score the second of each pair of tokens as what follows the first, which must not be empty.
+    """Score the second of each pair of tokens as continuation of the first, which must not be empty.
 
     A pair that is too long for the model loses its beginning.
     """

@@ -1,4 +1,4 @@
-"""Out-of-distribution sequences, and how well the scores of a model tell them from held-out ones.
+"""Out-of-distribution sequences, and how well the scores of a model separate them from held-out ones.
 
 Shapes: R sequences, S predicted positions.
 """
@@ -27,12 +27,12 @@ from ebwm_dist.files import printable
 from ebwm_dist.prepare.encoding import encode_text
 
 SCORES = {
-    "energy of what comes": "observed",
+    "energy of the true state": "observed",
     "energy of the prediction": "energies",
     "entropy": "entropies",
     "loss": "losses",
 }
-"""Scores of a sequence, each a mean over its positions; only the first and the last look at what truly comes."""
+"""Scores of a sequence, each a mean over its positions; only the first and the last are of the true next state."""
 
 _CHARACTERS_PER_TOKEN = 8
 """More than a token has in the mean."""

@@ -21,7 +21,7 @@ _BATCH_SIZE = 32
 
 
 class Panel(NamedTuple):
-    """One frame with what is written above and below it."""
+    """One frame with its title and a note below it."""
 
     title: str
     frame: np.ndarray
@@ -66,7 +66,7 @@ def draw_text(run: Run, twin: Run, evaluation: dict[str, Any], unigram: float, p
 
 @torch.no_grad()
 def panels(run: Run, twin: Run, data: ValidationData) -> list[list[Panel]]:
-    """Return what both models predict for the last frame of some clips, from much motion to little, as pictures."""
+    """Return the predictions of both models for the last frame of some clips, from much motion to little."""
     preprocess = data.preprocess
     if not preprocess.decodable:
         return []

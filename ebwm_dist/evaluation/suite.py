@@ -129,7 +129,7 @@ class Suite:
         return {**merge(world.gather_objects(own)), "flops_per_prediction": flops}
 
     def thinking(self, model: EnergyBasedTransformer, held_out: Table) -> list[dict[str, Any]]:
-        """Return what thinking differently changes, against a single candidate and the steps of training."""
+        """Return losses and cost of other settings than a single candidate and the steps of training."""
         most = self.max_mcmc_steps
         ways = []
         if has_noise(model, Thinking()):  # else all candidates are the same
@@ -166,7 +166,7 @@ class Suite:
         return prediction_flops(model, self.config.data.sequence_length, landscapes, steps, measured)
 
     def out_of_distribution(self, held_out: Table) -> dict[str, Any]:
-        """Return how well each score of a sequence tells out-of-distribution ones from held-out ones."""
+        """Return how well each score separates out-of-distribution sequences from held-out ones."""
         batches = {"shuffled": shuffled(self.batches, self.trained.pad_id)}
         if self.trained.tokenizer is not None:
             batches["other text"] = text_batches(

@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def unit(self) -> str:
-        """Return what is predicted."""
+        """Return the name of a predicted state."""
         return "tokens" if self.run.config.model.embedding_dim is None else "frames"
 
     @property
@@ -151,7 +151,7 @@ def text_table(summary: dict[str, Any]) -> str:
 
 
 def continued(run: Run, data: ValidationData) -> list[tuple[str, str]]:
-    """Return some beginnings of held-out sequences, each with how the model goes on."""
+    """Return some beginnings of held-out sequences, each with the continuation by the model."""
     assert run.tokenizer is not None
     prompts = [batch.observed[0, :PROMPT_TOKENS].tolist() for batch in data.batches(1, PROMPTS)][:PROMPTS]
     texts = Predictor(run.model, run.config, run.tokenizer).generate(

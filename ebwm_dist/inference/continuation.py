@@ -1,4 +1,4 @@
-"""Results of generation: texts, with what is settled of them while they grow, and embeddings.
+"""Results of generation: texts, which can be streamed while they grow, and embeddings.
 
 Shapes: B sequences, E width of embeddings, N new states, K steps.
 """

@@ -52,7 +52,7 @@ class Sampling:
         return torch.zeros_like(p).scatter_(-1, order, p / p.sum(-1, keepdim=True))
 
     def choose(self, logits: Tensor, seeds: Sequence[int], position: int) -> Tensor:
-        """Return a token [R] for each row of `logits` [R, V]; what is drawn depends on its seed and position alone."""
+        """Return a token [R] for each row of `logits` [R, V]; a draw depends on its seed and position alone."""
         if self.temperature == 0:
             return logits.argmax(-1)
         generator = torch.Generator()

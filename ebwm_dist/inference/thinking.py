@@ -30,7 +30,7 @@ SELECTIONS = ("energy", "drop")
 
 @dataclass(frozen=True)
 class Thinking:
-    """How long and how to think about a prediction; None stands for what the model was trained with."""
+    """Settings of the refinement of a prediction; None is the value of training."""
 
     steps: int | None = None
     """Most MCMC steps of a candidate."""
@@ -94,14 +94,14 @@ def think(
     seeds: Sequence[int],
     add_observed: bool = False,
 ) -> Thought:
-    """Predict what follows some positions of every sequence.
+    """Predict the next state after some positions of every sequence.
 
     Args:
         model: the energy model.
         contexts: keys and values of the B sequences for each of `landscapes`.
         positions: for each prediction [B, C] the position of the observed state that it follows.
         observed: these states [B, C, ...].
-        thinking: how.
+        thinking: settings of the refinement.
         seeds: one for each sequence. With the positions they determine all noise, whatever else is in the batch.
         add_observed: each sequence has one position, its newest, whose keys and values are still to be written into
             the contexts.
@@ -119,7 +119,7 @@ def think(
 def think_sequences(
     model: EnergyBasedTransformer, observed: Tensor, thinking: Thinking, seeds: Sequence[int]
 ) -> Iterator[tuple[int, int, Thought]]:
-    """Predict what follows each of the observed states [B, S, ...]; yield (start, stop, thought) of slices of S."""
+    """Predict the next state after each observed one [B, S, ...]; yield (start, stop, thought) of slices of S."""
     with torch.no_grad():
         contexts = {number: model.context_stream(observed, number) for number in landscapes(model, thinking)}
     size = max(1, model.position_chunk // thinking.candidates)
