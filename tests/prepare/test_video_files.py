@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_a_trimmed_video_starts_where_it_is_shown_to_start(tmp_path: Path, skip:
     assert numbers_at(video, [0.24]) == [first + 6]
 
 
+def test_a_video_ends_where_its_edit_list_ends(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "video.mp4")
+    data = bytearray(video.read_bytes())
+    duration = data.index(b"elst") + 24  # of the second edit, in milliseconds; the first is the empty start
+    data[duration : duration + 4] = struct.pack(">I", 600)
+    video.write_bytes(data)
+    assert probe(video).last == pytest.approx(14 / RATE)
+    assert numbers_at(video, [0.0, 0.2, 14 / RATE]) == [0, 5, 14]
+
+
+def test_a_recording_starts_at_the_first_frame_that_can_be_decoded(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "video.ts")
+    video.write_bytes(video.read_bytes()[12 * 188 :])  # past the first key frame
+    info = probe(video)
+    assert (info.frames, info.last) == (RATE - 6, pytest.approx(18 / RATE))
+    assert numbers_at(video, [0.0, 0.4, 18 / RATE]) == [6, 16, 24]
+
+
 def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
     video = make_video(tmp_path / "video.mp4")
     video.write_bytes(with_cover(video.read_bytes(), encode_jpeg(gradient(9)[8])))
@@ -148,10 +167,13 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"caf\\xe9.mp4: unreadable video"):
         probe(latin)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        sound = container.add_stream("aac", rate=8000)
+        aac = container.add_stream("aac", rate=8000)
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         silence.rate = 8000
-        container.mux(sound.encode(silence))
-        container.mux(sound.encode())
-    with pytest.raises(DataError, match=r"sound.mp4: unreadable video \(no video stream\)"):
-        probe(tmp_path / "sound.mp4")
+        container.mux(aac.encode(silence))
+        container.mux(aac.encode())
+    sound = (tmp_path / "sound.mp4").read_bytes()
+    for content in (sound, with_cover(sound, encode_jpeg(gradient(1)[0]))):
+        (tmp_path / "sound.mp4").write_bytes(content)
+        with pytest.raises(DataError, match=r"sound.mp4: unreadable video \(no video stream\)"):
+            probe(tmp_path / "sound.mp4")
