@@ -1,0 +1,253 @@
+"""Features that meet: samples of every format, from every source, in everything that is done with a run.
+
+{text, latents, clips} x {one data set, mixture, remote} x {train, resume, resume on other ranks, evaluate, follow,
+generate, export} x {run folder, checkpoint, export}. What does not apply is refused with one line, and that is tested
+too. All runs are trained once for all test processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from ebwm_dist.checkpoint.folder import list_checkpoints
+from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.prepare.text_shards import Layout, build
+from tests.distributed import run_distributed_test
+from tests.runs import assert_same, metrics, newest_state, train_in_turn
+from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
+from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents
+
+FORMATS = ("text", "latents", "clips")
+SOURCES = ("folder", "mixture", "remote")
+FORMS = ("run", "checkpoint", "export")
+STEPS = 4
+CONFIG = """
+model: {dim: 16, num_layers: 1, num_heads: 2}
+mcmc: {num_steps: 2, step_size: 0.5}
+optimizer: {lr: 3.0e-3, warmup_steps: 1}
+training: {max_steps: 4, global_batch_size: 4, micro_batch_size: 2, log_interval: 5, step_timeout: 60}
+data: {shuffle_window: 2, log_sample_ids: true}
+validation: {interval: 4, max_sequences: 4}
+checkpoint: {interval: 100}
+"""
+OF_FORMAT = {
+    "text": ["model.vocab_size=320", "data.sequence_length=16"],
+    "latents": ["model.embedding_dim=5", f"data.sequence_length={FRAMES - 1}"],
+    "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
+}
+EVERY_RUN = [(samples, source) for samples in FORMATS for source in SOURCES]
+every_run = pytest.mark.parametrize(("samples", "source"), EVERY_RUN)
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def make_data(folder: Path) -> None:
+    """Make two data sets of each format; those of text share a tokenizer."""
+    make_tiny_data(folder / "text" / "a")
+    more = folder / "more.jsonl"
+    more.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(90)[40:]))
+    tokenizer = Tokenizer(folder / "text" / "a" / "tokenizer.model")
+    build([more], tokenizer, folder / "text" / "b", Layout(16, 8, 4, holdout=(HELD_OUT,)))
+    for name, seed in (("a", 0), ("b", 1)):
+        (folder / "latents").mkdir(exist_ok=True)
+        (folder / "clips").mkdir(exist_ok=True)
+        make_tiny_latents(folder / "latents" / name, seed)
+        make_tiny_clips(folder / "clips" / name, "jpeg", seed)
+
+
+def overrides(folder: Path, samples: str, source: str, run_dir: str, *more: str) -> list[str]:
+    """Return the settings of a run."""
+    a, b = folder / samples / "a", folder / samples / "b"
+    data = {
+        "folder": [f"data.path={a}"],
+        "mixture": [f"data.mixture={{{a}: 2, {b}: 1}}"],
+        "remote": [f"data.path=pipe:cat {a}", f"data.cache_dir={folder / 'cache'}"],
+    }[source]
+    return [*OF_FORMAT[samples], *data, f"run_dir={folder / 'runs' / samples / source / run_dir}", *more]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return a folder with the data sets, and every run: undisturbed, resumed, and resumed on two ranks."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "matrix"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_data(folder)
+            (folder / "tiny.yaml").write_text(CONFIG)
+            runs = []
+            for name in EVERY_RUN:
+                runs += [
+                    overrides(folder, *name, "whole"),
+                    overrides(folder, *name, "parts", "training.stop_after=2"),
+                    overrides(folder, *name, "ranks", "training.stop_after=2"),
+                    overrides(folder, *name, "parts"),
+                ]
+            run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", runs, timeout=400)
+            elsewhere = [overrides(folder, *name, "ranks") for name in EVERY_RUN]
+            run_distributed_test(train_in_turn, 2, folder / "tiny.yaml", elsewhere, timeout=400)
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a launcher in this process; it returns its output, or its error where it fails."""
+
+    def run(launcher: str, *arguments: str | Path, fails: bool = False) -> str:
+        monkeypatch.setattr("sys.argv", [launcher, *map(str, arguments)])
+        capfd.readouterr()
+        status = importlib.import_module(f"launchers.{launcher}").main()
+        out, error = capfd.readouterr()
+        assert (status != 0) == fails, out + error
+        if fails:
+            assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error if fails else out
+
+    return run
+
+
+@pytest.fixture
+def opened(folder: Path, launch: Callable[..., str]) -> Callable[[str, str, str], Path]:
+    """Return a function that returns the path of a run in one of its forms."""
+
+    def path(samples: str, source: str, form: str) -> Path:
+        run = folder / "runs" / samples / source / "whole"
+        if form == "run":
+            return run
+        if form == "checkpoint":
+            return list_checkpoints(run / "checkpoints")[0]
+        export = folder / "exports" / samples / source
+        with FileLock(f"{folder}.exports.lock"):
+            if not export.exists():
+                launch("export", "--run", run, "--out", export)
+        return export
+
+    return path
+
+
+def samples_of(run: Path) -> list[list[str]]:
+    """Return the keys of every global batch."""
+    return [json.loads(line)["samples"] for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+@every_run
+def test_a_run_is_trained(folder: Path, samples: str, source: str) -> None:
+    run = folder / "runs" / samples / source / "whole"
+    assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
+    assert all(0 < record["loss"] < math.log(320) + 1 for record in metrics(run))
+    assert metrics(run, "val")[0]["step"] == STEPS
+
+
+@every_run
+def test_a_resumed_run_equals_an_undisturbed_one(folder: Path, samples: str, source: str) -> None:
+    runs = [folder / "runs" / samples / source / name for name in ("parts", "whole")]
+    assert samples_of(runs[0]) == samples_of(runs[1])
+    states = [newest_state(run) for run in runs]
+    assert_same(*states, skip=lambda where: where.endswith("training_state/seconds") or "args" in where)
+
+
+@every_run
+def test_a_run_goes_on_with_other_ranks(folder: Path, samples: str, source: str) -> None:
+    ranks, whole = (folder / "runs" / samples / source / name for name in ("ranks", "whole"))
+    assert samples_of(ranks) == samples_of(whole)
+    losses = [[record["loss"] for record in metrics(run)] for run in (ranks, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@every_form
+@every_run
+def test_a_run_is_evaluated(
+    opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str, form: str
+) -> None:
+    """Every form of a run gives the losses of its last validation, after the steps it was trained with."""
+    path = opened(samples, source, form)
+    small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
+    launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    validated = metrics(opened(samples, source, "run"), "val")[-1]
+    assert found["model"]["by_steps"]["loss"][-1] == pytest.approx(validated["loss_last_step"], abs=1e-5)
+
+
+class OwnProcess:
+    """Stands in for the pool of Ray actors."""
+
+    size, waits = 2, False
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def map(
+        self, function: Callable[..., Any], calls: Iterable[Sequence[Any]], timeout: float, tick: Callable[[], None]
+    ) -> Iterator[Any]:
+        """Make the calls here."""
+        for call in calls:
+            tick()
+            yield function(*call)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@every_form
+@every_run
+def test_a_run_is_followed(
+    opened: Callable[..., Path],
+    launch: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    samples: str,
+    source: str,
+    form: str,
+) -> None:
+    """Two workers find the loss of the last validation; only a run folder can be followed."""
+    monkeypatch.setattr("ebwm_dist.cluster.evaluation.Pool", OwnProcess)
+    monkeypatch.setattr("ebwm_dist.cluster.evaluation.connected", nullcontext)
+    path = opened(samples, source, form)
+    if form != "run":
+        assert "is not a run folder" in launch("evaluate", "--follow", path, fails=True)
+        return
+    (path / "evaluations.jsonl").unlink(missing_ok=True)
+    launch("evaluate", "--follow", path)
+    (record,) = [json.loads(line) for line in (path / "evaluations.jsonl").read_text().splitlines()]
+    assert "error" not in record and record["step"] == STEPS and record["workers"] == 2
+    assert all(math.isfinite(loss) for loss in record["loss"])
+
+
+@every_form
+@every_run
+def test_a_run_generates(
+    opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str, form: str
+) -> None:
+    """Text is continued, and held-out video; embeddings that cannot be decoded are not drawn, and an error says so."""
+    path = opened(samples, source, form)
+    if samples == "text":
+        text = json.loads(launch("generate", "--checkpoint", path, "--prompt", "ka lo", "--tokens", "3", "--json"))
+        assert len(text["tokens"]) == 3 and len(text["energies"]) == 3
+        return
+    arguments = ("--checkpoint", path, "--observe", "1", "--samples", "2")
+    (first, second) = json.loads(launch("generate", *arguments, "--json"))
+    assert all(math.isfinite(error) for record in (first, second) for error in record["squared_errors"])
+    drawn = launch("generate", *arguments, "--out", tmp_path, fails=samples == "latents")
+    assert ("cannot decode" in drawn) if samples == "latents" else drawn.count(".png") == 2
+
+
+@every_run
+def test_a_checkpoint_is_exported_as_its_run_is(
+    opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str
+) -> None:
+    """An export itself cannot be exported, and says so."""
+    export = opened(samples, source, "export")
+    launch("export", "--run", opened(samples, source, "checkpoint"), "--out", tmp_path / "again")
+    weights = [(path / "model.safetensors").read_bytes() for path in (export, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    launch("export", "--run", export, "--out", tmp_path / "twice", fails=True)
