@@ -35,7 +35,7 @@ CONFIG = """
 model: {dim: 16, num_layers: 1, num_heads: 2}
 mcmc: {num_steps: 2, step_size: 0.5}
 optimizer: {lr: 3.0e-3, warmup_steps: 1}
-training: {max_steps: 4, global_batch_size: 4, micro_batch_size: 2, log_interval: 5, step_timeout: 60}
+training: {max_steps: 4, global_batch_size: 4, micro_batch_size: 2, log_interval: 5}
 data: {shuffle_window: 2, log_sample_ids: true}
 validation: {interval: 4, max_sequences: 4}
 checkpoint: {interval: 100}
@@ -145,7 +145,7 @@ def samples_of(run: Path) -> list[list[str]]:
 def test_a_run_is_trained(folder: Path, samples: str, source: str) -> None:
     run = folder / "runs" / samples / source / "whole"
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
-    assert all(0 < record["loss"] < math.log(320) + 1 for record in metrics(run))
+    assert all(0 < record["loss"] < math.log(320) + 3 for record in metrics(run))
     assert metrics(run, "val")[0]["step"] == STEPS
 
 
@@ -173,7 +173,9 @@ def test_a_run_is_evaluated(
     """Every form of a run gives the losses of its last validation, after the steps it was trained with."""
     path = opened(samples, source, form)
     small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
-    launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small)
+    (tmp_path / "other.txt").write_text("of other words " * 20)  # the default, docstrings, takes its time
+    other = ("--other-text", tmp_path / "other.txt") if samples == "text" else ()
+    launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small, *other)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     validated = metrics(opened(samples, source, "run"), "val")[-1]
     assert found["model"]["by_steps"]["loss"][-1] == pytest.approx(validated["loss_last_step"], abs=1e-5)
