@@ -25,7 +25,7 @@ from ebwm_dist.prepare.text_shards import Layout, build
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
-from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents
+from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
 FORMATS = ("text", "latents", "clips")
 SOURCES = ("folder", "mixture", "remote")
@@ -33,7 +33,7 @@ FORMS = ("run", "checkpoint", "export")
 STEPS = 4
 CONFIG = """
 model: {dim: 16, num_layers: 1, num_heads: 2}
-mcmc: {num_steps: 2, step_size: 0.5}
+mcmc: {num_steps: 2, step_size: 0.1}
 optimizer: {lr: 3.0e-3, warmup_steps: 1}
 training: {max_steps: 4, global_batch_size: 4, micro_batch_size: 2, log_interval: 5}
 data: {shuffle_window: 2, log_sample_ids: true}
@@ -42,7 +42,7 @@ checkpoint: {interval: 100}
 """
 OF_FORMAT = {
     "text": ["model.vocab_size=320", "data.sequence_length=16"],
-    "latents": ["model.embedding_dim=5", f"data.sequence_length={FRAMES - 1}"],
+    "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
     "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
 }
 EVERY_RUN = [(samples, source) for samples in FORMATS for source in SOURCES]
@@ -230,7 +230,7 @@ def test_a_run_is_followed(
 def test_a_run_generates(
     opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str, form: str
 ) -> None:
-    """Text is continued, and held-out video; embeddings that cannot be decoded are not drawn, and an error says so."""
+    """Text is continued; held-out video too, and drawn."""
     path = opened(samples, source, form)
     if samples == "text":
         text = json.loads(launch("generate", "--checkpoint", path, "--prompt", "ka lo", "--tokens", "3", "--json"))
@@ -239,8 +239,7 @@ def test_a_run_generates(
     arguments = ("--checkpoint", path, "--observe", "1", "--samples", "2")
     (first, second) = json.loads(launch("generate", *arguments, "--json"))
     assert all(math.isfinite(error) for record in (first, second) for error in record["squared_errors"])
-    drawn = launch("generate", *arguments, "--out", tmp_path, fails=samples == "latents")
-    assert ("cannot decode" in drawn) if samples == "latents" else drawn.count(".png") == 2
+    assert launch("generate", *arguments, "--out", tmp_path).count(".png") == 2
 
 
 @every_run

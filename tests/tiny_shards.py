@@ -11,7 +11,7 @@ from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
 
-FRAMES, SIZE, DIM = 3, 16, 5
+FRAMES, SIZE, DIM = 3, 16, 3  # of pixels:1
 SAMPLES = {"train": 22, "val": 6}
 PER_RECORD, PER_SHARD = 2, 3  # latents in a member; records in a shard
 
