@@ -150,7 +150,7 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     [
         ("latents", ["model.embedding_dim=6"], f"model.embedding_dim is 6, but the latents in .* were made with {DIM}"),
         ("latents", ["data.sequence_length=9"], "data.sequence_length is 9, but the latents in .* were made with 2"),
-        ("latents", ["model.embedding_dim=null", "mcmc.initial_state=zeros"], "null, but .* are video of width 5"),
+        ("latents", ["model.embedding_dim=null", "mcmc.initial_state=zeros"], f"null, but .* are video of width {DIM}"),
         ("latents", ["data.encoder=pixels:2"], "data.encoder is 'pixels:2', but .* were made with 'pixels:1'"),
         (
             "clips",
@@ -175,5 +175,5 @@ def test_data_that_does_not_fit_is_refused(
 def test_text_is_refused_by_a_model_of_embeddings(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "latents", tmp_path / "run"))
     tokens = TokenFormat(2, "uint16", 320, 0, 1, 2, "tokenizer.model", "0" * 64)
-    with pytest.raises(ConfigError, match=r"model.embedding_dim is 5, but the tokens in .* are text: set it to null"):
+    with pytest.raises(ConfigError, match=rf"model.embedding_dim is {DIM}, but the tokens in .* are text: set it to null"):
         check_format(config, tokens)
