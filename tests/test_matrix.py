@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.data.tokenizer import Tokenizer
-from ebwm_dist.prepare.text_shards import Layout, build
+from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
@@ -56,7 +56,7 @@ def make_data(folder: Path) -> None:
     more = folder / "more.jsonl"
     more.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(90)[40:]))
     tokenizer = Tokenizer(folder / "text" / "a" / "tokenizer.model")
-    build([more], tokenizer, folder / "text" / "b", Layout(16, 8, 4, holdout=(HELD_OUT,)))
+    build_text_shards([more], tokenizer, folder / "text" / "b", Layout(16, 8, 4, holdout=(HELD_OUT,)))
     for name, seed in (("a", 0), ("b", 1)):
         (folder / "latents").mkdir(exist_ok=True)
         (folder / "clips").mkdir(exist_ok=True)
