@@ -174,7 +174,7 @@ def test_a_run_is_evaluated(
     path = opened(samples, source, form)
     small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
     (tmp_path / "other.txt").write_text("of other words " * 20)  # the default, docstrings, takes its time
-    other = ("--other-text", tmp_path / "other.txt") if samples == "text" else ()
+    other = ("--ood-text", tmp_path / "other.txt") if samples == "text" else ()
     launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small, *other)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     validated = metrics(opened(samples, source, "run"), "val")[-1]
