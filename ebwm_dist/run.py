@@ -68,6 +68,11 @@ class Run:
                 f"{path} {found}: name a folder that launchers/train.py, export.py or import_weights.py has written"
             )
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether a whole run folder was named, which may get further checkpoints."""
+        return self._export is None and self._checkpoint is None
+
     @cached_property
     def config(self) -> Config:
         """The configuration it was trained with."""

@@ -18,10 +18,16 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ebwm_dist.errors import UserError, run_tool
 
+MEASURED = ("steps", "candidates", "energy_tolerances", "max_sequences", "batch_size")
 SUMMARY_BATCH_SIZE = 32
+EVERYTHING = {"run", "baseline", "data", "out", "ood_text", "choices", "local_rank", *MEASURED}
+FOLLOW = {"follow", "workers", "gpus_per_worker", "max_sequences", "batch_size", "local_rank"}
+SUMMARY = {"run", "baseline", "summary", "data", "out", "batch_size", "local_rank"}
+"""The options that a report, `--follow` and `--summary` look at."""
 
 
 def numbers(kind: type) -> Callable[[str], list[float]]:
@@ -41,12 +47,12 @@ def main() -> int:
     parser.add_argument("--summary", action="store_true", help="only compare errors with those of the twin --baseline")
     parser.add_argument("--data", help="data folder or address; default: the data it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
-    parser.add_argument("--steps", type=numbers(int), default=[1, 2, 4, 8], help="numbers of MCMC steps (1,2,4,8)")
-    parser.add_argument("--candidates", type=numbers(int), default=[1, 4], help="candidates per prediction (1,4)")
+    parser.add_argument("--steps", type=numbers(int), help="numbers of MCMC steps (1,2,4,8)")
+    parser.add_argument("--candidates", type=numbers(int), help="candidates per prediction (1,4)")
     parser.add_argument(
-        "--energy-tolerance", type=numbers(float), default=[0.01, 0.1], help="early stopping (0.01,0.1)"
+        "--energy-tolerance", dest="energy_tolerances", type=numbers(float), help="early stopping (0.01,0.1)"
     )
-    parser.add_argument("--max-sequences", type=int, default=512, help="held-out sequences (512)")
+    parser.add_argument("--max-sequences", type=int, help="held-out sequences (512; of --follow: those of the run)")
     parser.add_argument("--batch-size", type=int, help="sequences at a time on each process (16; --summary: 32)")
     parser.add_argument(
         "--ood-text", type=Path, help="out-of-distribution text; default: docstrings of Python's library"
@@ -54,8 +60,13 @@ def main() -> int:
     parser.add_argument("--choices", type=Path, help="multiple choice: JSON lines {context, choices, answer}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     args = parser.parse_args()
-    if args.summary and (args.follow or not args.baseline):
-        parser.error("--summary compares --run with --baseline: name both")
+    mode, read = ("--run", EVERYTHING) if args.follow is None else ("--follow", FOLLOW)
+    if args.summary:
+        if args.follow or not args.baseline:
+            parser.error("--summary compares --run with --baseline: name both")
+        mode, read = "--summary", SUMMARY
+    if ignored := [name for name, value in vars(args).items() if value not in (None, False) and name not in read]:
+        parser.error(f"{mode} does not read --{ignored[0].replace('_', '-')}: leave it out")
     if args.follow is None:
         return evaluate(args)
     follow(args)
@@ -73,14 +84,12 @@ def evaluate(args: argparse.Namespace) -> int:
     world = None
     try:
         world = join()
+        given: dict[str, Any] = {"batch_size": SUMMARY_BATCH_SIZE} if args.summary else {}
+        given |= {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
         options = Options(
-            args.steps,
-            args.candidates,
-            args.energy_tolerance,
-            args.max_sequences,
-            (SUMMARY_BATCH_SIZE if args.summary else 16) if args.batch_size is None else args.batch_size,
-            () if args.choices is None else read_questions(args.choices),
-            None if args.ood_text is None else read_text(args.ood_text),
+            questions=() if args.choices is None else read_questions(args.choices),
+            ood_text=None if args.ood_text is None else read_text(args.ood_text),
+            **given,
         )
         work = summarise_runs if args.summary else evaluate_runs
         files = work(args.run, args.baseline, args.data, args.out, options, world)
@@ -100,8 +109,8 @@ def follow(args: argparse.Namespace) -> None:
     from ebwm_dist.cluster.evaluation import follow as follow_run
     from ebwm_dist.cluster.watch import live
 
-    changes = {"workers": args.workers, "gpus_per_worker": args.gpus_per_worker}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names = ("workers", "gpus_per_worker", "max_sequences", "batch_size")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     console = Console()
 
     def log(text: str) -> None:

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
@@ -107,9 +108,10 @@ def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     def run(launcher: str, *arguments: str | Path, fails: bool = False) -> str:
         monkeypatch.setattr("sys.argv", [launcher, *map(str, arguments)])
         capfd.readouterr()
-        status = importlib.import_module(f"launchers.{launcher}").main()
+        with pytest.raises(SystemExit) as end:
+            run_tool(importlib.import_module(f"launchers.{launcher}").main)
         out, error = capfd.readouterr()
-        assert (status != 0) == fails, out + error
+        assert bool(end.value.code) == fails, out + error
         if fails:
             assert error.startswith("error: ") and error.count("\n") == 1, error
         return error if fails else out

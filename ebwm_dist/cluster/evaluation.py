@@ -25,7 +25,7 @@ from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, s
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster.results import Results, console_line, follow_command, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.errors_by_step import ErrorsByStep, evaluate_shard, merge
 from ebwm_dist.files import Record
 from ebwm_dist.run import Run
@@ -210,7 +210,10 @@ def follow(run_dir: Path, changes: dict[str, Any], log: Log = print) -> None:
         log: called with a line for each result.
     """
     run_dir = run_dir.absolute()
-    config = Run(run_dir).config
+    run = Run(run_dir)
+    if not run.is_folder:
+        raise UserError(f"{run_dir} is not a run folder, whose checkpoints can be followed: evaluate it with --run")
+    config = run.config
     config.evaluation = replace(config.evaluation, **changes)
     config.evaluation.workers = config.evaluation.workers or 1
     settings = config.evaluation

@@ -175,5 +175,7 @@ def test_data_that_does_not_fit_is_refused(
 def test_text_is_refused_by_a_model_of_embeddings(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder / "tiny.yaml", overrides(folder, "latents", tmp_path / "run"))
     tokens = TokenFormat(2, "uint16", 320, 0, 1, 2, "tokenizer.model", "0" * 64)
-    with pytest.raises(ConfigError, match=rf"model.embedding_dim is {DIM}, but the tokens in .* are text: set it to null"):
+    with pytest.raises(
+        ConfigError, match=rf"model.embedding_dim is {DIM}, but the tokens in .* are text: set it to null"
+    ):
         check_format(config, tokens)
