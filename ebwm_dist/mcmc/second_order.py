@@ -92,7 +92,7 @@ class Refinement:
         self.forward, self.backward = forward, backward
         self.space, steps, self.chained = model.space, plan.num_steps, model.mcmc.gradient == "full"
         context, self.targets = observed[:, :-1], observed[:, 1:]
-        self.target_mask = self.space.target_mask(self.targets)
+        self.padding = ~self.space.target_mask(self.targets)
         self.loss_steps = range(steps - 1 if model.mcmc.loss == "last" else 0, steps)
         zero = torch.zeros((), device=observed.device, dtype=self.space.state_dtype)
         scale = zero.new_ones((), dtype=torch.float64) / num_targets
@@ -126,7 +126,7 @@ class Refinement:
             state = self.space.add_langevin_noise(state, self.model.seed, self.sample_ids, step, start)
             context = self._context(landscape, stop, requires_grad=False)
             embedded, energy, gradient = self.forward(self.model.descend, state, context, landscape, start)
-            self._observe(step, energy, gradient, self.target_mask[:, start:stop])
+            self._observe(step, energy, gradient, self.padding[:, start:stop])
             if self.chained:
                 visited.append((state, embedded, gradient))
             if self.chained or step not in self.loss_steps:
@@ -186,10 +186,10 @@ class Refinement:
             step_nonfinite=self.nonfinite,
         )
 
-    def _observe(self, step: int, energy: Tensor, gradient: Tensor, mask: Tensor) -> None:
+    def _observe(self, step: int, energy: Tensor, gradient: Tensor, padding: Tensor) -> None:
         norms = gradient.to(energy.dtype).norm(dim=-1)
-        self.energies[step] += energy.where(mask, 0).sum()
-        self.norms[step] += norms.where(mask, 0).sum()
+        self.energies[step] += energy.masked_fill(padding, 0).sum()
+        self.norms[step] += norms.masked_fill(padding, 0).sum()
         self.nonfinite[step] += (energy + norms).isfinite().logical_not().sum()
 
     def _context(self, landscape: int, stop: int, requires_grad: bool) -> KeysValues:

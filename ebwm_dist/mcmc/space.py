@@ -37,13 +37,13 @@ class _AtLeast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(x >= bound)
+        ctx.save_for_backward(x < bound)
         return x.clamp(min=bound)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (above,) = upstream, ctx.saved_tensors
-        return gradient.where(above | (gradient < 0), 0), None
+        (gradient,), (below,) = upstream, ctx.saved_tensors
+        return gradient.masked_fill(below & (gradient > 0), 0), None
 
 
 class Space(nn.Module, ABC):

@@ -15,8 +15,9 @@ from tests.mcmc.test_second_order import (
     LENGTH,
     VARIANTS,
     build,
+    check_finite_differences,
+    check_slices,
     check_training_step,
-    compare_gradients,
     expect,
     gradients,
     oracle_of,
@@ -98,33 +99,15 @@ def test_alpha_can_be_fixed(width: int) -> None:
 def test_chain_gradients_equal_finite_differences(width: int) -> None:
     """Without any oracle: the derivative of the loss along a random direction of weights."""
     mcmc = embedding_settings(num_steps=3, gradient="full", initial_state="most_recent_embedding")
-    model, (observed, ids) = build(mcmc, "adaln", embedding_dim=width, position_chunk=4), frames(width)
-    model.training_step(observed, ids, StepPlan(3))
-    of_loss = gradients(model)
-    weights = dict(model.named_parameters())
-    start = {name: weight.detach().clone() for name, weight in weights.items()}
-    direction = {name: torch.randn_like(weight) for name, weight in start.items()}
-
-    def loss_at(distance: float) -> float:
-        for name, weight in weights.items():
-            weight.data = start[name] + distance * direction[name]
-        return model.training_step(observed, ids, StepPlan(3)).loss.item()
-
-    slope = sum((of_loss[name] * direction[name]).sum().item() for name in direction)
-    h = 1e-6
-    assert (loss_at(h) - loss_at(-h)) / (2 * h) == pytest.approx(slope, rel=1e-5)
+    check_finite_differences(build(mcmc, "adaln", embedding_dim=width, position_chunk=4), *frames(width), h=1e-6)
 
 
 @WIDTHS
 def test_the_slices_do_not_matter(width: int) -> None:
     mcmc = embedding_settings(gradient="full", initial_state="most_recent_embedding", langevin_noise=0.2)
-    whole = build(mcmc, "time_embed", embedding_dim=width, position_chunk=LENGTH)
-    whole.training_step(*frames(width), StepPlan(2))
-    of_whole = gradients(whole)
-    for positions in (1, 3, 7):
-        model = build(mcmc, "time_embed", embedding_dim=width, position_chunk=positions)
-        model.training_step(*frames(width), StepPlan(2))
-        compare_gradients(model, of_whole, tolerance=1e-10)
+    check_slices(
+        lambda positions: build(mcmc, "time_embed", embedding_dim=width, position_chunk=positions), *frames(width)
+    )
 
 
 def test_starts() -> None:

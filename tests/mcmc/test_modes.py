@@ -27,6 +27,8 @@ from tests.mcmc.test_second_order import (
     VOCAB,
     batch,
     build,
+    check_finite_differences,
+    check_slices,
     check_training_step,
     compare_gradients,
     expect,
@@ -172,14 +174,7 @@ def test_a_buffer_of_another_top_k_is_not_restored(top_k: int, kept: int) -> Non
 @in_every_mode
 def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
     mcmc = settings(num_steps=3, gradient=gradient, loss=loss, step_size_jitter=1.5, langevin_noise=0.3)
-    whole = build(mcmc, "time_embed", position_chunk=LENGTH)
-    first = whole.training_step(*batch(), StepPlan(3))
-    of_whole = gradients(whole)
-    for positions in (1, 7):
-        model = build(mcmc, "time_embed", position_chunk=positions)
-        output = model.training_step(*batch(), StepPlan(3))
-        assert torch.allclose(output.step_losses, first.step_losses, rtol=1e-12)
-        compare_gradients(model, of_whole, tolerance=1e-10)
+    check_slices(lambda positions: build(mcmc, "time_embed", position_chunk=positions), *batch())
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -187,22 +182,7 @@ def test_the_slices_do_not_matter(gradient: str, loss: str) -> None:
 def test_chain_gradients_equal_finite_differences(loss: str, update: str) -> None:
     """The chain's gradient is the derivative of the loss, without any oracle: along a random direction of weights."""
     mcmc = settings(update, num_steps=3, gradient="full", loss=loss, langevin_noise=0.3, step_size_jitter=1.5)
-    model, (tokens, ids) = build(mcmc, "adaln", position_chunk=4), batch()
-    model.training_step(tokens, ids, StepPlan(3))
-    of_loss = gradients(model)
-    weights = dict(model.named_parameters())
-    start = {name: weight.detach().clone() for name, weight in weights.items()}
-    direction = {name: torch.randn_like(weight) for name, weight in start.items()}
-
-    def loss_at(distance: float) -> float:
-        for name, weight in weights.items():
-            weight.data = start[name] + distance * direction[name]
-        return model.training_step(tokens, ids, StepPlan(3)).loss.item()
-
-    slope = sum((of_loss[name] * direction[name]).sum().item() for name in direction)
-    h = 1e-5
-    near, far = (loss_at(h) - loss_at(-h)) / (2 * h), (loss_at(2 * h) - loss_at(-2 * h)) / (4 * h)
-    assert (4 * near - far) / 3 == pytest.approx(slope, rel=1e-5)
+    check_finite_differences(build(mcmc, "adaln", position_chunk=4), *batch())
 
 
 @pytest.mark.parametrize("update", UPDATES)

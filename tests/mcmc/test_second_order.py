@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -152,6 +153,36 @@ def gradients(model: EnergyBasedTransformer) -> dict[str, Tensor]:
     taken = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     return taken
+
+
+def check_finite_differences(model: EnergyBasedTransformer, observed: Tensor, ids: Tensor, h: float = 1e-5) -> None:
+    """Compare the gradient of three steps to the derivative of the loss along a random direction of the weights."""
+    model.training_step(observed, ids, StepPlan(3))
+    of_loss = gradients(model)
+    weights = dict(model.named_parameters())
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    direction = {name: torch.randn_like(weight) for name, weight in start.items()}
+
+    def loss_at(distance: float) -> float:
+        for name, weight in weights.items():
+            weight.data = start[name] + distance * direction[name]
+        return model.training_step(observed, ids, StepPlan(3)).loss.item()
+
+    slope = sum((of_loss[name] * direction[name]).sum().item() for name in direction)
+    near, far = (loss_at(h) - loss_at(-h)) / (2 * h), (loss_at(2 * h) - loss_at(-2 * h)) / (4 * h)
+    assert (4 * near - far) / 3 == pytest.approx(slope, rel=1e-5)
+
+
+def check_slices(build_model: Callable[[int], EnergyBasedTransformer], observed: Tensor, ids: Tensor) -> None:
+    """Compare losses and gradients with other numbers of positions refined together."""
+    whole = build_model(LENGTH)
+    first = whole.training_step(observed, ids, StepPlan(3))
+    of_whole = gradients(whole)
+    for positions in (1, 7):
+        model = build_model(positions)
+        output = model.training_step(observed, ids, StepPlan(3))
+        assert torch.allclose(output.step_losses, first.step_losses, rtol=1e-12)
+        compare_gradients(model, of_whole, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("update", UPDATES)
