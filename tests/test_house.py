@@ -9,6 +9,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -61,6 +63,14 @@ def test_every_module_belongs_to_a_layer() -> None:
         path.stem for path in (ROOT / "ebwm_dist").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert found - {"__init__"} == {name for layer in layers() for name in layer}
+
+
+@pytest.mark.parametrize("folder", ["ebwm_dist", "launchers", "data_tools"])
+def test_files_are_short(folder: str) -> None:
+    """One idea a file."""
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = len(path.read_text().splitlines())
+        assert lines <= 350, f"{path} has {lines} lines: split it"
 
 
 def main() -> None:
