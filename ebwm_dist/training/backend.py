@@ -28,7 +28,7 @@ def setup_distributed(startup_timeout: float, stop_reason: Callable[[], str | No
     cuda = world.device.type == "cuda"
     # Set before DeepSpeed is imported: it then neither probes for devices nor remarks on finding none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # its engine looks for it
+    os.environ["LOCAL_RANK"] = str(world.local_rank)  # its engine reads it, even of a process alone
     extensions = _extensions_folder()
     if world.local_rank == 0:
         remove_stale_locks(extensions)

@@ -29,9 +29,11 @@ def clean_environment(**changes: str) -> dict[str, str]:
 def test_a_process_alone_needs_no_port(tmp_path: Path, launched: bool) -> None:
     """Neither as plain python nor under a launcher, whose port another run may have."""
     program = """
+import os
 from ebwm_dist.distributed import leave
 from ebwm_dist.training.backend import setup_distributed
 world = setup_distributed(60)
+assert os.environ["LOCAL_RANK"] == "0"  # as DeepSpeed's engine reads it
 assert world.gather_objects(3) == [3]
 leave()
 print(world.rank, world.local_rank, world.world_size, world.device)
@@ -45,7 +47,7 @@ print(world.rank, world.local_rank, world.world_size, world.device)
         result = subprocess.run(
             [sys.executable, "-c", program],
             env=clean_environment(
-                DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path), **(place if launched else {})
+                DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(tmp_path), **(place if launched else {"LOCAL_RANK": ""})
             ),
             capture_output=True,
             text=True,
