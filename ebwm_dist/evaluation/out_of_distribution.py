@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ebwm_dist.data.loading.order import permutation
 from ebwm_dist.data.loading.stream import Batch
@@ -48,6 +49,14 @@ def shuffled(batches: Batches, pad_id: int | None) -> Iterator[Batch]:
         yield replace(batch, observed=observed)
 
 
+def encode_sequences(text: str, tokenizer: Tokenizer, length: int) -> NDArray[np.int64]:
+    """Return the tokens of `text`; raise UserError where they are fewer than a sequence."""
+    tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
+    if len(tokens) <= length:
+        raise UserError(f"--ood-text has only {len(tokens) - 1} tokens: give at least one sequence of {length}")
+    return tokens
+
+
 def text_batches(
     text: str | None, tokenizer: Tokenizer, length: int, count: int, batch_size: int, world: World
 ) -> Iterator[Batch]:
@@ -57,10 +66,8 @@ def text_batches(
     """
     if text is None:
         text = docstrings(count * length * _CHARACTERS_PER_TOKEN)
-    tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
+    tokens = encode_sequences(text, tokenizer, length)
     count = min(count, (len(tokens) - 1) // length)
-    if not count:
-        raise UserError(f"--ood-text has only {len(tokens) - 1} tokens: give at least one sequence of {length}")
     rows = torch.from_numpy(tokens[np.arange(count)[:, None] * length + np.arange(length + 1)])
     for start in range(0, count, batch_size * world.world_size):
         slots = torch.arange(batch_size) + start + world.rank * batch_size

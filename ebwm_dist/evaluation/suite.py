@@ -17,7 +17,7 @@ from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.errors_by_step import measure, merge
 from ebwm_dist.evaluation.multiple_choice import Question, accuracies, score_choices
-from ebwm_dist.evaluation.out_of_distribution import separation, shuffled, text_batches
+from ebwm_dist.evaluation.out_of_distribution import encode_sequences, separation, shuffled, text_batches
 from ebwm_dist.evaluation.predictions import Batches, Table, tabulate
 from ebwm_dist.evaluation.true_frames import true_frame_is_lower
 from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman
@@ -70,6 +70,8 @@ class Suite:
         self.batches: Batches = partial(
             data.batches, options.batch_size, options.max_sequences, world.rank, world.world_size
         )
+        if options.ood_text is not None and run.tokenizer is not None:  # too short: refused before anything is computed
+            encode_sequences(options.ood_text, run.tokenizer, self.config.data.sequence_length)
 
     def run(self) -> dict[str, Any]:
         """Take all measurements."""

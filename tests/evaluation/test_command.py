@@ -84,7 +84,7 @@ def test_files_are_read_before_the_model(
     assert capsys.readouterr().err == f"error: {tmp_path / 'latin'} cannot be read: not UTF-8 from byte 3 on\n"
 
 
-def test_the_folder_for_results_is_made_first(
+def test_what_cannot_be_written_or_measured_is_refused_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = make_tiny_data(tmp_path / "text", documents=40)
@@ -96,6 +96,11 @@ def test_the_folder_for_results_is_made_first(
     assert main() == 1
     error = capsys.readouterr().err
     assert "Not a directory" in error and error.count("\n") == 1
+    (tmp_path / "short").write_text("ka")
+    arguments[3:] = ["--ood-text", str(tmp_path / "short")]
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --ood-text has only ") and error.count("\n") == 1
 
 
 def test_variables_that_a_launcher_has_left_are_one_line(
