@@ -7,7 +7,7 @@ All precisions have the same weights, which bfloat16 can hold, the same tokens a
 are added up in float32, as training does. `error` is the norm of the difference over the norm of the gradient in
 float64, for each group of parameters; `cosine` is that of the angle between the two.
 
-Beside bfloat16 as it is, each part that the package computes in float32 is put into bfloat16 in turn, which tells what
+Beside bfloat16 as it is, each part that the package computes in float32 is put into bfloat16 in turn, to see what
 has to stay as it is. Positions are taken through the steps in four slices, so that there are sums to round.
 
 Shapes: B batch, S positions, V vocabulary, D width.

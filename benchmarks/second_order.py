@@ -58,7 +58,7 @@ Record = dict[str, Any]
 
 
 class Worker:
-    """One method in a process of its own; `error` tells why it has no figures."""
+    """One method in a process of its own; `error` is the reason why it has no figures, or None."""
 
     def __init__(self, setting: Record):
         self.setting = setting

@@ -93,7 +93,7 @@ def test_dtype_of_the_expansion(logits):
 
 
 def records(first, count):
-    """Records whose every number tells their id."""
+    """Return records whose numbers follow from their ids."""
     ids = torch.arange(first, first + count)
     observed = ids[:, None] * 10 + torch.arange(S + 1)
     return observed, ids, {"embeddings": ids[:, None, None].expand(-1, S, 2).half()}
