@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"excluded group {missing[0]!r} is not in the input; its groups are {sorted(groups)[:8]}")
     write_json(sidecar, {"sha256": tokenizer.sha256, "source": source})
     left_out = f", {len(reader.rejects)} malformed documents left out" if reader.rejects else ""
-    print(f"{options.out}: {tokenizer.vocab_size} tokens, {time.monotonic() - start:.1f} s{left_out}")
+    asked = f" ({options.vocab_size} asked for)" if tokenizer.vocab_size != options.vocab_size else ""
+    seconds = time.monotonic() - start
+    print(f"{options.out}: model.vocab_size={tokenizer.vocab_size}{asked}, {seconds:.1f} s{left_out}")
 
 
 if __name__ == "__main__":

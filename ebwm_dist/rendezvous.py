@@ -170,7 +170,7 @@ def _missing(store: Store, place: Place) -> str:
     missing = [str(rank) for rank in range(place.world_size) if rank not in nodes]
     there = [f"{rank} ({node})" for rank, node in nodes.items()]
     awaited = f"{'ranks' if len(missing) > 1 else 'rank'} {_some(missing)} of {place.world_size}"
-    return f"{place.address}:{place.port} waits for {awaited}; there are {_some(there)}"
+    return f"{place.address}:{place.port} waits for {awaited}; present: {_some(there)}"
 
 
 def _some(names: list[str]) -> str:

@@ -108,7 +108,7 @@ def test_all_ranks_meet() -> None:
 @pytest.mark.parametrize(
     ("rank", "awaited"),
     [
-        (0, r"127\.0\.0\.1:\d+ waits for ranks 1, 2 of 3; there are 0 \(here\)"),
+        (0, r"127\.0\.0\.1:\d+ waits for ranks 1, 2 of 3; present: 0 \(here\)"),
         (1, r"rank 1 waits for rank 0 at 127\.0\.0\.1:\d+ \(Connection refused\)"),
     ],
 )
