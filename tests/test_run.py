@@ -25,9 +25,9 @@ from ebwm_dist.run import FORMAT_FILE, Run
 from tests.made_runs import add_checkpoint, finished_run, make_run, share_tokenizer
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
-from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_latents
+from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents, tiny_latents
 
-LATENTS = (f"data.sequence_length={FRAMES - 1}", "model.embedding_dim=5")
+LATENTS = (f"data.sequence_length={FRAMES - 1}", f"model.embedding_dim={DIM}")
 CLIPS = (f"data.sequence_length={FRAMES - 1}", "model.embedding_dim=12", "data.encoder=pixels:2")
 
 

@@ -20,13 +20,13 @@ from ebwm_dist.mcmc.build import build_model
 from launchers.generate import main
 from tests.made_runs import finished_run
 from tests.runs import write_config
-from tests.tiny_shards import FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
+from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
 
 
 def export(folder: Path, kind: str, model: str = "ebt") -> Path:
     """Export a model of random weights for tiny video of that kind, with the statistics that a run keeps."""
     manifest = (make_tiny_latents if kind == "latents" else lambda path: make_tiny_clips(path, "jpeg"))(folder / kind)
-    width = 5 if kind == "latents" else 12
+    width = DIM if kind == "latents" else 12
     config = Config(
         model=ModelConfig(embedding_dim=width, dim=16, num_heads=2, num_layers=2, kind=model),
         mcmc=MCMCConfig(num_steps=2, step_size=0.5, initial_state="most_recent_embedding"),
