@@ -25,7 +25,8 @@ def check_address(address: str, key: str) -> None:
     """Raise a `ConfigError` naming `key` unless `address` means exactly one place; nothing is connected to."""
     scheme, _, rest = address.partition("://")
     path, options, _ = rest.partition("?")
-    parts = unquote(path).rstrip("/").split("/")
+    name = unquote(path).removesuffix("/")
+    parts = (name.removeprefix("/") if scheme == "file" else name).split("/")
     problem = None
     if re.match(r"[^/]*:[^/]*@", path):
         # Named neither here nor in the run folder's config.yaml, where it would stay.
@@ -38,8 +39,10 @@ def check_address(address: str, key: str) -> None:
         problem = "expected three slashes and a folder, as in file:///data"
     elif scheme == "file" and options:
         problem = "a folder has no options; write %3F for '?'"
-    elif scheme in ("s3", "gs") and any(part in ("", ".", "..") for part in parts):
+    elif scheme in ("file", "s3", "gs") and any(part in ("", ".", "..") for part in parts):
         problem = "an empty part, '.' or '..' is not the name of a folder; leave it out"
+    elif "\0" in name:
+        problem = "%00 cannot be part of a name; leave it out"
     if problem is not None:
         raise ConfigError(f"{key} = {without_options(address)!r}: {problem}")
 

@@ -12,7 +12,7 @@ import os
 import sys
 
 from ebwm_dist.cluster.jobs import Jobs
-from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.loading import load_config, override_keys
 from ebwm_dist.errors import UserError
 
 ACTIONS = ("status", "logs", "stop", "list")
@@ -73,7 +73,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _cluster_overrides(args: argparse.Namespace) -> list[str]:
     """Return the options of the cluster as overrides; a key is set by its option or by an override, not by both."""
-    given = {text.partition("=")[0]: text for text in args.overrides}
+    given = {key: text for text in args.overrides for key in override_keys(text)}
     overrides = {name: getattr(args, name) for name in CLUSTER_OPTIONS if getattr(args, name) is not None}
     for name, value in overrides.items():
         if (twice := given.get(f"cluster.{name}")) is not None:

@@ -46,6 +46,12 @@ REFUSED = {
     "gs://bucket/./exp": "an empty part",
     "gs://bucket/a/%2e%2e/b": "an empty part",
     "s3://": "an empty part",
+    "file:///x//exp": "an empty part",
+    "file:///x/./exp": "an empty part",
+    "file:///x/../exp": "an empty part",
+    "file:///x/%2E%2E/exp": "an empty part",
+    "file:///x/a%00b": "%00",
+    "s3://bucket/a%00b": "%00",
     "gs://me:secret@bucket/a": "holds a password",
 }
 

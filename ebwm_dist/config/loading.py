@@ -98,6 +98,11 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     write_atomically(Path(path), text.encode("utf-8"))
 
 
+def override_keys(text: str) -> set[str]:
+    """Return the keys that a `key=value` override sets, `section={key: value}` among its forms."""
+    return set(_read_override(text, {}))
+
+
 def _read_chain(path: Path, named_by: str = "", above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Return (file, content) of `path` and the files it extends, the most basic one first."""
     if path.resolve() in [file.resolve() for file in above]:

@@ -187,10 +187,11 @@ def test_options_of_submit_replace_what_the_file_says_only_where_they_are_given(
     assert nodes("cluster.num_nodes=8") == (8, None, 4)
     assert nodes("--num-nodes", "1", "--min-nodes", "1", "--cpus-per-node", "2") == (1, 1, 2)
     assert nodes("--num-nodes", "1", "cluster.cpus_per_node=8") == (1, None, 8)
-    monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "x", "--num-nodes", "1", "cluster.num_nodes=4"])
-    assert submit.main() == 1
-    expected = "error: --num-nodes 1: the command also sets cluster.num_nodes=4; leave out one of the two\n"
-    assert capsys.readouterr().err == expected
+    for override in ("cluster.num_nodes=4", "cluster={num_nodes: 4}"):
+        monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "x", "--num-nodes", "1", override])
+        assert submit.main() == 1
+        expected = f"error: --num-nodes 1: the command also sets {override}; leave out one of the two\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
