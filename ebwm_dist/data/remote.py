@@ -12,6 +12,7 @@ files that were opened longest ago are removed; a process that reads one of them
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -63,7 +64,13 @@ class RemoteFolder:
     def read_uncached(self, name: str) -> bytes:
         """Return the content of a small file as it is now."""
         url = self.url(name)
-        return self.cache.wait_for_network(url, lambda: b"".join(read_blocks(url)))
+
+        def fetch() -> bytes:
+            content = b"".join(read_blocks(url))
+            _check_json(url, content)
+            return content
+
+        return self.cache.wait_for_network(url, fetch)
 
     def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
         """Return the content of a small file, or of a cached copy of the same `version`."""
@@ -241,7 +248,7 @@ class _Outage:
 
 
 def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:
-    """Write the content of `url` to `path`; what differs from the manifest is fetched twice before it is refused."""
+    """Write the content of `url` to `path`; if it differs from the manifest twice in its full length, it is damaged."""
     for _ in range(2):
         arrived, digest = 0, hashlib.sha256()
         with open(path, "wb") as file:
@@ -250,12 +257,21 @@ def _download(url: str, path: Path, size: int | None, sha256: str | None) -> Non
                 digest.update(block)
                 arrived += len(block)
         if size is not None and arrived != size:
-            reason = f"{arrived} bytes arrived, the manifest says {size}"
-        elif sha256 is not None and digest.hexdigest() != sha256:
-            reason = "its content differs from the manifest (SHA-256)"
-        else:
+            raise TransportError(f"{arrived:,} bytes arrived, the manifest says {size:,}")
+        if sha256 is None:
+            _check_json(url, path.read_bytes())
+        if sha256 in (None, digest.hexdigest()):
             return
-    raise DataError(f"damaged file: {shown(url)}: {reason}; restore it there")
+    raise DataError(f"damaged file: {shown(url)}: its content differs from the manifest (SHA-256); restore it there")
+
+
+def _check_json(url: str, content: bytes) -> None:
+    """Raise a TransportError for a JSON file that was cut off, or in whose place a proxy has sent a page of its own."""
+    if base_name(url).endswith(".json"):
+        try:
+            json.loads(content)
+        except ValueError as error:
+            raise TransportError(f"what arrived is not JSON: {error}") from None
 
 
 def _open(path: Path) -> int | None:

@@ -36,7 +36,10 @@ class TransportError(Exception):
 
 
 def read_blocks(url: str) -> Iterator[bytes]:
-    """Yield the content of `url` in blocks; an end without an exception means that all of it has arrived."""
+    """Yield the content of `url` in blocks, all of it unless an exception ends it.
+
+    A server that does not state a length can cut it off unnoticed: compare with the manifest.
+    """
     if url.startswith("pipe:"):
         blocks = _run(shlex.split(url.removeprefix("pipe:")))
     else:

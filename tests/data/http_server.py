@@ -1,4 +1,4 @@
-"""An HTTP server of a folder that can go away, cut answers off and refuse."""
+"""An HTTP server of a folder that can go away, cut answers off, leave out their length, refuse, and send a page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class FolderServer:
         self.requests: list[str] = []
         self.cut = 0
         """How many of the next answers end in the middle."""
+        self.length = True
+        """Whether answers state their length."""
+        self.page = False
+        """Whether every answer is a proxy's page, of status 200."""
         self.status = 200
         """Another status is answered to every request."""
         self.start()
@@ -42,9 +46,10 @@ class FolderServer:
                 if server.status != 200 or not path.is_file():
                     self.send_error(server.status if server.status != 200 else 404)
                     return
-                data = path.read_bytes()
+                data = b"<html>502 Bad Gateway</html>" if server.page else path.read_bytes()
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
+                if server.length:
+                    self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if server.cut:
                     server.cut -= 1

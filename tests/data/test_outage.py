@@ -80,12 +80,25 @@ def cut_answers_off(server: FolderServer) -> Callable[[], None]:
     return lambda: setattr(server, "cut", 0)
 
 
+def cut_answers_of_no_length_off(server: FolderServer) -> Callable[[], None]:
+    server.length = False
+    return cut_answers_off(server)
+
+
+def answer_with_a_page(server: FolderServer) -> Callable[[], None]:
+    server.page = True
+    return lambda: setattr(server, "page", False)
+
+
 def answer_503(server: FolderServer) -> Callable[[], None]:
     server.status = 503
     return lambda: setattr(server, "status", 200)
 
 
-@pytest.mark.parametrize("begin", [refuse_connections, cut_answers_off, answer_503])
+OUTAGES = [refuse_connections, cut_answers_off, cut_answers_of_no_length_off, answer_with_a_page, answer_503]
+
+
+@pytest.mark.parametrize("begin", OUTAGES)
 def test_an_outage_is_logged_once_when_it_begins_and_once_when_it_is_over(
     server: FolderServer,
     tiny: Manifest,
@@ -108,6 +121,30 @@ def test_an_outage_is_logged_once_when_it_begins_and_once_when_it_is_over(
     assert began.startswith(f"cannot fetch {server.url}/manifest.json (") and "data.fetch_timeout = 300 s" in began
     assert ended.startswith(f"{server.url}/manifest.json is reachable again")
     assert reasons[0] is not None and began.startswith(reasons[0]) and cache.outage() is None
+
+
+@pytest.mark.parametrize("begin", OUTAGES)
+def test_no_outage_is_damage(
+    server: FolderServer,
+    tiny: Manifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    begin: Callable[[FolderServer], Callable[[], None]],
+) -> None:
+    """Of a manifest, an index and a shard alike, which are read one after the other, each during an outage."""
+    shard, cache = tiny.train.shards[0], Cache(tmp_path / "cache", 2**20)
+    folder = RemoteFolder(server.url, cache)
+
+    def disturbed() -> None:
+        on_pause(monkeypatch, 2, begin(server))
+
+    disturbed()
+    assert Manifest.load(server.url, cache).fingerprint == tiny.fingerprint
+    disturbed()
+    assert folder.read(shard.index_path, "1") == (tiny.folder / shard.index_path).read_bytes()
+    disturbed()
+    with open(folder.open(shard.path, shard.bytes, shard.sha256), "rb") as file:
+        assert file.read() == (tiny.folder / shard.path).read_bytes()
 
 
 def test_of_the_processes_that_share_a_cache_one_logs(
