@@ -58,6 +58,11 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [committed[step] for step in sorted(committed, reverse=True)]
 
 
+def newest_step(root: Path) -> int:
+    """Return the step of the newest committed checkpoint, 0 without one."""
+    return next(map(step_of, list_checkpoints(root)), 0)
+
+
 def newest_intact(root: Path, warn: Callable[[str], None], check: Callable[[Path], None] | None = None) -> Path | None:
     """Return the newest checkpoint that passes `check` (default: `verify`), or None if there are no checkpoints.
 

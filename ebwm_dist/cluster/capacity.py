@@ -103,8 +103,6 @@ def wait_for_nodes(
     free: Callable[[], int],
     stopped: Callable[[], bool],
     log: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Wait until enough nodes are free and return how many to use; 0 once `stopped()`.
 
@@ -114,11 +112,11 @@ def wait_for_nodes(
         CapacityError: `cluster.capacity_timeout` is over.
     """
     allowed, limit = allowed_nodes(config), config.cluster.capacity_timeout
-    start = since = clock()
+    start = since = time.monotonic()
     logged, last = False, -1
     free = tolerant(free, 0, log)
     while not stopped():
-        now, nodes = clock(), most_nodes(allowed, free())
+        now, nodes = time.monotonic(), most_nodes(allowed, free())
         if nodes != last:
             last, since = nodes, now
         if nodes == allowed[0] or (nodes and now - since >= SETTLE):
@@ -131,5 +129,5 @@ def wait_for_nodes(
         if not nodes and not logged and now - start >= SETTLE:
             log(f"waiting for {allowed[-1]} free nodes of {config.cluster.workers_per_node} workers")
             logged = True
-        sleep(_POLL)
+        time.sleep(_POLL)
     return 0

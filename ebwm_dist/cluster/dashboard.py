@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -16,50 +17,46 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.files import write_json
 
 INTERVAL = 5.0
-PREFIX = "ebwm_"
+"""Seconds between two updates."""
 
 
-class Dashboard:
-    """Updates Ray's gauges every `interval` seconds inside its `with` block."""
+@contextmanager
+def dashboard(run_dir: Path) -> Iterator[None]:
+    """Keep nodes.json and Ray's gauges up to date during the block."""
+    gauges: dict[str, Gauge] = {}
+    closed = threading.Event()
 
-    def __init__(self, run_dir: Path, interval: float = INTERVAL) -> None:
-        self.run_dir, self.interval = run_dir, interval
-        self._gauges: dict[str, Any] = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
-
-    def __enter__(self) -> Dashboard:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closed.set()
-        self._thread.join(self.interval)
-
-    def update(self) -> None:
-        """Write nodes.json and set the gauges once."""
-        write_json(self.run_dir / NODES_FILE, {"time": time.time(), "nodes": nodes()})
-        try:
-            metrics = read_status(self.run_dir).metrics()
-        except UserError:  # the training has not begun
-            return
-        for name, value in metrics.items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(PREFIX + name, name.replace("_", " "), tag_keys=("run",))
-            self._gauges[name].set(value, tags={"run": self.run_dir.name})
-
-    def _run(self) -> None:
+    def update_repeatedly() -> None:
         warned = False
-        while not self._closed.is_set():
+        while not closed.is_set():
             try:
-                self.update()
+                update(run_dir, gauges)
             except Exception as error:  # a full disk, say: this must never end a run
                 if not warned:
-                    print(f"WARNING: the dashboard does not show {self.run_dir}: {error}", flush=True)
+                    print(f"WARNING: the dashboard does not show {run_dir}: {error}", flush=True)
                 warned = True
-            self._closed.wait(self.interval)
+            closed.wait(INTERVAL)
+
+    thread = threading.Thread(target=update_repeatedly, name="dashboard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join(INTERVAL)
+
+
+def update(run_dir: Path, gauges: dict[str, Gauge]) -> None:
+    """Write nodes.json and set the gauges, those that are new included, once."""
+    write_json(run_dir / NODES_FILE, {"time": time.time(), "nodes": nodes()})
+    try:
+        metrics = read_status(run_dir).metrics()
+    except UserError:  # the training has not begun
+        return
+    for name, value in metrics.items():
+        if name not in gauges:
+            gauges[name] = Gauge(f"ebwm_{name}", name.replace("_", " "), tag_keys=("run",))
+        gauges[name].set(value, tags={"run": run_dir.name})
 
 
 def nodes() -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import gc
 import logging
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -20,10 +21,10 @@ import ray
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
-from ebwm_dist.checkpoint.folder import list_checkpoints, step_of
+from ebwm_dist.checkpoint.folder import newest_step
 from ebwm_dist.cluster import capacity
-from ebwm_dist.cluster.dashboard import Dashboard
-from ebwm_dist.cluster.evaluation import EvaluationWorkers
+from ebwm_dist.cluster.dashboard import dashboard
+from ebwm_dist.cluster.evaluation import evaluation_workers
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.cluster.recovery import LOST, Failure, RestartPolicy, describe
 from ebwm_dist.cluster.run_status import EVENTS_FILE, tail
@@ -56,7 +57,7 @@ class Driver:
         self.allowed = capacity.allowed_nodes(config)
         self.policy = RestartPolicy(config.cluster.max_restarts)
         self.stop_reason: str | None = None
-        self.evaluation = EvaluationWorkers(config, self.run_dir, self._log)
+        self.evaluation_cancelled = threading.Event()
         try:
             ray.init(address="auto", logging_level=logging.WARNING)
         except ConnectionError:
@@ -70,10 +71,11 @@ class Driver:
 
     def run(self) -> int:
         """Train, with evaluation beside it; return 0 if the run is finished or was stopped."""
-        with Dashboard(self.run_dir), self.evaluation:
+        evaluation = evaluation_workers(self.config, self.run_dir, self.evaluation_cancelled, self._log)
+        with dashboard(self.run_dir), evaluation:
             failure = self._train()
             if failure is not None or self.stop_reason:
-                self.evaluation.cancel()
+                self.evaluation_cancelled.set()
         if failure is None:
             return 0
         time.sleep(_LOG_LAG)
@@ -149,8 +151,7 @@ class Driver:
         return True
 
     def _committed(self) -> int:
-        paths = list_checkpoints(self.run_dir / "checkpoints")
-        return step_of(paths[0]) if paths else 0
+        return newest_step(self.run_dir / "checkpoints")
 
     def _step(self) -> int:
         """Return the last step in metrics.jsonl."""
@@ -165,7 +166,7 @@ class Driver:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_reason = signal.Signals(number).name
-        self.evaluation.cancel()
+        self.evaluation_cancelled.set()
 
 
 class _Watch:

@@ -12,23 +12,24 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, step_of
+from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, newest_step, step_of
 from ebwm_dist.checkpoint.leases import Lease
-from ebwm_dist.cluster.results import Results, console_line, follow_command, read_evaluations
+from ebwm_dist.cluster.results import EVALUATIONS_FILE, console_line, follow_command, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.errors_by_step import ErrorsByStep, evaluate_shard, merge
-from ebwm_dist.files import Record
+from ebwm_dist.files import Record, append_record
 from ebwm_dist.run import Run
+from ebwm_dist.training.wandb_log import WandbLog
 from ebwm_dist.workers.pool import Pool, connected
 
 TRIES = 3
@@ -59,15 +60,15 @@ class Follower:
     """Evaluates the checkpoints of a run as they are saved."""
 
     def __init__(self, config: Config, run_dir: Path, log: Log) -> None:
-        self.settings, self.log = config.evaluation, log
+        self.settings, self.run_dir, self.log = config.evaluation, run_dir, log
         self.root = run_dir / "checkpoints"
         self.folder = ""
         with suppress(FileNotFoundError):  # the folder of a job may have been replaced; its paths are absolute
             self.folder = os.getcwd()
-        self.results = Results(config, run_dir, log)
+        self.wandb = WandbLog(config, run_dir, lambda text: log(f"WARNING: {text}"), evaluation=True)
         known = read_evaluations(run_dir).values()
         self.done = {(record["step"], record["checkpoint"]) for record in known if "error" not in record}
-        self.failures: dict[tuple[int, str], list[float]] = {}
+        self.failures: dict[tuple[int, str], list[float]] = defaultdict(list)
         """Times of the failed tries of each checkpoint."""
         self.warned = False
         self.holder = f"{socket.gethostname()}-{os.getpid()}"
@@ -94,7 +95,12 @@ class Follower:
         finally:
             if pool is not None:
                 pool.close()
-            self.results.close()
+            self.wandb.close()
+
+    def record(self, record: Record) -> None:
+        """Write the record of an evaluation; numbers that JSON cannot hold become null."""
+        append_record(self.run_dir / EVALUATIONS_FILE, record)
+        self.wandb.write(record)
 
     def pending(self) -> list[tuple[Path, tuple[int, str]]]:
         """Return the checkpoints without an evaluation, the newest first, with their steps and fingerprints."""
@@ -107,7 +113,7 @@ class Follower:
         return found
 
     def _not_before(self, key: tuple[int, str]) -> float:
-        failures = self.failures.get(key)
+        failures = self.failures[key]
         return failures[-1] + PAUSE * 2 ** (len(failures) - 1) if failures else 0.0
 
     def _try(self, path: Path, key: tuple[int, str], pool: Pool, cancelled: threading.Event) -> None:
@@ -121,7 +127,7 @@ class Follower:
         except Cancelled:
             raise
         except Exception as error:
-            failures = self.failures.setdefault(key, [])
+            failures = self.failures[key]
             failures.append(time.time())
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             if len(failures) < TRIES:
@@ -130,7 +136,7 @@ class Follower:
             record |= {"error": reason, "tries": len(failures)}
         finally:
             lease.release()
-        self.results.write(record)
+        self.record(record)
         self.done.add(key)
         self.log(console_line(record))
 
@@ -149,56 +155,45 @@ class Follower:
                     f"{self.settings.gpus_per_worker:g} yet; checkpoints wait"
                 )
 
-        calls = [(self.folder, self.settings, path.absolute(), index, pool.size) for index in range(pool.size)]
+        calls = [(self.folder, self.settings, path, index, pool.size) for index in range(pool.size)]
         metrics = merge(list(pool.map(_evaluate_in, calls, self.settings.timeout, tick)))
         now = time.time()
         return {"workers": pool.size, "seconds": now - start, "lag": max(0.0, now - saved), **metrics}
 
 
-class EvaluationWorkers:
-    """Evaluates checkpoints inside its `with` block: `with EvaluationWorkers(config, run_dir): train()`.
+@contextmanager
+def evaluation_workers(config: Config, run_dir: Path, cancelled: threading.Event, log: Log) -> Iterator[None]:
+    """Evaluate the checkpoints that are saved during the block, if `evaluation.workers` is set.
 
-    Leaving the block waits up to `evaluation.drain_timeout` for evaluations that are due, except after an exception or
-    `cancel`. With `evaluation.workers=0` nothing happens.
+    The end of the block waits up to `evaluation.drain_timeout` for evaluations that are due, except after an exception
+    and once `cancelled` is set.
     """
+    settings, complete = config.evaluation, threading.Event()
+    if not settings.workers:
+        yield
+        return
 
-    def __init__(self, config: Config, run_dir: Path, log: Log = print) -> None:
-        self.config, self.run_dir, self.log = config, Path(run_dir).absolute(), log
-        self._cancelled, self._complete = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
-
-    def __enter__(self) -> EvaluationWorkers:
-        if self.config.evaluation.workers:
-            self._thread.start()
-        return self
-
-    def cancel(self) -> None:
-        """Stop evaluating, without waiting for what is due."""
-        self._cancelled.set()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        settings = self.config.evaluation
-        if not settings.workers:
-            return
-        self._complete.set()
-        if error is None and not self._cancelled.is_set():
-            self._thread.join(settings.drain_timeout)
-            if self._thread.is_alive():
-                self.log(
-                    "WARNING: not all checkpoints are evaluated, though the training is done (evaluation.drain_timeout "
-                    f"= {settings.drain_timeout:g} s); for the rest: {follow_command(self.config)}"
-                )
-        self._cancelled.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def work() -> None:
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            Follower(self.config, self.run_dir, self.log).follow(self._cancelled, self._complete.is_set)
+            Follower(config, run_dir, log).follow(cancelled, complete.is_set)
         except Exception:
-            self.log(f"WARNING: checkpoints are not evaluated any more:\n{traceback.format_exc()}")
+            log(f"WARNING: checkpoints are not evaluated any more:\n{traceback.format_exc()}")
+
+    thread = threading.Thread(target=work, name="evaluation", daemon=True)
+    thread.start()
+    try:
+        yield
+        complete.set()
+        if not cancelled.is_set():
+            thread.join(settings.drain_timeout)
+            if thread.is_alive():
+                log(
+                    "WARNING: not all checkpoints are evaluated, though the training is done (evaluation.drain_timeout "
+                    f"= {settings.drain_timeout:g} s); for the rest: {follow_command(config)}"
+                )
+    finally:
+        cancelled.set()
+        thread.join()
 
 
 def follow(run_dir: Path, changes: dict[str, Any], log: Log = print) -> None:
@@ -219,10 +214,6 @@ def follow(run_dir: Path, changes: dict[str, Any], log: Log = print) -> None:
     settings = config.evaluation
 
     with connected(math.ceil(settings.workers * settings.cpus_per_worker)):
-        Follower(config, run_dir, log).follow(threading.Event(), lambda: is_finished(config, run_dir))
-
-
-def is_finished(config: Config, run_dir: Path) -> bool:
-    """Return whether the step that the run was to reach is saved."""
-    checkpoints = list_checkpoints(run_dir / "checkpoints")
-    return bool(checkpoints) and step_of(checkpoints[0]) >= config.training.last_step
+        Follower(config, run_dir, log).follow(
+            threading.Event(), lambda: newest_step(run_dir / "checkpoints") >= config.training.last_step
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -28,6 +27,7 @@ from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.config.values import KEYS, locate
 from ebwm_dist.errors import UserError
+from ebwm_dist.files import sha256_of_bytes
 
 CONFIG_FILE = "run.yaml"
 ENTRYPOINT = ("python", "-m", "ebwm_dist.cluster", "--config", CONFIG_FILE)
@@ -157,10 +157,7 @@ class Jobs:
             await asyncio.sleep(_RECONNECT)
 
     def _find(self, name: str) -> Any:
-        for job in self._client.list_jobs():
-            if job.submission_id == name:
-                return job
-        return None
+        return next((job for job in self._client.list_jobs() if job.submission_id == name), None)
 
     def _info(self, name: str) -> Any:
         info = self._find(name)
@@ -174,10 +171,7 @@ def make_package(folder: Path, config: Config, installed: bool) -> None:
     save_config(config, folder / CONFIG_FILE)
     if not installed:
         source = Path(ebwm_dist.__file__).parent
-        for path in source.rglob("*.py"):
-            target = folder / source.name / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -196,7 +190,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def fingerprint(config: Config) -> str:
     """Return a digest of a configuration."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+    return sha256_of_bytes(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
 
 
 def _absolute(value: Any) -> Any:

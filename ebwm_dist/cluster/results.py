@@ -1,4 +1,4 @@
-"""Records of evaluations: one for each checkpoint in `evaluations.jsonl`, in Weights & Biases and on the console.
+"""Records of evaluations: one for each checkpoint in `evaluations.jsonl`.
 
 They hold `step, checkpoint` (its fingerprint), `workers, seconds, lag`, and the metrics or `error`. A checkpoint that
 was evaluated again has several records, of which the last one counts.
@@ -7,38 +7,20 @@ was evaluated again has several records, of which the last one counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.files import Record, append_record, read_records
-from ebwm_dist.training.wandb_log import WandbLog
+from ebwm_dist.files import Record, read_records
 
-FILE = "evaluations.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Record]:
     """Return the last record of every evaluated step, sorted by step."""
-    records = {record["step"]: record for record in read_records(run_dir / FILE) if "step" in record}
+    records = {record["step"]: record for record in read_records(run_dir / EVALUATIONS_FILE) if "step" in record}
     return dict(sorted(records.items()))
-
-
-class Results:
-    """Writes the evaluations of a run."""
-
-    def __init__(self, config: Config, run_dir: Path, log: Callable[[str], None] = print) -> None:
-        self._path = run_dir / FILE
-        self._wandb = WandbLog(config, run_dir, lambda text: log(f"WARNING: {text}"), evaluation=True)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Add the record of an evaluation; numbers that JSON cannot hold become null."""
-        append_record(self._path, record)
-        self._wandb.write(record)
-
-    def close(self) -> None:
-        """Finish the run in Weights & Biases."""
-        self._wandb.close()
 
 
 def follow_command(config: Config) -> str:

@@ -17,7 +17,6 @@ from contextlib import suppress
 from typing import Any
 
 from ebwm_dist.cluster.recovery import WorkerError, kind_of
-from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 
 STOP_POLL = 1.0
@@ -57,7 +56,7 @@ def interface_of(address: str) -> str | None:
 
 def work(settings: dict[str, Any]) -> int:
     """Train and return the last step; Ray calls this on every worker of a group."""
-    import ray.train
+    import ray.train.torch
 
     from ebwm_dist.training.shutdown import StopSignal
     from ebwm_dist.training.train import train
@@ -73,21 +72,14 @@ def work(settings: dict[str, Any]) -> int:
 
     threading.Thread(target=forward_stop, args=(stop, control if rank == 0 else None), daemon=True).start()
     try:
-        _choose_device(config)
+        if config.cluster.gpus_per_node:
+            os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)  # among those that this process sees
         return train(config, stop, report_exit).step
     except BaseException as error:
         text = cause = str(error)
         if not isinstance(error, UserError):
             text, cause = traceback.format_exc().rstrip(), f"{type(error).__name__}: {error}"
         raise WorkerError(kind_of(error), rank, cause, text) from None
-
-
-def _choose_device(config: Config) -> None:
-    """Set LOCAL_RANK to this worker's GPU among those that its process sees."""
-    if config.cluster.gpus_per_node:
-        from ray.train.torch import get_device
-
-        os.environ["LOCAL_RANK"] = str(get_device().index)
 
 
 def forward_stop(stop: Any, control: Any) -> None:

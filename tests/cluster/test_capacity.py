@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain, repeat
+from types import SimpleNamespace
 
 import pytest
 
+from ebwm_dist.cluster import capacity
 from ebwm_dist.cluster.capacity import SETTLE, CapacityError, allowed_nodes, count_nodes, most_nodes, wait_for_nodes
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import ConfigError
@@ -40,40 +42,32 @@ def test_a_node_counts_as_often_as_its_workers_fit() -> None:
     assert count_nodes(available, {"c": 0}, per_worker, 8) == 1
 
 
-class Clock:
-    def __init__(self, free: Iterator[int]) -> None:
-        self.now, self.free = 0.0, free
+def wait(config: Config, *free: int, stop_at: float = float("inf")) -> tuple[int, float, list[str]]:
+    """Wait, by a clock of its own, while so many nodes are free at one look after the other."""
+    now, told = 0.0, list[str]()
+    counts = chain(free, repeat(free[-1]))
 
-    def wait(self, config: Config, stop_at: float = float("inf")) -> tuple[int, float, list[str]]:
-        told: list[str] = []
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
 
-        def sleep(seconds: float) -> None:
-            self.now += seconds
-
-        nodes = wait_for_nodes(
-            config, lambda: next(self.free), lambda: self.now >= stop_at, told.append, lambda: self.now, sleep
-        )
-        return nodes, self.now, told
-
-
-def sequence(*counts: int) -> Iterator[int]:
-    yield from counts
-    while True:
-        yield counts[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capacity, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+        nodes = wait_for_nodes(config, lambda: next(counts), lambda: now >= stop_at, told.append)
+    return nodes, now, told
 
 
 def test_all_nodes_are_taken_at_once_and_fewer_after_a_while() -> None:
-    assert Clock(sequence(4)).wait(config(min_nodes=2)) == (4, 0, [])
-    assert Clock(sequence(3)).wait(config(min_nodes=2)) == (3, SETTLE, [])
-    assert Clock(sequence(3, 3, 2)).wait(config(min_nodes=2)) == (2, SETTLE + 2, [])
-    assert Clock(sequence(3, 3, 4)).wait(config(min_nodes=2)) == (4, 2, [])
-    nodes, seconds, told = Clock(sequence(*[3] * 30, 4)).wait(config())
-    assert (nodes, seconds, told) == (4, 30, ["waiting for 4 free nodes of 2 workers"])
+    assert wait(config(min_nodes=2), 4) == (4, 0, [])
+    assert wait(config(min_nodes=2), 3) == (3, SETTLE, [])
+    assert wait(config(min_nodes=2), 3, 3, 2) == (2, SETTLE + 2, [])
+    assert wait(config(min_nodes=2), 3, 3, 4) == (4, 2, [])
+    assert wait(config(), *[3] * 30, 4) == (4, 30, ["waiting for 4 free nodes of 2 workers"])
 
 
 def test_waiting_ends() -> None:
     limited = config()
     limited.cluster.capacity_timeout = 60
     with pytest.raises(CapacityError, match="60 s without 4 free nodes of 2 workers"):
-        Clock(sequence(3)).wait(limited)
-    assert Clock(sequence(3)).wait(limited, stop_at=5)[:2] == (0, 5)
+        wait(limited, 3)
+    assert wait(limited, 3, stop_at=5)[:2] == (0, 5)

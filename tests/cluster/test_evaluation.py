@@ -16,8 +16,8 @@ import torch
 from ebwm_dist.checkpoint.folder import list_checkpoints, prune
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster import evaluation
-from ebwm_dist.cluster.evaluation import EvaluationWorkers, Follower
-from ebwm_dist.cluster.results import Results, console_line, read_evaluations
+from ebwm_dist.cluster.evaluation import Follower, evaluation_workers
+from ebwm_dist.cluster.results import console_line, read_evaluations
 from ebwm_dist.config.schema import Config, EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
@@ -130,7 +130,7 @@ def test_checkpoints_are_evaluated_newest_first_whatever_fails(
         if text.startswith("step 3"):
             paths.append(add_checkpoint(config, 4))
 
-    with EvaluationWorkers(config, Path(config.run_dir), say):
+    with evaluation_workers(config, Path(config.run_dir), threading.Event(), say):
         deadline = time.monotonic() + 60
         while not read_evaluations(Path(config.run_dir)):
             assert time.monotonic() < deadline, said
@@ -181,7 +181,7 @@ def test_a_follower_goes_on_where_another_was_killed(config: Config, monkeypatch
     with (run_dir / "evaluations.jsonl").open("a") as file:
         file.write('{"step": 7, "check')
     second = Follower(config, run_dir, print)
-    second.results.write({"step": 8})
+    second.record({"step": 8})
     assert list(read_evaluations(run_dir)) == [1, 2, 3, 8]
     assert read_evaluations(run_dir)[1]["loss"] == [1.0, None]
     assert [step for _, (step, _) in second.pending()] == [3]
@@ -199,10 +199,10 @@ def test_evaluations_are_recorded_without_wandb(config: Config, monkeypatch: pyt
         monkeypatch.setattr("wandb.login", lambda timeout: True)
         monkeypatch.setattr("wandb.init", init)
         warnings: list[str] = []
-        results = Results(config, Path(config.run_dir), warnings.append)
+        follower = Follower(config, Path(config.run_dir), warnings.append)
         for step in (1, 2):
-            results.write({**record, "step": step})
-        results.close()
+            follower.record({**record, "step": step})
+        follower.wandb.close()
         assert len(warnings) == 1 and warnings[0].startswith("WARNING: Weights & Biases is not used: ")
     assert list(read_evaluations(Path(config.run_dir))) == [1, 2]
 
@@ -214,9 +214,9 @@ def test_wandb_has_a_run_of_the_evaluations(config: Config) -> None:
     run_dir = Path(config.run_dir)
     record = {"step": 2, "checkpoint": "a", "loss": [2.0, 1.5], "trained_steps": 2, "frames": {"1": {"mse": 0.5}}}
     for step in (2, 1):
-        results = Results(config, run_dir, pytest.fail)
-        results.write({**record, "step": step})
-        results.close()
+        follower = Follower(config, run_dir, pytest.fail)
+        follower.record({**record, "step": step})
+        follower.wandb.close()
     assert list(read_evaluations(run_dir)) == [1, 2]
     folders = list((run_dir / "wandb").glob("offline-run-*"))
     assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {(run_dir / "wandb_evaluation_id").read_text()}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RaySystemError
 
+from ebwm_dist.cluster import capacity, worker
 from ebwm_dist.cluster import group as groups
-from ebwm_dist.cluster import worker
 from ebwm_dist.cluster.capacity import wait_for_nodes
-from ebwm_dist.cluster.evaluation import is_finished
 from ebwm_dist.cluster.group import Group
 from ebwm_dist.config.schema import Config
 
@@ -66,17 +64,8 @@ def test_a_worker_hears_of_a_stop_after_answers_that_failed(monkeypatch: pytest.
     assert stop.reason == "SIGTERM"
 
 
-def test_a_run_is_finished_at_the_step_it_was_to_stop_after(tmp_path: Path) -> None:
-    config = Config()
-    config.training.stop_after = 4
-    for step, finished in ((3, False), (4, True)):
-        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
-        folder.mkdir(parents=True)
-        (folder / "COMMITTED.json").touch()
-        assert is_finished(config, tmp_path) == finished
-
-
-def test_nodes_are_waited_for_while_the_cluster_does_not_answer() -> None:
+def test_nodes_are_waited_for_while_the_cluster_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "_POLL", 0.0)
     said: list[str] = []
     answers = iter([ConnectionError("gone"), ConnectionError("gone"), 1])
 
@@ -86,5 +75,5 @@ def test_nodes_are_waited_for_while_the_cluster_does_not_answer() -> None:
             raise answer
         return answer
 
-    assert wait_for_nodes(Config(), free, lambda: False, said.append, sleep=lambda seconds: None) == 1
+    assert wait_for_nodes(Config(), free, lambda: False, said.append) == 1
     assert len(said) == 1 and "ConnectionError: gone" in said[0]

@@ -90,14 +90,7 @@ def test_variables_are_handed_on(
     save_config(config, file)
     monkeypatch.setattr(submit, "Jobs", lambda address: cluster)
     monkeypatch.setenv("GIVEN", "a b'c")
-    command = [
-        "submit.py",
-        "--config",
-        str(Path(config.run_dir).parent / "mine.yaml"),
-        "--cpus-per-node",
-        "2",
-        "--detach",
-    ]
+    command = ["submit.py", "--config", str(file), "--cpus-per-node", "2", "--detach"]
     monkeypatch.setattr(sys, "argv", [*command, "--env", "GIVEN"])
     assert submit.main() == 0
     client: Any = cluster._client

@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from ebwm_dist.cluster import dashboard
-from ebwm_dist.cluster.dashboard import Dashboard
 from ebwm_dist.cluster.run_status import read_status
 from ebwm_dist.cluster.watch import frame, live, sparks
 from ebwm_dist.config.loading import load_config, save_config
@@ -154,7 +153,7 @@ def test_ray_is_told_the_same_figures(run_dir: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(dashboard, "Gauge", Gauge)
     monkeypatch.setattr(dashboard, "nodes", lambda: [{"name": "a", "alive": True, "resources": {}}])
-    Dashboard(run_dir).update()
+    dashboard.update(run_dir, {})
     assert told == {
         "ebwm_step": 6, "ebwm_restarts": 1, "ebwm_loss": 5.4, "ebwm_grad_norm": 0.5, "ebwm_tokens_per_second": 192.0,
         "ebwm_mfu": 0.0, "ebwm_skipped_samples": 0, "ebwm_energy_gap": 0.75, "ebwm_validation_loss": 5.5,
