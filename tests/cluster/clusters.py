@@ -11,9 +11,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pytest
 
 from tests.distributed import free_port
 from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY
@@ -44,14 +47,14 @@ class TestCluster:
                 "dashboard_agent_listen_port": int(free_port()),  # by default all clusters of a machine have the same
             },
         )
-        self.nodes = [self.add() for _ in range(nodes)]
+        self.nodes: list[Any] = []
+        for _ in range(nodes):
+            self.add()
         self.address = f"http://{self.cluster.webui_url.removeprefix('http://')}"
 
-    def add(self) -> Any:
+    def add(self) -> None:
         """Start a further node."""
-        node = self.cluster.add_node(num_cpus=self.cpus)
-        self.nodes = [*getattr(self, "nodes", []), node]
-        return node
+        self.nodes.append(self.cluster.add_node(num_cpus=self.cpus))
 
     def lose(self, node: Any) -> None:
         """Kill a node with all of its workers at once, as a power cut does."""
@@ -72,87 +75,61 @@ def cluster(nodes: int, cpus: int = 1) -> Iterator[TestCluster]:
     mark, before = uuid.uuid4().hex, set(os.listdir("/dev/shm"))
     environment = {**QUIET, MARK: mark, "PATH": f"{BESIDE_PYTHON}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(REPOSITORY)
-    saved = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     running = None
-    try:
-        running = TestCluster(nodes, cpus)
-        yield running
-    finally:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
         try:
-            if running is not None:
-                running.shutdown()
-            wait_for(lambda: not marked(mark), lambda: f"processes of the cluster left: {marked(mark)}", 30)
+            running = TestCluster(nodes, cpus)
+            yield running
         finally:
-            for pid in marked(mark):
-                kill(pid)
-            for name, value in saved.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+            try:
+                if running is not None:
+                    running.shutdown()
+                wait_for(lambda: not marked(mark), lambda: f"processes of the cluster left: {marked(mark)}", 30)
+            finally:
+                for pid in marked(mark):
+                    kill(pid)
 
     def left() -> list[str]:
-        return [
-            name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("deepspeed", "torch_", "plasma"))
-        ]
+        new = set(os.listdir("/dev/shm")) - before
+        return [name for name in new if name.startswith(("deepspeed", "torch_", "plasma"))]
 
     wait_for(lambda: not left(), lambda: f"left in shared memory: {left()}", 10)
 
 
 def marked(mark: str) -> dict[int, str]:
     """Return the command lines of processes that bear a mark in their environment, this one left out."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        if folder.name == str(os.getpid()):
-            continue
-        try:
-            pairs = (folder / "environ").read_text(errors="replace").split("\0")
-            state = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-            if f"{MARK}={mark}" in pairs and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
-        except OSError:
-            continue
-    return found
+    found = psutil.process_iter(["environ", "cmdline", "status"])
+    return {
+        process.pid: " ".join(process.info["cmdline"] or ())
+        for process in found
+        if process.pid != os.getpid()
+        and (process.info["environ"] or {}).get(MARK) == mark
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+    }
 
 
 def workers(run_dir: Path) -> dict[int, int]:
     """Return the processes of the ranks that train in `run_dir`, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            for descriptor in (folder / "fd").iterdir():
-                target = os.readlink(descriptor)
-                if target.startswith(str(run_dir / "logs" / "rank_")):
-                    found[int(Path(target).stem.removeprefix("rank_"))] = int(folder.name)
-        except OSError:
-            continue
-    return found
+    logs = str(run_dir / "logs" / "rank_")
+    return {
+        int(Path(file.path).stem.removeprefix("rank_")): process.pid
+        for process in psutil.process_iter(["open_files"])
+        for file in process.info["open_files"] or ()
+        if file.path.startswith(logs)
+    }
 
 
 def descendants(pid: int) -> list[int]:
     """Return the processes below one."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(folder.name))
-    below, found = [pid], []
-    while below:
-        new = children.get(below.pop(), [])
-        found += new
-        below += new
-    return found
+    return [process.pid for process in psutil.Process(pid).children(recursive=True)]
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     """Signal a process that may have ended."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def wait_for(condition: Callable[[], object], what: str | Callable[[], str], seconds: float) -> None:
