@@ -8,7 +8,6 @@ A contact sheet shows clips spread evenly over a split, one a row. Latents are d
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
 from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, TokenFormat
 from ebwm_dist.errors import UserError, run_tool
+from ebwm_dist.files import to_json
 from ebwm_dist.prepare.cutting import resize
 
 ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     manifest = Manifest.load(options.path)
     if options.json:
-        print(json.dumps({name: split_figures(manifest, split) for name, split in manifest.splits.items()}))
+        print(to_json({name: split_figures(manifest, split) for name, split in manifest.splits.items()}))
     else:
         print(describe(manifest))
     if options.contact_sheet is not None:

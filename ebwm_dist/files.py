@@ -75,14 +75,19 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; numbers that JSON cannot hold become null."""
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = to_json(content, indent=1, ensure_ascii=False)
     # A path with a byte that is not UTF-8 has half a surrogate pair in its place, which JSON can spell.
     write_atomically(path, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
+def to_json(content: Any, **options: Any) -> str:
+    """Return `content` as JSON (`options` are those of `json.dumps`); numbers that it cannot hold become null."""
+    return json.dumps(_finite(content), allow_nan=False, **options)
+
+
 def to_line(record: Mapping[str, Any]) -> str:
     """Return a record as a line; numbers that JSON cannot hold become null."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return to_json(record) + "\n"
 
 
 def parse(lines: Iterable[str | bytes]) -> list[Record]:

@@ -6,12 +6,12 @@ Models of video continue held-out samples instead: `... --checkpoint runs/video 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebwm_dist.errors import run_tool
+from ebwm_dist.files import to_json
 
 if TYPE_CHECKING:
     from ebwm_dist.inference.thinking import Thinking
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.json:
         records = [{"prompt": prompt, **asdict(text)} for prompt, text in zip(args.prompt, texts, strict=True)]
-        print(json.dumps(records if len(records) > 1 else records[0], ensure_ascii=False))
+        print(to_json(records if len(records) > 1 else records[0], ensure_ascii=False))
     elif streamed:
         print("" if shown else args.prompt[0])
     else:
@@ -122,7 +122,7 @@ def roll_out(args: argparse.Namespace, run: Run, thinking: Thinking) -> None:
     pictures = [] if args.out is None else found.write_pictures(args.out)
     records = found.records()
     if args.json:
-        print(json.dumps(records))
+        print(to_json(records))
         return
     for record in records:
         errors = " ".join(f"{error:.3f}" for error in record["squared_errors"])

@@ -26,6 +26,9 @@ th { border-bottom: 1px solid #888; font-weight: 600 } svg { max-width: 100%; he
 p.note { color: #555 }
 """
 
+_REFERENCE = "-"
+"""In place of a row's difference from itself."""
+
 Models = dict[str, dict[str, Any]]
 """The measurements of `model` and, if there is one, `baseline`."""
 
@@ -47,33 +50,38 @@ def render(evaluation: dict[str, Any]) -> str:
     title = f"Evaluation of {html.escape(model['model']['path'])}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"</head>\n<body><h1>{title}</h1>\n{''.join(sections)}"
+        f"</head>\n<body><h1>Evaluation</h1>\n{''.join(sections)}"
         f'<p class="note">ebwm_dist {__version__}. Losses are in nats for tokens, SmoothL1 for embeddings.</p>'
         "</body></html>\n"
     )
 
 
 def _overview(models: Models, data: dict[str, Any]) -> str:
+    columns = [name for name in _LOSSES if name in models["model"]["by_steps"]]
     rows = []
     for name, one in models.items():
         model, by_steps = one["model"], one["by_steps"]
         trained = ["unknown" if model[key] is None else f"{model[key]:.4g}" for key in ("tokens", "training_flops")]
-        figures = [by_steps[key][model["trained_steps"] - 1] if key in by_steps else "" for key in _LOSSES]
+        figures = [_loss(key, by_steps[key][model["trained_steps"] - 1]) for key in columns]
         row = [name, model["path"], model["kind"], f"{model['parameters']:,}", model["step"], *trained, *figures]
         rows.append(row)
     note = f"{data['sequences']:,} held-out sequences of {data['folder']}, {data['predictions']:,} predictions."
-    head = ["", "path", "kind", "parameters", "step", "training tokens", "training FLOPs", *_LOSSES.values()]
-    return f"<p>{html.escape(note)}</p>" + _table(head, rows)
+    head = ["", "path", "kind", "parameters", "step", "training tokens", "training FLOPs"]
+    return f"<p>{html.escape(note)}</p>" + _table([*head, *(_LOSSES[name] for name in columns)], rows)
 
 
 _LOSSES = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+
+
+def _loss(name: str, value: float) -> str:
+    return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
 
 def _steps(models: Models) -> str:
     model, baseline = models["model"], models.get("baseline")
     steps = model["by_steps"]
     columns = [name for name in _LOSSES if name in steps]
-    rows = [[number, *(steps[name][i] for name in columns)] for i, number in enumerate(steps["steps"])]
+    rows = [[number, *(_loss(name, steps[name][i]) for name in columns)] for i, number in enumerate(steps["steps"])]
     head = ["MCMC steps", *(_LOSSES[name] for name in columns)]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -81,7 +89,7 @@ def _steps(models: Models) -> str:
     if "energy" in steps:
         head += ["change of the loss from step 1", "energy"]
         for i, row in enumerate(rows):
-            row += [_plus_minus(*steps["change_from_first"][i]), steps["energy"][i + 1]]
+            row += [_plus_minus(*steps["change_from_first"][i]) if i else _REFERENCE, steps["energy"][i + 1]]
         left.axvline(model["model"]["trained_steps"], color=GRAY, linestyle=":", label="as trained")
         energy = left.twinx()
         energy.plot([0, *steps["steps"]], steps["energy"], "s--", color=ORANGE)
@@ -129,13 +137,13 @@ def _thinking(model: dict[str, Any]) -> str:
         [
             _way(row),
             row["loss"],
-            _plus_minus(*row["change"]),
+            _plus_minus(*row["change"]) if number else _REFERENCE,
             row["energy"],
-            row["mean_steps"],
-            row["mean_nfe"],
+            f"{row['mean_steps']:.2f}",
+            f"{row['mean_nfe']:.2f}",
             f"{row['flops_per_prediction']:.3g}",
         ]
-        for row in model["thinking"]
+        for number, row in enumerate(model["thinking"])
     ]
     head = ["thinking", "loss", "change (± standard error)", "energy", "steps taken", "NFE", "FLOPs"]
     return (

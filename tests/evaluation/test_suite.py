@@ -129,8 +129,12 @@ def test_report_stands_alone(models: Path) -> None:
     addresses = set(re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", page))
     assert all(address.startswith("#") for address in addresses), addresses
     assert not re.search(r"<(script|link|img|iframe)", page) and page.count("<svg") == 3
-    loss = evaluation(models / "alone")["model"]["by_steps"]["loss"][1]
-    assert f"{loss:.4f}" in page and "risk" in page.lower() and "baseline" in page
+    by_steps = evaluation(models / "alone")["model"]["by_steps"]
+    first, second = (
+        f"<td>{i + 1}</td><td>{by_steps['loss'][i]:.4f}</td><td>{by_steps['perplexity'][i]:.2f}</td>" for i in (0, 1)
+    )
+    assert first in page and second in page and "risk" in page.lower() and "baseline" in page
+    assert page.count("<td>-</td>") == 2 and "0.0000 ± 0.0000" not in page.partition("Thinking")[0]
 
 
 def evaluate_in_ranks(rank: int, world_size: int, folder: Path) -> None:

@@ -121,6 +121,10 @@ def test_the_command_says_what_the_object_does(
     assert (code, err) == (0, "") and out == f"kalo{texts[0].text}\n"  # streamed
     code, out, _ = run(capsys, monkeypatch, "--checkpoint", exports / "ar", "--tokens", 3, "--json")
     assert code == 0 and json.loads(out)["prompt"] == "" and json.loads(out)["energies"] == []
+    options = ["--prompt", "kalo", "--tokens=1", "--step-size=3e38", "--json"]
+    code, out, _ = run(capsys, monkeypatch, "--checkpoint", exports / "ebt", *options)
+    energies = json.loads(out, parse_constant=pytest.fail)["energies"][0]
+    assert code == 0 and energies[-1] is None  # a number that JSON cannot hold
 
 
 @pytest.mark.parametrize(
