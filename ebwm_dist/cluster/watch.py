@@ -103,7 +103,7 @@ def _figures(status: RunStatus) -> RenderableType:
             grid.add_row("energy gap", f"{_number(gap)}  {sparks(gaps, 40)}")
         unit = "tokens" if status.config.model.embedding_dim is None else "frames"
         memory = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
-        mfu = f"MFU {100 * last['mfu']:.1f} %, " if last["mfu"] else ""
+        mfu = f"MFU {100 * last['mfu']:.1f} %, " if last["mfu"] else ""  # null, or 0 in older runs
         speed = f"{si(last['tokens_per_second'])} {unit}/s, {mfu}{memory}"
         grid.add_row("throughput", f"{speed}, waiting for data {100 * last['data_wait']:.1f} %")
         grid.add_row("optimizer", f"gradient norm {_number(last['grad_norm'])}, learning rate {last['lr']:.2e}")

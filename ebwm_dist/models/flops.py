@@ -91,6 +91,6 @@ _PEAK_BF16 = {
 }
 
 
-def peak_flops(device_name: str) -> float:
-    """Return the dense bf16 peak of an accelerator, or 0 for one that is not known: never a guess."""
-    return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), 0.0)
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 peak of an accelerator, or None for one that is not known: never a guess."""
+    return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)

@@ -126,7 +126,7 @@ def train_line(record: Record, max_steps: int, eta_seconds: float, unit: str = "
         f"grad {record['grad_norm']:.3f}",
         f"lr {record['lr']:.2e}",
         f"{si(record['tokens_per_second'])} {unit}/s",
-        *([f"MFU {100 * record['mfu']:.1f} %"] if record["mfu"] else []),  # 0: the device's peak is not known
+        *([f"MFU {100 * record['mfu']:.1f} %"] if record["mfu"] is not None else []),
         f"mem {record['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"data {100 * record['data_wait']:.1f} %",
         f"ETA {duration(eta_seconds)}",

@@ -123,7 +123,8 @@ class Trainer:
         """Log what is trained on what, and note the FLOPs that the devices could do."""
         config, device = self.config, self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak_flops = peak_flops(name) * self.world.world_size
+        peak = peak_flops(name)
+        self.peak_flops = None if peak is None else peak * self.world.world_size
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
         unit = "token" if config.model.embedding_dim is None else "frame"
         self.log.log(
@@ -229,7 +230,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "data_wait": self.data_wait / seconds,
             "peak_memory_bytes": self._peak_memory(),
-            "mfu": self.flops_per_token * tokens / seconds / self.peak_flops if self.peak_flops else 0.0,
+            "mfu": self.peak_flops and self.flops_per_token * tokens / seconds / self.peak_flops,
         }
         self.log.train(record, state.seconds)
         self._warn(applied, nonfinite, damage)

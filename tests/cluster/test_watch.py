@@ -27,7 +27,7 @@ from tests.runs import write_config
 def train_record(step: int) -> dict[str, Any]:
     return {
         "kind": "train", "step": step, "loss": 6 - step / 10, "energy_first": 1.0, "energy_last": 0.25,
-        "grad_norm": 0.5, "lr": 1e-3, "tokens_per_second": 192.0, "mfu": 0.0, "data_wait": 0.01,
+        "grad_norm": 0.5, "lr": 1e-3, "tokens_per_second": 192.0, "mfu": None, "data_wait": 0.01,
         "peak_memory_bytes": 2**30, "skipped_samples": 0, "tokens": 192 * step,
     }  # fmt: skip
 
@@ -156,6 +156,6 @@ def test_ray_is_told_the_same_figures(run_dir: Path, monkeypatch: pytest.MonkeyP
     dashboard.update(run_dir, {})
     assert told == {
         "ebwm_step": 6, "ebwm_restarts": 1, "ebwm_loss": 5.4, "ebwm_grad_norm": 0.5, "ebwm_tokens_per_second": 192.0,
-        "ebwm_mfu": 0.0, "ebwm_skipped_samples": 0, "ebwm_energy_gap": 0.75, "ebwm_validation_loss": 5.5,
+        "ebwm_skipped_samples": 0, "ebwm_energy_gap": 0.75, "ebwm_validation_loss": 5.5,
         "ebwm_evaluation_step": 4, "ebwm_evaluation_loss": 5.5, "ebwm_nodes_alive": 1,
     }  # fmt: skip

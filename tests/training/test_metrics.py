@@ -78,7 +78,7 @@ def test_lines_a_person_can_read() -> None:
         "step 120/2000 | loss 5.4321 | energy gap 1.250 | alpha 0.5 | grad 0.810 | lr 1.20e-03 | 12.3k tok/s | "
         "MFU 41.2 % | mem 1.50 GiB | data 0.4 % | ETA 1h02m"
     )
-    assert "MFU" not in train_line({**TRAIN, "mfu": 0.0}, 2000, 59)
+    assert "MFU" not in train_line({**TRAIN, "mfu": None}, 2000, 59)
     without_energy = train_line({**TRAIN, "energy_first": None}, 2000, 59)
     assert "energy" not in without_energy and without_energy.endswith("ETA 0m59s")
     record = {"step": 5, "loss_first_step": 2.0, "loss_last_step": 1.5, "perplexity": 4.4817}

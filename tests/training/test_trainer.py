@@ -88,7 +88,7 @@ def test_ranks_follow_one_process(
     run_distributed_test(train_in_turn, world_size, tiny_config, runs, timeout=200 * world_size)
 
     expected, expected_weights = metrics(tmp_path / "one"), weights(tmp_path / "one")
-    assert len(expected) == 10
+    assert len(expected) == 10 and all(record["mfu"] is None for record in expected)  # the CPU's peak is not known
     for name in cases:
         for got, want in zip(metrics(tmp_path / name), expected, strict=True):
             for key, rounding in TOLERANCES.items():
