@@ -37,8 +37,8 @@ def thought(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield losses [N], energies [K + 1, N], steps [N] and energy evaluations [N] of the positions that count."""
     for tokens, seeds in part:
-        for start, stop, result in think_sequences(model, tokens[:, :-1], thinking, seeds):
-            targets = tokens[:, start + 1 : stop + 1]
+        for where, result in think_sequences(model, tokens[:, :-1], thinking, seeds):
+            targets = tokens[:, where.start + 1 : where.stop + 1]
             counted = model.space.target_mask(targets).flatten()
             yield (
                 losses(model, result.state, targets),

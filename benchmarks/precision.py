@@ -35,6 +35,7 @@ from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import second_order, space, vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models import energy_transformer, layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +134,7 @@ def build(args: argparse.Namespace, rule: str) -> EnergyBasedTransformer:
 def calibrate(model: EnergyBasedTransformer, args: argparse.Namespace) -> None:
     """Set alpha so that the first step moves the logits by `move`: rules differ by what their gradient is taken by."""
     tokens, ids = batch(args, 0)
-    state = model.space.initial_state(ids, model.seed, 0, args.seq_len, tokens[:, :-1])
+    state = model.space.initial_state(ids, model.seed, Slice(0, args.seq_len), tokens[:, :-1])
     _, _, gradient = model.descend(state, model.context_stream(tokens[:, :-1], 0), 0, 0)
     moved = model.space.update(state, gradient) - model.space.update(state, torch.zeros_like(gradient))
     model.space.step_size.alpha.fill_(args.move / moved.square().mean().sqrt().item())

@@ -22,7 +22,7 @@ from typing import Any
 
 from ebwm_dist.errors import UserError, run_tool
 
-MEASURED = ("steps", "candidates", "energy_tolerances", "max_sequences", "batch_size")
+MEASURED = ("steps", "candidates", "energy_tolerances", "prediction_tolerances", "max_sequences", "batch_size")
 SUMMARY_BATCH_SIZE = 32
 EVERYTHING = {"run", "baseline", "data", "out", "ood_text", "choices", "local_rank", *MEASURED}
 FOLLOW = {"follow", "workers", "gpus_per_worker", "max_sequences", "batch_size", "local_rank"}
@@ -51,6 +51,12 @@ def main() -> int:
     parser.add_argument("--candidates", type=numbers(int), help="candidates per prediction (1,4)")
     parser.add_argument(
         "--energy-tolerance", dest="energy_tolerances", type=numbers(float), help="early stopping (0.01,0.1)"
+    )
+    parser.add_argument(
+        "--prediction-tolerance",
+        dest="prediction_tolerances",
+        type=numbers(float),
+        help="early stopping by the largest change of a probability (0.1)",
     )
     parser.add_argument("--max-sequences", type=int, help="held-out sequences (512; of --follow: those of the run)")
     parser.add_argument("--batch-size", type=int, help="sequences at a time on each process (16; --summary: 32)")

@@ -45,7 +45,14 @@ def main() -> None:
     thinking.add_argument(
         "--energy-tolerance", type=float, help="stop when a step changes the energy by no more than this"
     )
-    thinking.add_argument("--accept-only-decrease", action="store_true", help="take only steps that lower the energy")
+    thinking.add_argument(
+        "--prediction-tolerance", type=float, help="stop when a step changes no probability by more than this"
+    )
+    thinking.add_argument(
+        "--accept-only-decrease",
+        action="store_true",
+        help="take only steps that lower the energy; assumes that training made it fall on the way",
+    )
     thinking.add_argument("--max-nfe", type=int, help="most energy evaluations for a token")
     thinking.add_argument("--langevin-noise", type=float)
     thinking.add_argument("--step-size", type=float, help="alpha")
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         step_size=args.step_size,
         accept_only_decrease=args.accept_only_decrease,
         energy_tolerance=args.energy_tolerance,
+        prediction_tolerance=args.prediction_tolerance,
         max_nfe=args.max_nfe,
     )
     opened = Run(args.checkpoint, default_device())

@@ -103,6 +103,7 @@ class DenseOracle:
         factor: Tensor | float = 1.0,
         noise: Tensor | None = None,
         num_targets: float | None = None,
+        targets: Tensor | None = None,
     ) -> Refined:
         """Refine `state` [B, S, V or E] after each of `observed` [B, S+1(, E)] but the last.
 
@@ -114,8 +115,10 @@ class DenseOracle:
             factor: what alpha is multiplied by [B, S, 1].
             noise: what is added to the state before each step [K, B, S, V or E].
             num_targets: what sums over targets are divided by; unset, the number of targets that are not padding.
+            targets: what position i predicts, padding where there is no loss; unset, position i + 1 of the data.
         """
-        context, targets = self.embed_context(observed[:, :-1]), observed[:, 1:]
+        context = self.embed_context(observed[:, :-1])
+        targets = observed[:, 1:] if targets is None else targets
         alpha = self.w["space.step_size.alpha"].clamp(min=1e-4) * factor
         losses, energies, norms = [], [], []
         mask = targets != self.pad_id if self.text else torch.ones(targets.shape[:2], dtype=torch.bool)
@@ -136,8 +139,9 @@ class DenseOracle:
             energies.append(energy[mask].sum() / divisor)
             norms.append(embedded_slope.norm(dim=-1)[mask].sum() / divisor)
         step_losses = torch.stack(losses)
-        objective = step_losses.mean() if loss == "mean" else step_losses[-1]
-        return Refined(objective, step_losses, torch.stack(energies), torch.stack(norms), state)
+        shares = torch.arange(1.0, num_steps + 1, dtype=torch.float64)
+        objectives = {"mean": step_losses.mean(), "last": step_losses[-1], "ramp": step_losses @ shares / shares.sum()}
+        return Refined(objectives[loss], step_losses, torch.stack(energies), torch.stack(norms), state)
 
     def _losses(self, state: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy or the smooth L1 loss [B, S]."""

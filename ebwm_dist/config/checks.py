@@ -56,7 +56,10 @@ def _mcmc(config: Config) -> Problems:
     model, mcmc, max_steps = config.model, config.mcmc, config.training.max_steps
     if model.embedding_dim is None and mcmc.initial_state == "most_recent_embedding":
         needed = "needs model.embedding_dim, the width of the frame embeddings"
-        yield "mcmc.initial_state", f"{needed}; tokens start from 'random_noise' or 'zeros'"
+        yield "mcmc.initial_state", f"{needed}; tokens start from 'random_noise', 'zeros' or 'most_recent_token'"
+    if model.embedding_dim is not None and mcmc.initial_state == "most_recent_token":
+        frames = f"frames of model.embedding_dim = {model.embedding_dim}"
+        yield "mcmc.initial_state", f"{frames} start from 'random_noise', 'zeros' or 'most_recent_embedding'"
     if model.embedding_dim is not None and mcmc.update != "probabilities":
         frames = f"frames of model.embedding_dim = {model.embedding_dim}"
         yield "mcmc.update", f"{frames} have no logits to update; leave it out"

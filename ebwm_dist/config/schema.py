@@ -82,16 +82,20 @@ class MCMCConfig:
     """Multiply alpha by a factor drawn from [1 / this, this] for every sample and position in training."""
     langevin_noise: float = number(0.0, at_least=0)
     """Standard deviation of the noise added to the state before every step, in training and evaluation."""
-    loss: str = choice("mean", "last")
-    """Train on the mean of the losses after all steps, or on the loss after the last one."""
+    loss: str = choice("mean", "last", "ramp")
+    """Train on the mean of the losses after all steps, on the loss after the last one, or on a mean whose weights grow
+    in proportion to the number of the step."""
     gradient: str = choice("truncated", "full")
     """`truncated`: the state that enters a step is a constant; `full`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`.
 
     Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
-    initial_state: str = choice("random_noise", "zeros", "most_recent_embedding")
-    """Initial state of a prediction: drawn from N(0, 1), zeros, or a copy of the last observed embedding."""
+    initial_state: str = choice("random_noise", "zeros", "most_recent_embedding", "most_recent_token")
+    """Initial state of a prediction: drawn from N(0, 1), zeros, or what was observed last: a copy of the embedding, or
+    logits that are `initial_sharpness` for the token and 0 for all others."""
+    initial_sharpness: float = number(10.0, above=0)
+    """Logit of the last observed token, where `initial_state` is `most_recent_token`."""
     replay_size: int = number(0, at_least=0)
     """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
     replay_top_k: int = number(1024, at_least=1)

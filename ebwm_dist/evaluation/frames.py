@@ -21,6 +21,7 @@ from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.slices import Slice
 
 WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
@@ -104,7 +105,7 @@ def predictions(
     context = observed[:, :-1]
     yield "copy", context.float(), None
     if isinstance(model, EnergyBasedTransformer):
-        start = model.space.initial_state(sample_ids, model.seed, 0, context.shape[1], context)
+        start = model.space.initial_state(sample_ids, model.seed, Slice(0, context.shape[1]), context)
         for step, (energy, state) in enumerate(model.refine(context, start, num_steps, sample_ids)):
             yield str(step), state, energy
     else:

@@ -18,6 +18,7 @@ from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.slices import Slice
 
 Batches = Callable[[], Iterator[Batch]]
 """Starts the same batches of this rank again."""
@@ -71,7 +72,7 @@ def tabulate(
     own = []
     for batch in batches:
         observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
-        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking)
+        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking, None)
         own.append({name: values.cpu()[batch.counted] for name, values in rows.items()})
     parts = [part for of_rank in world.gather_objects(own) for part in of_rank]
     columns: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -81,26 +82,31 @@ def tabulate(
     return Table(target_mask=mask, **numbers)
 
 
-def _rows(model: Model, observed: Tensor, seeds: list[int], thinking: Thinking) -> dict[str, Tensor]:
-    """Return the columns [B, S] of a batch."""
-    context, targets = observed[:, :-1], observed[:, 1:]
+def _rows(
+    model: Model, observed: Tensor, seeds: list[int], thinking: Thinking, chosen: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the columns [B, S] of a batch; with `chosen` targets [B, S], only those are predicted."""
+    context, targets = observed[:, :-1], observed[:, 1:] if chosen is None else chosen.to(observed.device)
     scorer: Any = model.space if isinstance(model, EnergyBasedTransformer) else model
     mask = scorer.target_mask(targets)
     parts: dict[str, list[Tensor]] = {}
 
-    def add(start: int, stop: int, predicted: Tensor, **columns: Tensor) -> None:
-        columns["losses"] = scorer.losses(predicted, targets[:, start:stop])
+    def add(where: Slice, predicted: Tensor, **columns: Tensor) -> None:
+        own = where.take(targets[:, where.start : where.stop])
+        columns["losses"] = scorer.losses(predicted, own)
         if targets.ndim == 2:
             log_p = predicted.float().log_softmax(-1)
             columns["entropies"] = -(log_p.exp() * log_p).sum(-1)
-            columns["correct"] = predicted.argmax(-1) == targets[:, start:stop]
+            columns["correct"] = predicted.argmax(-1) == own
         for name, values in columns.items():
-            parts.setdefault(name, []).append(values)
+            parts.setdefault(name, []).append(where.put(values))
 
     if isinstance(model, EnergyBasedTransformer):
-        for start, stop, thought in think_sequences(model, context, thinking, seeds):
-            add(start, stop, thought.state, energies=thought.energy, steps=thought.steps, nfe=thought.nfe)
+        needed = None if chosen is None else scorer.target_mask(chosen)
+        for where, thought in think_sequences(model, context, thinking, seeds, needed):
+            add(where, thought.state, energies=thought.energy, steps=thought.steps, nfe=thought.nfe)
         parts["observed"] = [model.energies(observed)]
     else:
-        add(0, context.shape[1], model.predict(context), steps=torch.zeros_like(mask), nfe=torch.zeros_like(mask))
+        zeros = torch.zeros_like(mask)
+        add(Slice(0, context.shape[1]), model.predict(context), steps=zeros, nfe=zeros)
     return {"target_mask": mask} | {name: torch.cat(values, 1) for name, values in parts.items()}

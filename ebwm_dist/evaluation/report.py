@@ -96,7 +96,7 @@ def _steps(models: Models) -> str:
         energy.set_ylabel("energy", color=ORANGE)
     right.plot(steps["flops_per_prediction"], steps["loss"], "o-", color=BLUE, label="MCMC steps")
     for row in model.get("thinking", []):
-        if row["candidates"] > 1 or row["energy_tolerance"] is not None or row["accept_only_decrease"]:
+        if "," in _way(row):  # more than a number of steps
             right.plot(row["flops_per_prediction"], row["loss"], "^", label=_way(row))
     if baseline is not None:
         other = baseline["by_steps"]
@@ -158,6 +158,8 @@ def _way(row: dict[str, Any]) -> str:
         parts.append(f"best of {row['candidates']}")
     if row["energy_tolerance"] is not None:
         parts.append(f"stop at {row['energy_tolerance']:g}")
+    if row["prediction_tolerance"] is not None:
+        parts.append(f"stop at a change of {row['prediction_tolerance']:g}")
     if row["accept_only_decrease"]:
         parts.append("only decreases")
     return ", ".join(parts)

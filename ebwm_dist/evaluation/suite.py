@@ -39,6 +39,8 @@ class Options:
     """Numbers of candidates, each with the number of steps of training; a model without noise has but one."""
     energy_tolerances: Sequence[float] = (1e-2, 1e-1)
     """Thresholds of early stopping, each with the largest number of steps."""
+    prediction_tolerances: Sequence[float] = (0.1,)
+    """The same by the change of the prediction."""
     max_sequences: int = 512
     batch_size: int = 16
     questions: Sequence[Question] = ()
@@ -137,7 +139,8 @@ class Suite:
         if has_noise(model, Thinking()):  # else all candidates are the same
             ways += [Thinking(candidates=number) for number in self.options.candidates if number > 1]
         ways += [Thinking(steps=most)]
-        ways += [Thinking(steps=most, energy_tolerance=threshold) for threshold in self.options.energy_tolerances]
+        ways += [Thinking(steps=most, energy_tolerance=limit) for limit in self.options.energy_tolerances]
+        ways += [Thinking(steps=most, prediction_tolerance=limit) for limit in self.options.prediction_tolerances]
         ways += [Thinking(steps=most, accept_only_decrease=True)]
         rows = [self._thought(Thinking(), held_out, held_out)]
         return rows + [self._thought(way, self.tabulate(self.batches(), way), held_out) for way in ways]
@@ -149,6 +152,7 @@ class Suite:
             "steps": way.steps or self.trained.trained_steps,
             "candidates": way.candidates,
             "energy_tolerance": way.energy_tolerance,
+            "prediction_tolerance": way.prediction_tolerance,
             "accept_only_decrease": way.accept_only_decrease,
             "loss": table.mean(table.losses),
             "change": list(table.change(held_out)),

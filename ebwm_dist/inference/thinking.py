@@ -23,9 +23,11 @@ from torch import Tensor
 from ebwm_dist.errors import UserError
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.mcmc.slices import Slice, slices
 from ebwm_dist.models.layers import KeysValues
 
 SELECTIONS = ("energy", "drop")
+_ALONE = Slice(0, 1)  # every candidate is a row of its own
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Thinking:
     step_size: float | None = None
     """Alpha."""
     accept_only_decrease: bool = False
-    """Take only steps that lower the energy; without noise the first other one ends a refinement."""
+    """Take only steps that lower the energy; without noise the first other one ends a refinement.
+
+    It assumes descent: a model trained on the loss of its last step may well raise the energy on the way."""
     energy_tolerance: float | None = None
     """Stop a candidate when a step changes its energy by no more than this; None: never.
 
     Early stopping helps only models trained with a variable number of steps on one landscape."""
+    prediction_tolerance: float | None = None
+    """Stop a candidate when a step changes none of its probabilities, or numbers of an embedding, by more than this."""
     max_nfe: int | None = None
     """Most energy evaluations of one position, by all its candidates together; K steps are K + 1 of them."""
 
@@ -57,7 +63,7 @@ class Thinking:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"{name} = {value}: must be at least {low}")
-        for name in ("langevin_noise", "step_size", "energy_tolerance"):
+        for name in ("langevin_noise", "step_size", "energy_tolerance", "prediction_tolerance"):
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf and (value > 0 or name != "step_size")):
                 raise UserError(f"{name} = {value}: must be {'more than' if name == 'step_size' else 'at least'} 0")
@@ -117,17 +123,25 @@ def think(
 
 
 def think_sequences(
-    model: EnergyBasedTransformer, observed: Tensor, thinking: Thinking, seeds: Sequence[int]
-) -> Iterator[tuple[int, int, Thought]]:
-    """Predict the next state after each observed one [B, S, ...]; yield (start, stop, thought) of slices of S."""
+    model: EnergyBasedTransformer,
+    observed: Tensor,
+    thinking: Thinking,
+    seeds: Sequence[int],
+    needed: Tensor | None = None,
+) -> Iterator[tuple[Slice, Thought]]:
+    """Predict the next state after each observed one [B, S, ...], or after those that are `needed` [B, S] on the CPU.
+
+    Yields slices of S and the thoughts [B, C] of their positions.
+    """
     with torch.no_grad():
         contexts = {number: model.context_stream(observed, number) for number in landscapes(model, thinking)}
     size = max(1, model.position_chunk // thinking.candidates)
-    for start in range(0, observed.shape[1], size):
-        stop = min(start + size, observed.shape[1])
-        positions = torch.arange(start, stop, device=observed.device).expand(len(observed), -1)
-        seen = {number: model.transformer.slice_context(context, stop) for number, context in contexts.items()}
-        yield start, stop, think(model, seen, positions, observed[:, start:stop], thinking, seeds)
+    everywhere = torch.arange(observed.shape[1], device=observed.device).expand(len(observed), -1)
+    for where in slices(observed.shape[1], size, needed, observed.device):
+        part = slice(where.start, where.stop)
+        seen = {number: model.transformer.slice_context(context, where.stop) for number, context in contexts.items()}
+        positions, last = where.take(everywhere[:, part]), where.take(observed[:, part])
+        yield where, think(model, seen, positions, last, thinking, seeds)
 
 
 def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
@@ -190,7 +204,7 @@ class _Refinement:
         self.index = torch.arange(len(self.ids), device=device)
         self.layout = _Layout(self._rows(), self.positions)
         observed = observed.repeat_interleave(group, 1).flatten(0, 1)[:, None]
-        self.state = model.space.initial_state(self.ids, model.seed, 0, 1, observed)
+        self.state = model.space.initial_state(self.ids, model.seed, _ALONE, observed)
         self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
         self.steps, self.nfe = (torch.zeros_like(self.index) for _ in range(2))
@@ -208,6 +222,8 @@ class _Refinement:
             change = energy - self.before[1]
             if thinking.energy_tolerance is not None:
                 finished |= change.abs() <= thinking.energy_tolerance
+            if thinking.prediction_tolerance is not None:
+                finished |= model.space.change(self.before[0], state)[:, 0] <= thinking.prediction_tolerance
             if thinking.accept_only_decrease:
                 worse = ~(change <= 0)  # an energy that is no number is not accepted
                 state, energy, gradient = (
@@ -224,9 +240,10 @@ class _Refinement:
             self.done.append((self.index[finished], state[finished] if not last else state))
             state, energy, gradient = self._leave(~finished, state, energy, gradient)
         if len(self.index):
-            if thinking.accept_only_decrease or thinking.energy_tolerance is not None:
-                kept = (state, gradient) if thinking.accept_only_decrease else (energy, energy)
-                self.before = (kept[0], energy, kept[1])
+            if self._compares():
+                # What is not compared is not held.
+                kept = state if thinking.accept_only_decrease or thinking.prediction_tolerance is not None else energy
+                self.before = (kept, energy, gradient if thinking.accept_only_decrease else energy)
             self.state = model.space.update(state, gradient * self._factor())
 
     def chosen(self) -> Thought:
@@ -252,7 +269,7 @@ class _Refinement:
         del self.state
         if not last:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
-            state = model.space.add_langevin_noise(state, model.seed, ids, step, 0, self.thinking.langevin_noise)
+            state = model.space.add_langevin_noise(state, model.seed, ids, step, _ALONE, self.thinking.langevin_noise)
         embedded = layout.pack(model.space.embed_state(state)[:, 0])
         # Each landscape is first visited by the step of its number, when all rows are still there.
         newest = self.newest if step <= self.final else None
@@ -295,9 +312,14 @@ class _Refinement:
         own = self.thinking.langevin_noise
         return self.model.mcmc.langevin_noise if own is None else own
 
-    def _may_stop(self) -> bool:
+    def _compares(self) -> bool:
+        """Return whether a state is compared with the one before."""
         thinking = self.thinking
-        return thinking.accept_only_decrease or thinking.energy_tolerance is not None or thinking.max_nfe is not None
+        tolerances = thinking.energy_tolerance, thinking.prediction_tolerance
+        return thinking.accept_only_decrease or tolerances != (None, None)
+
+    def _may_stop(self) -> bool:
+        return self._compares() or self.thinking.max_nfe is not None
 
     def _factor(self) -> Tensor | float:
         """Return the factor of the gradients for which steps have the size `thinking.step_size`."""

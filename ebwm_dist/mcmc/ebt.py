@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
@@ -18,6 +19,7 @@ from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, reshard
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 from ebwm_dist.mcmc.second_order import EnergyModel, Refinement
+from ebwm_dist.mcmc.slices import Slice, slices
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.layers import KeysValues
 from ebwm_dist.models.output import Evaluation, TrainingOutput
@@ -73,6 +75,7 @@ class EnergyBasedTransformer(EnergyModel):
         sample_ids: Tensor,
         plan: StepPlan,
         *,
+        targets: Tensor | None = None,
         num_targets: float | Tensor | None = None,
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
@@ -83,6 +86,8 @@ class EnergyBasedTransformer(EnergyModel):
             observed: observed states [B, S+1, ...]: each is the target of those before it.
             sample_ids: ids [B] on the CPU, which seed each sample's noise.
             plan: its MCMC steps.
+            targets: true next tokens [B, S] on the CPU, padding where there is no loss: only the other positions are
+                refined, or all of them where sequences are replayed; unset, the observed states.
             num_targets: number of targets, without padding, that the summed losses are divided by: those of all
                 micro-batches whose gradients are accumulated; unset, those of this one. A replayed row adds to it what
                 a row of the micro-batch has on average.
@@ -90,27 +95,32 @@ class EnergyBasedTransformer(EnergyModel):
             backward: adds the gradients of a scalar to those of the parameters, unscaled: some of them enter later
                 passes of the same step.
         """
-        fresh = len(observed)
+        fresh, chosen = len(observed), targets is not None
+        mask = self.target_mask(targets) if targets is not None and self.replay is None else None
+        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
         if num_targets is None:
-            num_targets = self.target_mask(observed[:, 1:]).sum().clamp(min=1)
+            num_targets = self.target_mask(targets).sum().clamp(min=1)
+        # Sequences with chosen targets are kept with them.
+        record = torch.stack((observed, F.pad(targets, (1, 0))), -1) if chosen and self.replay is not None else observed
         replayed = self._replayed(observed, sample_ids)
         if replayed is not None:
-            observed = torch.cat((observed, replayed[0].to(observed.device)))
+            record = torch.cat((record, replayed[0].to(observed.device)))
             sample_ids = torch.cat((sample_ids, replayed[1]))
+            observed, following = record.unbind(-1) if chosen else (record, record)
+            targets = following[:, 1:]
         num_targets = num_targets * (len(observed) / fresh)
-        refinement = Refinement(self, plan, observed, sample_ids, num_targets, forward or self, backward)
+        context = observed[:, :-1]
+        refinement = Refinement(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
         final = []
-        for start, stop in self._slices(observed.shape[1] - 1):
+        for where in slices(context.shape[1], self.position_chunk, mask, observed.device):
             # Nothing here holds an initial state or the last slice's final one while a slice is refined.
-            initial_state = partial(
-                self._initial_state, observed[:fresh, :-1], sample_ids[:fresh], replayed, start, stop
-            )
-            state = refinement.refine(initial_state, start)
+            initial_state = partial(self._initial_state, context[:fresh], sample_ids[:fresh], replayed, where)
+            state = refinement.refine(initial_state, where)
             if self.replay is not None:
                 final.append(self.space.compress(state))
             del state
         if self.replay is not None:
-            self.replay.push(observed, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
+            self.replay.push(record, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
         return refinement.finish()
 
     @torch.no_grad()
@@ -128,21 +138,30 @@ class EnergyBasedTransformer(EnergyModel):
             sample_ids: ids [B] on the CPU, which seed the Langevin noise.
             start: first observed state whose successor is predicted.
         """
-        yield from self._refine(self._contexts(context, num_steps), state, num_steps, sample_ids, start)
+        where = Slice(start, start + state.shape[1])
+        yield from self._refine(self._contexts(context, num_steps), state, num_steps, sample_ids, where)
 
     @torch.no_grad()
-    def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
-        """Return summed losses and energies of `observed` [B, S+1, ...] over `num_steps` steps."""
-        context, targets = observed[:, :-1], observed[:, 1:]
+    def evaluate(
+        self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
+    ) -> Evaluation:
+        """Return summed losses and energies of `observed` [B, S+1, ...] over `num_steps` steps.
+
+        `targets` [B, S] are those of `training_step`.
+        """
+        context, needed = observed[:, :-1], None if targets is None else self.target_mask(targets)
+        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
         contexts, mask = self._contexts(context, num_steps), self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
-        for start, stop in self._slices(context.shape[1]):
-            initial = self.space.initial_state(sample_ids, self.seed, start, stop, context)
-            for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, start)):
-                energies[step] += (energy * mask[:, start:stop]).sum(-1)
+        for where in slices(context.shape[1], self.position_chunk, needed, observed.device):
+            part = slice(where.start, where.stop)
+            own_targets, own_mask = where.take(targets[:, part]), where.take(mask[:, part])
+            initial = self.space.initial_state(sample_ids, self.seed, where, context)
+            for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, where)):
+                energies[step] += (energy * own_mask).sum(-1)
                 if step:
-                    losses[step - 1] += self.space.sequence_losses(state, targets[:, start:stop])
+                    losses[step - 1] += self.space.sequence_losses(state, own_targets)
         return Evaluation(losses, energies, mask.sum(-1))
 
     @torch.no_grad()
@@ -154,17 +173,19 @@ class EnergyBasedTransformer(EnergyModel):
         landscape = self.transformer.num_landscapes - 1 if landscape is None else landscape
         context = self.context_stream(observed[:, :-1], landscape)
         parts = []
-        for start, stop in self._slices(observed.shape[1] - 1):
-            candidate = self.space.embed_next(observed[:, start + 1 : stop + 1])
-            parts.append(self.transformer.energy(candidate, context, landscape, start))
+        for where in slices(observed.shape[1] - 1, self.position_chunk):
+            candidate = self.space.embed_next(observed[:, where.start + 1 : where.stop + 1])
+            parts.append(self.transformer.energy(candidate, context, landscape, where.start))
         return torch.cat(parts, dim=1)
 
     def _refine(
-        self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, start: int
+        self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, where: Slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        contexts = {number: self.transformer.slice_context(pairs, where.stop) for number, pairs in contexts.items()}
+        start = where.positions
         for step in range(num_steps):
             landscape = self.transformer.landscape(step)
-            noisy = self.space.add_langevin_noise(state, self.seed, sample_ids, step, start)
+            noisy = self.space.add_langevin_noise(state, self.seed, sample_ids, step, where)
             _, energy, gradient = self.descend(noisy, contexts[landscape], landscape, start)
             yield energy, state
             state = self.space.update(noisy, gradient)
@@ -184,15 +205,11 @@ class EnergyBasedTransformer(EnergyModel):
         return self.replay.take(self.mcmc.replayed_rows(len(observed)), seed)
 
     def _initial_state(
-        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, start: int, stop: int
+        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, where: Slice
     ) -> Tensor:
         """Return the initial states of a slice: those of the samples, and below them the replayed ones."""
-        state = self.space.initial_state(sample_ids, self.seed, start, stop, context)
+        state = self.space.initial_state(sample_ids, self.seed, where, context)
         if replayed is None:
             return state
-        kept = {name: x[:, start:stop].to(context.device) for name, x in replayed[2].items()}
+        kept = {name: x[:, where.start : where.stop].to(context.device) for name, x in replayed[2].items()}
         return torch.cat((state, self.space.expand(kept)))
-
-    def _slices(self, positions: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, positions, self.position_chunk):
-            yield start, min(start + self.position_chunk, positions)

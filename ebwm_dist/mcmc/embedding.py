@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc.replay import Compact
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.layers import Linear
 
@@ -21,11 +22,11 @@ class EmbeddingSpace(Space):
         super().__init__(config, embedding_dim, None)
         self.projection = None if embedding_dim == dim else Projection(embedding_dim, dim)
 
-    def initial_state(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
+    def initial_state(self, sample_ids: Tensor, seed: int, where: Slice, observed: Tensor) -> Tensor:
         """Return initial embeddings [B, C, E]: noise, zeros, or a copy of the last observed one."""
         if self.config.initial_state == "most_recent_embedding":
-            return observed[:, start:stop].to(self.state_dtype)
-        return super().initial_state(sample_ids, seed, start, stop, observed)
+            return where.take(observed[:, where.start : where.stop]).to(self.state_dtype)
+        return super().initial_state(sample_ids, seed, where, observed)
 
     def step_with_loss(
         self,
@@ -48,6 +49,10 @@ class EmbeddingSpace(Space):
     def update(self, state: Tensor, gradient: Tensor) -> Tensor:
         """Return x - alpha dE/dx [B, C, E]."""
         return self._next(state, gradient, 1.0)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the largest change of a number [B, C] between two embeddings."""
+        return (after - before).abs().amax(-1)
 
     def embed_context(self, observed: Tensor) -> Tensor:
         """Project the embeddings `observed` [B, S, E] to [B, S, D]."""

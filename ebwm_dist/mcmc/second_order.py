@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.energy_transformer import EnergyTransformer
 from ebwm_dist.models.layers import KeysValues
@@ -51,13 +52,21 @@ class EnergyModel(SequenceModel):
         """Return the keys and values of every block for the observed states [B, S, ...]."""
         return self.transformer.context(self.space.embed_context(observed), landscape)
 
-    def descend(self, state: Tensor, context: KeysValues, landscape: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def descend(
+        self, state: Tensor, context: KeysValues, landscape: int, start: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
         embedded = self.space.embed_state(state)
         return embedded, *self.transformer.energy_and_gradient(embedded, context, landscape, start)
 
     def tangent(
-        self, state: Tensor, embedded: Tensor, direction: Tensor, context: KeysValues, landscape: int, start: int
+        self,
+        state: Tensor,
+        embedded: Tensor,
+        direction: Tensor,
+        context: KeysValues,
+        landscape: int,
+        start: int | Tensor,
     ) -> Tensor:
         """Return the summed derivative of the energies along `direction` [B, C, D], with its graph."""
         embedded = self.space.embed_state_with_grad(state, embedded)
@@ -71,7 +80,8 @@ class Refinement:
     Args:
         model: the energy model.
         plan: number and size of the MCMC steps.
-        observed: observed states [B, S+1, ...]: each is the target of those before it.
+        context: observed states [B, S, ...].
+        targets: the state that truly follows each of them; padding, where there is no loss.
         sample_ids: ids [B] on the CPU, which with the model's seed determine all noise.
         num_targets: number of targets that summed losses are divided by.
         forward: runs the passes: the model or an engine around it.
@@ -82,7 +92,8 @@ class Refinement:
         self,
         model: EnergyModel,
         plan: StepPlan,
-        observed: Tensor,
+        context: Tensor,
+        targets: Tensor,
         sample_ids: Tensor,
         num_targets: float | Tensor,
         forward: Forward,
@@ -91,12 +102,17 @@ class Refinement:
         self.model, self.plan, self.sample_ids = model, plan, sample_ids
         self.forward, self.backward = forward, backward
         self.space, steps, self.chained = model.space, plan.num_steps, model.mcmc.gradient == "full"
-        context, self.targets = observed[:, :-1], observed[:, 1:]
-        self.padding = ~self.space.target_mask(self.targets)
+        self.targets, self.padding = targets, ~self.space.target_mask(targets)
         self.loss_steps = range(steps - 1 if model.mcmc.loss == "last" else 0, steps)
-        zero = torch.zeros((), device=observed.device, dtype=self.space.state_dtype)
+        shares = [step + 1 if model.mcmc.loss == "ramp" else 1 for step in self.loss_steps]
+        zero = torch.zeros((), device=context.device, dtype=self.space.state_dtype)
         scale = zero.new_ones((), dtype=torch.float64) / num_targets
-        self.scale, self.loss_weight = scale.to(zero.dtype), (scale / len(self.loss_steps)).to(zero.dtype)
+        self.scale = scale.to(zero.dtype)
+        self.loss_weights = {
+            step: (scale * share / sum(shares)).to(zero.dtype)
+            for step, share in zip(self.loss_steps, shares, strict=True)
+        }
+        self.shares = zero.new_tensor(shares)
         self.losses, self.energies, self.norms, self.nonfinite = zero.new_zeros(4, steps).unbind()
         self.landscapes = [model.transformer.landscape(step) for step in range(steps)]
         self.contexts: dict[int, KeysValues] = {}
@@ -110,34 +126,34 @@ class Refinement:
             if landscape in trained:
                 self.gathered[landscape] = tuple((_zeros_like(k), _zeros_like(v)) for k, v in pairs)
 
-    def refine(self, initial_state: Callable[[], Tensor], start: int) -> Tensor:
-        """Take the positions from `start` on through all steps, accumulate gradients and return their final state.
+    def refine(self, initial_state: Callable[[], Tensor], where: Slice) -> Tensor:
+        """Take the positions of a slice through all steps, accumulate gradients and return their final state.
 
         `initial_state` makes the initial state [B, C, ...], to which nobody else keeps a reference: before Python 3.11
         a caller keeps the arguments of its call.
         """
         state = initial_state()
-        stop = start + state.shape[1]
-        targets = self.targets[:, start:stop]
-        factor = self.space.step_factor(self.model.seed, self.sample_ids, start, stop, state.device)
+        start, targets = where.positions, where.take(self.targets[:, where.start : where.stop])
+        padding = where.take(self.padding[:, where.start : where.stop])
+        factor = self.space.step_factor(self.model.seed, self.sample_ids, where, state.device)
         factor = factor * self.plan.step_size_scale
         visited: list[tuple[Tensor, Tensor, Tensor]] = []
         for step, landscape in enumerate(self.landscapes):
-            state = self.space.add_langevin_noise(state, self.model.seed, self.sample_ids, step, start)
-            context = self._context(landscape, stop, requires_grad=False)
+            state = self.space.add_langevin_noise(state, self.model.seed, self.sample_ids, step, where)
+            context = self._context(landscape, where.stop, requires_grad=False)
             embedded, energy, gradient = self.forward(self.model.descend, state, context, landscape, start)
-            self._observe(step, energy, gradient, self.padding[:, start:stop])
+            self._observe(step, energy, gradient, padding)
             if self.chained:
                 visited.append((state, embedded, gradient))
             if self.chained or step not in self.loss_steps:
                 state, loss = self.forward(self.space.step, state, gradient, factor, targets)
             else:
-                _, state, loss = self._differentiate(step, state, embedded, gradient, factor, start, None)
+                _, state, loss = self._differentiate(step, state, embedded, gradient, factor, targets, where, None)
             self.losses[step] += loss
         if self.chained:
             upstream = None
             for step in reversed(range(len(visited))):
-                upstream, *_ = self._differentiate(step, *visited.pop(), factor, start, upstream)
+                upstream, *_ = self._differentiate(step, *visited.pop(), factor, targets, where, upstream)
         return state
 
     def _differentiate(
@@ -147,23 +163,24 @@ class Refinement:
         embedded: Tensor,
         gradient: Tensor,
         factor: Tensor | float,
-        start: int,
+        targets: Tensor,
+        where: Slice,
         upstream: Tensor | None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Run the backwards of one step.
 
         Return the loss's gradient with respect to `state` where gradients are chained, the next state, and its loss.
         """
-        stop, landscape = start + state.shape[1], self.landscapes[step]
+        landscape = self.landscapes[step]
         state = state.detach().requires_grad_(self.chained and step > 0)
         gradient = gradient.detach().requires_grad_()
-        weight = self.loss_weight if step in self.loss_steps else 0.0
+        weight = self.loss_weights.get(step, 0.0)
         objective, after, loss = self.forward(
-            self.space.step_with_loss, state, gradient, factor, self.targets[:, start:stop], weight, upstream
+            self.space.step_with_loss, state, gradient, factor, targets, weight, upstream
         )
         self.backward(objective)
         assert gradient.grad is not None
-        context = self._context(landscape, stop, requires_grad=True)
+        context, start = self._context(landscape, where.stop, requires_grad=True), where.positions
         self.backward(self.forward(self.model.tangent, state, embedded, gradient.grad, context, landscape, start))
         for leaves, totals in zip(context, self.gathered[landscape], strict=True):
             for leaf, total in zip(leaves, totals, strict=True):
@@ -179,7 +196,7 @@ class Refinement:
             self.backward(torch.stack([(x * dx).sum() for pair in pairs for x, dx in zip(*pair, strict=True)]).sum())
         losses = self.losses * self.scale
         return TrainingOutput(
-            loss=losses[self.loss_steps.start :].mean(),
+            loss=(losses[self.loss_steps.start :] * self.shares).sum() / self.shares.sum(),
             step_losses=losses,
             step_energies=self.energies * self.scale,
             step_gradient_norms=self.norms * self.scale,

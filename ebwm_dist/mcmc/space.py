@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.replay import Compact
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models.output import prediction_losses, target_mask
 
 MIN_STEP_SIZE = 1e-4
@@ -68,29 +69,30 @@ class Space(nn.Module, ABC):
         """Precision of states and losses: at least float32, whatever the weights have."""
         return torch.promote_types(self._like.dtype, torch.float32)
 
-    def initial_state(self, sample_ids: Tensor, seed: int, start: int, stop: int, observed: Tensor) -> Tensor:
-        """Return the initial states for positions `start` to `stop` of the samples whose context is `observed`."""
+    def initial_state(self, sample_ids: Tensor, seed: int, where: Slice, observed: Tensor) -> Tensor:
+        """Return the initial states [B, C, ...] of a slice of the samples whose context is `observed` [B, S, ...]."""
         if self.config.initial_state == "zeros":
-            shape = len(sample_ids), stop - start, self.state_width
+            count = where.stop - where.start if where.index is None else where.index.shape[1]
+            shape = len(sample_ids), count, self.state_width
             return torch.zeros(shape, device=observed.device, dtype=self.state_dtype)
-        return self._noise(seed, sample_ids, noise.INITIAL, start, stop, observed.device)
+        return self._noise(seed, sample_ids, noise.INITIAL, where, observed.device)
 
     def add_langevin_noise(
-        self, state: Tensor, seed: int, sample_ids: Tensor, step: int, start: int, scale: float | None = None
+        self, state: Tensor, seed: int, sample_ids: Tensor, step: int, where: Slice, scale: float | None = None
     ) -> Tensor:
         """Return the state with the Langevin noise of MCMC step `step`; `scale` replaces that of training."""
         scale = self.config.langevin_noise if scale is None else scale
         if scale == 0:
             return state
-        stop = start + state.shape[1]
-        return state + scale * self._noise(seed, sample_ids, noise.LANGEVIN + step, start, stop, state.device)
+        return state + scale * self._noise(seed, sample_ids, noise.LANGEVIN + step, where, state.device)
 
-    def step_factor(self, seed: int, sample_ids: Tensor, start: int, stop: int, device: torch.device) -> Tensor | float:
+    def step_factor(self, seed: int, sample_ids: Tensor, where: Slice, device: torch.device) -> Tensor | float:
         """Return the factor [B, C, 1] of alpha that training draws for each position."""
         jitter = self.config.step_size_jitter
         if jitter == 1:
             return 1.0
-        drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, start, stop, 1, device).to(self.state_dtype)
+        drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, where.start, where.stop, 1, device)
+        drawn = where.take(drawn).to(self.state_dtype)
         return 1 / jitter + drawn * (jitter - 1 / jitter)
 
     def step(self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +137,10 @@ class Space(nn.Module, ABC):
         """Return the next state, without a graph."""
 
     @abstractmethod
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return how much a prediction has changed [B, C]: the largest change of a probability, or of a number."""
+
+    @abstractmethod
     def embed_context(self, observed: Tensor) -> Tensor:
         """Return the embedding [B, S, D] of observed states [B, S, ...]."""
 
@@ -170,6 +176,6 @@ class Space(nn.Module, ABC):
         """Return the loss [B, C] of a state at every position, 0 where its target is padding."""
         return prediction_losses(state, targets, self.pad_id)
 
-    def _noise(self, seed: int, sample_ids: Tensor, draw: int, start: int, stop: int, device: torch.device) -> Tensor:
-        drawn = noise.normal(seed, sample_ids, draw, start, stop, self.state_width, device)
-        return drawn.to(self.state_dtype)
+    def _noise(self, seed: int, sample_ids: Tensor, draw: int, where: Slice, device: torch.device) -> Tensor:
+        drawn = noise.normal(seed, sample_ids, draw, where.start, where.stop, self.state_width, device)
+        return where.take(drawn).to(self.state_dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.replay import Compact, compress_logits, expand_logits
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.passes import PassModule
 
@@ -34,6 +35,18 @@ class VocabularySpace(Space):
         self.embeddings = TokenMatrix(model.vocab_size, model.dim, std=1.0)
         xavier = (2 / (model.vocab_size + model.dim)) ** 0.5
         self.vocab_to_embed = None if model.tie_embeddings else TokenMatrix(model.vocab_size, model.dim, std=xavier)
+
+    def initial_state(self, sample_ids: Tensor, seed: int, where: Slice, observed: Tensor) -> Tensor:
+        """Return initial logits [B, C, V]: noise, zeros, or a peak at the last observed token."""
+        if self.config.initial_state != "most_recent_token":
+            return super().initial_state(sample_ids, seed, where, observed)
+        tokens = where.take(observed[:, where.start : where.stop])
+        state = torch.zeros(*tokens.shape, self.state_width, device=tokens.device, dtype=self.state_dtype)
+        return state.scatter_(-1, tokens[..., None], self.config.initial_sharpness)
+
+    def change(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the largest change of a probability [B, C] between two states."""
+        return (after.softmax(-1) - before.softmax(-1)).abs().amax(-1)
 
     def step_with_loss(
         self,

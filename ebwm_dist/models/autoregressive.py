@@ -83,9 +83,9 @@ class AutoregressiveTransformer(SequenceModel):
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
-    def summed_loss(self, observed: Tensor) -> Tensor:
-        """Return the loss of S+1 observed states, summed over the targets."""
-        return self.losses(self.predict(observed[:, :-1]), observed[:, 1:]).sum()
+    def summed_loss(self, observed: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the predictions after each of S observed states, summed over the targets."""
+        return self.losses(self.predict(observed), targets).sum()
 
     def training_step(
         self,
@@ -93,24 +93,29 @@ class AutoregressiveTransformer(SequenceModel):
         sample_ids: Tensor,
         plan: None = None,
         *,
+        targets: Tensor | None = None,
         num_targets: float | Tensor | None = None,
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
         """Run forward and backward of S+1 observed states; there is no noise, and there are no MCMC steps to plan.
 
-        The summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
+        `targets` [B, S] are the true next tokens, padding where there is no loss; unset, the observed states. The
+        summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
         """
+        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
         if num_targets is None:
-            num_targets = self.target_mask(observed[:, 1:]).sum().clamp(min=1)
-        loss = (forward or self)(self.summed_loss, observed)
+            num_targets = self.target_mask(targets).sum().clamp(min=1)
+        loss = (forward or self)(self.summed_loss, observed[:, :-1], targets)
         loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
         backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
 
     @torch.no_grad()
-    def evaluate(self, observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
+    def evaluate(
+        self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
+    ) -> Evaluation:
         """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
-        targets = observed[:, 1:]
+        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
         loss = self.losses(self.predict(observed[:, :-1]), targets).sum(-1)
         return Evaluation(loss[None], None, self.target_mask(targets).sum(-1))

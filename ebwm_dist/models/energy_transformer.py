@@ -121,11 +121,13 @@ class EnergyTransformer(nn.Module):
         return energy.detach(), gradient
 
     def energy_with_tangent(
-        self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int
+        self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
         x, condition = candidate, self._condition(landscape, candidate)
         context, rotary, mask = self._positions(candidate, context, start)
+        if isinstance(start, Tensor):  # each row has positions of its own, and blocks stack candidate and tangent
+            rotary = (rotary[0].repeat(2, 1, 1, 1), rotary[1].repeat(2, 1, 1, 1))
         for block, (keys, values) in zip(self.blocks, context, strict=True):
             x, tangent = self.blocks.run(
                 block, block.candidate_with_tangent, x, tangent, keys, values, rotary, mask, condition

@@ -21,6 +21,7 @@ from ebwm_dist.evaluation.evaluate import evaluate_runs, measure_runs
 from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.evaluation.true_frames import energies_of, wrong_frames
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from ebwm_dist.run import Run
 from launchers.evaluate import SUMMARY_BATCH_SIZE, main
@@ -127,7 +128,7 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     before = dict(by_steps["0"])
     before.pop("energy")
     assert before == summary["copy"]  # where it starts
-    start = model.space.initial_state(ids, 0, 0, FRAMES - 1, observed[:, :-1])
+    start = model.space.initial_state(ids, 0, Slice(0, FRAMES - 1), observed[:, :-1])
     *_, (energy, state) = model.refine(observed[:, :-1], start, 4, ids)
     assert by_steps["4"]["mse"] == pytest.approx((state - target)[kept].square().mean().item(), rel=1e-4)
     assert by_steps["4"]["energy"] == pytest.approx(energy.mean().item(), rel=1e-4)

@@ -13,6 +13,7 @@ from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.inference.published import import_weights
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.run import Run
 from tests.oracle import DenseOracle
 from tests.runs import write_config
@@ -96,7 +97,7 @@ def test_energies(variant: str, tmp_path: Path) -> None:
     exact = {name: tensor.double() for name, tensor in reference.items()}
     oracle = DenseOracle(exact, num_heads=2, variant=variant, pad_id=0)
     tokens = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-    start = model.space.initial_state(torch.arange(2), model.seed, 0, 8, tokens[:, :-1])
+    start = model.space.initial_state(torch.arange(2), model.seed, Slice(0, 8), tokens[:, :-1])
     _, energies, _ = model.evaluate(tokens, torch.arange(2), 3)
     expected = oracle.refine(tokens, start, 3).step_energies
     torch.testing.assert_close(energies[:3].mean(-1) / 8, expected, rtol=1e-9, atol=1e-9)

@@ -15,6 +15,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.inference.thinking import Thinking, Thought, think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.mcmc.slices import Slice
 from tests.mcmc.test_modes import memory_of
 from tests.mcmc.test_second_order import VARIANTS, batch, build, settings
 
@@ -31,7 +32,7 @@ def observed(embedding_dim: int | None = None) -> Tensor:
 
 def whole(model: EnergyBasedTransformer, states: Tensor, thinking: Thinking, seeds: list[int] = SEEDS) -> Thought:
     """Think about all positions and put the slices together."""
-    slices = [thought for _, _, thought in think_sequences(model, states, thinking, seeds)]
+    slices = [thought for _, thought in think_sequences(model, states, thinking, seeds)]
     return Thought(
         torch.cat([t.state for t in slices], 1),
         torch.cat([t.energies for t in slices], 2),
@@ -49,7 +50,7 @@ def alone(
     alpha = model.space.step_size() if thinking.step_size is None else torch.tensor([thinking.step_size]).double()
     last, number = states.shape[1] - 1, model.transformer.landscape
     ids = [torch.tensor([mix_seed(seed, last, g)]) for g in range(thinking.candidates)]
-    state = [model.space.initial_state(i, model.seed, 0, 1, states[:, -1:]) for i in ids]
+    state = [model.space.initial_state(i, model.seed, Slice(0, 1), states[:, -1:]) for i in ids]
     energies: list[list[float]] = [[] for _ in ids]
     kept: list[Any] = [None] * len(ids)
     contexts = {landscape: model.context_stream(states, landscape) for landscape in range(number(steps - 1) + 1)}
@@ -61,7 +62,7 @@ def alone(
             x = (
                 state[g]
                 if step == steps
-                else model.space.add_langevin_noise(state[g], model.seed, ids[g], step, 0, noise)
+                else model.space.add_langevin_noise(state[g], model.seed, ids[g], step, Slice(0, 1), noise)
             )
             _, energy, gradient = model.descend(x, contexts[landscape], landscape, last)
             energies[g].append(energy.item())
@@ -74,6 +75,10 @@ def alone(
                     finished += [g] if noise == 0 else []
                 elif thinking.energy_tolerance is not None and abs(now - before) <= thinking.energy_tolerance:
                     finished.append(g)
+                elif thinking.prediction_tolerance is not None:
+                    pair = (kept[g][0], x) if model.space.pad_id is None else (kept[g][0].softmax(-1), x.softmax(-1))
+                    if (pair[1] - pair[0]).abs().max() <= thinking.prediction_tolerance:
+                        finished.append(g)
             kept[g] = (x, gradient)
         if thinking.max_nfe is not None:
             ranked = sorted(range(len(ids)), key=lambda g: energies[g][-1] if g in going else math.inf)
@@ -95,6 +100,8 @@ WAYS = {
     "largest drop": Thinking(steps=3, candidates=4, select="drop"),
     "noise and alpha": Thinking(steps=4, langevin_noise=0.3, step_size=1.5),
     "stop": Thinking(steps=6, energy_tolerance=0.05),
+    "stop prediction": Thinking(steps=6, prediction_tolerance=0.02),
+    "stop either": Thinking(steps=6, energy_tolerance=0.02, prediction_tolerance=0.01, candidates=2),
     "accept": Thinking(steps=6, accept_only_decrease=True, step_size=2.0),
     "accept noise": Thinking(steps=6, accept_only_decrease=True, langevin_noise=0.5),
     "max_nfe": Thinking(steps=6, candidates=3, max_nfe=11),
@@ -118,7 +125,7 @@ def test_together_is_as_alone(way: str, variant: str) -> None:
             assert (found.steps[row, position], found.nfe[row, position]) == (steps, nfe)
             rest = [energies[-1]] * (len(found.energies) - len(energies))
             assert torch.allclose(found.energies[:, row, position], torch.tensor(energies + rest, dtype=torch.float64))
-    if way in ("stop", "accept", "max_nfe", "all"):  # the cases are what they are meant to be
+    if way in ("stop", "stop prediction", "accept", "max_nfe", "all"):  # the cases are what they are meant to be
         assert len(found.steps.unique()) > 1 or way == "max_nfe"
         assert found.steps.min() < WAYS[way].steps
 
@@ -127,7 +134,7 @@ def test_together_is_as_alone(way: str, variant: str) -> None:
 def test_embeddings(initial_state: str) -> None:
     mcmc = settings(step_size=2.0, initial_state=initial_state)
     model, states = build(mcmc, "time_embed", embedding_dim=6), observed(6)
-    thinking = Thinking(steps=5, candidates=2, langevin_noise=0.1, energy_tolerance=0.1)
+    thinking = Thinking(steps=5, candidates=2, langevin_noise=0.1, energy_tolerance=0.1, prediction_tolerance=0.3)
     found = whole(model, states, thinking)
     for position in range(SIZE):
         state, energies, steps, _ = alone(model, states[:1, : position + 1], thinking, SEEDS[0])
@@ -197,7 +204,7 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
     def one_pass() -> None:
         with torch.no_grad():
             pairs = model.context_stream(context, 0)
-        model.descend(model.space.initial_state(ids, model.seed, 0, 24, context), pairs, 0, 0)
+        model.descend(model.space.initial_state(ids, model.seed, Slice(0, 24), context), pairs, 0, 0)
 
     def thinking_pass() -> None:
         with torch.no_grad():
@@ -217,6 +224,7 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
         ({"select": "best"}, "choose from energy, drop"),
         ({"step_size": 0.0}, "step_size = 0.0: must be more than 0"),
         ({"energy_tolerance": -1.0}, "energy_tolerance = -1.0: must be at least 0"),
+        ({"prediction_tolerance": math.nan}, "prediction_tolerance = nan: must be at least 0"),
         ({"langevin_noise": math.nan}, "langevin_noise = nan: must be at least 0"),
         ({"max_nfe": 1}, "max_nfe = 1: must be at least 2"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.slices import Slice
 from tests.mcmc.test_modes import fill, in_every_mode
 from tests.mcmc.test_second_order import (
     DIM,
@@ -115,8 +116,8 @@ def test_starts() -> None:
     starts = {}
     for name in STARTS:
         space = build(embedding_settings(initial_state=name), embedding_dim=DIM).space
-        starts[name] = space.initial_state(ids, 0, 0, LENGTH, observed[:, :-1])
-        part = space.initial_state(ids, 0, 3, 5, observed[:, :-1])
+        starts[name] = space.initial_state(ids, 0, Slice(0, LENGTH), observed[:, :-1])
+        part = space.initial_state(ids, 0, Slice(3, 5), observed[:, :-1])
         assert torch.equal(part, starts[name][:, 3:5])
     assert not starts["zeros"].any()
     assert torch.equal(starts["most_recent_embedding"], observed[:, :-1])

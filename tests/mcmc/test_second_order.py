@@ -15,6 +15,7 @@ from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.embedding import EmbeddingSpace
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.vocabulary import VocabularySpace
 from tests.oracle import DenseOracle, Refined
 
@@ -79,18 +80,22 @@ def expect(
     observed: Tensor,
     ids: Tensor,
     plan: StepPlan | None = None,
+    targets: Tensor | None = None,
 ) -> Refined:
     """Refine with the oracle what `training_step` would, from the same random numbers and replayed rows."""
     plan = plan or StepPlan(mcmc.num_steps)
+    chosen, targets = targets is not None, observed[:, 1:] if targets is None else targets
     length = observed.shape[1] - 1
-    state = model.space.initial_state(ids, model.seed, 0, length, observed[:, :-1]).double()
-    num_targets = model.target_mask(observed[:, 1:]).sum().item()
+    state = model.space.initial_state(ids, model.seed, Slice(0, length), observed[:, :-1]).double()
+    num_targets = model.target_mask(targets).sum().item()
     if model.replay is not None:
         draw = deepcopy(model.replay).take(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
         if draw is not None:
-            replayed = (draw[0], draw[1], model.space.expand(draw[2]))
             num_targets *= 1 + len(draw[1]) / len(ids)
-            observed, ids, state = (torch.cat(pair) for pair in zip((observed, ids, state), replayed, strict=True))
+            kept, own = (draw[0][..., 0], draw[0][:, 1:, 1]) if chosen else (draw[0], draw[0][:, 1:])
+            replayed = (kept, draw[1], model.space.expand(draw[2]), own)
+            fresh = (observed, ids, state, targets)
+            observed, ids, state, targets = (torch.cat(pair) for pair in zip(fresh, replayed, strict=True))
     factor: Tensor | float = plan.step_size_scale
     spread = mcmc.step_size_jitter
     if spread > 1:
@@ -111,6 +116,7 @@ def expect(
         factor=factor,
         noise=langevin,
         num_targets=num_targets,
+        targets=targets,
     )
 
 
@@ -120,13 +126,14 @@ def check_training_step(
     observed: Tensor,
     ids: Tensor,
     plan: StepPlan | None = None,
+    targets: Tensor | None = None,
 ) -> DenseOracle:
     """Hold losses, energies and the gradient of every parameter to the oracle, which is returned."""
     plan = plan or StepPlan(mcmc.num_steps)
     oracle = oracle_of(model)
-    expected = expect(oracle, model, mcmc, observed, ids, plan)
+    expected = expect(oracle, model, mcmc, observed, ids, plan, targets)
     expected.loss.backward()
-    output = model.training_step(observed, ids, plan)
+    output = model.training_step(observed, ids, plan, targets=targets)
     assert not output.loss.requires_grad
     for name in ("loss", "step_losses", "step_energies", "step_gradient_norms"):
         assert torch.allclose(getattr(output, name), getattr(expected, name), rtol=1e-9, atol=1e-12), name
@@ -245,7 +252,7 @@ def test_noise_belongs_to_the_sample() -> None:
     space, (tokens, _) = build().space, batch()
 
     def start(ids: list[int], seed: int, first: int, last: int) -> Tensor:
-        return space.initial_state(torch.tensor(ids), seed, first, last, tokens[: len(ids), :-1])
+        return space.initial_state(torch.tensor(ids), seed, Slice(first, last), tokens[: len(ids), :-1])
 
     together = start([4, 9], 0, 0, 8)
     assert torch.equal(start([9], 0, 0, 8)[0], together[1])
@@ -311,10 +318,10 @@ def test_refinement_follows_training(variant: str, langevin: float) -> None:
 def test_next_token_is_the_last_position(variant: str) -> None:
     """Refining only the last candidate gives the logits that refining all of them gives there."""
     model, (tokens, ids) = build(variant=variant, position_chunk=4), batch()
-    state = model.space.initial_state(ids, model.seed, 0, LENGTH + 1, tokens)
+    state = model.space.initial_state(ids, model.seed, Slice(0, LENGTH + 1), tokens)
     for _, refined in model.refine(tokens, state, 3, ids):
         state = refined
-    last = model.space.initial_state(ids, model.seed, LENGTH, LENGTH + 1, tokens)
+    last = model.space.initial_state(ids, model.seed, Slice(LENGTH, LENGTH + 1), tokens)
     for _, refined in model.refine(tokens, last, 3, ids, LENGTH):
         last = refined
     assert torch.allclose(last[:, 0], state[:, -1], rtol=1e-10)

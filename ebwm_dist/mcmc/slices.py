@@ -1,0 +1,66 @@
+"""Which positions of a sequence are refined together.
+
+Candidates do not see one another, so any of them can be worked on by themselves: a slice of neighbouring positions at a
+time bounds the memory, and within a slice positions without a target are left out.
+
+Shapes: B batch, S positions, P = stop - start positions of a slice, C of them that are refined in each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The positions `start` to `stop`, or in each row some of them."""
+
+    start: int
+    stop: int
+    index: Tensor | None = None
+    """For each row [B, C] the positions that are refined, counted from `start`; None: all of them."""
+
+    @property
+    def positions(self) -> int | Tensor:
+        """Return the first position, where all are refined, or each one [B, C]."""
+        return self.start if self.index is None else self.start + self.index
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return what `x` [B, P, ...] holds for the positions that are refined [B, C, ...]."""
+        if self.index is None:
+            return x
+        return x[torch.arange(len(x), device=x.device)[:, None], self.index]
+
+    def put(self, x: Tensor) -> Tensor:
+        """Return `x` [B, C, ...] as [B, P, ...], with zeros for the positions that are not refined."""
+        if self.index is None:
+            return x
+        whole = x.new_zeros(len(x), self.stop - self.start, *x.shape[2:])
+        whole[torch.arange(len(x), device=x.device)[:, None], self.index] = x
+        return whole
+
+
+def slices(
+    positions: int, size: int, mask: Tensor | None = None, device: torch.device | None = None
+) -> Iterator[Slice]:
+    """Yield slices of at most `size` of the `positions`.
+
+    Args:
+        positions: number of positions S.
+        size: of a slice.
+        mask: which positions [B, S] of each row are needed, on the CPU; None: all of them. A slice takes as many of
+            every row as its row with the most, and at least one: all ranks do the same number of passes.
+        device: where the slices are used.
+    """
+    for start in range(0, positions, size):
+        stop = min(start + size, positions)
+        needed = stop - start if mask is None else max(1, int(mask[:, start:stop].sum(1).max()))
+        if mask is None or needed == stop - start:
+            yield Slice(start, stop)
+        else:
+            first = mask[:, start:stop].int().argsort(dim=1, descending=True, stable=True)
+            yield Slice(start, stop, first[:, :needed].sort(dim=1).values.to(device))
