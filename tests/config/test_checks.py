@@ -64,7 +64,11 @@ def test_defaults_pass() -> None:
         ),
         (
             {"mcmc__initial_state": "most_recent_embedding"},
-            "mcmc.initial_state = 'most_recent_embedding': needs model.embedding_dim, .*'random_noise' or 'zeros'",
+            "mcmc.initial_state = 'most_recent_embedding': needs model.embedding_dim, .* or 'most_recent_token'",
+        ),
+        (
+            {"model__embedding_dim": 768, "mcmc__initial_state": "most_recent_token"},
+            "mcmc.initial_state = 'most_recent_token': frames of .* or 'most_recent_embedding'",
         ),
         (
             {"model__embedding_dim": 768, "mcmc__update": "mirror"},

@@ -30,7 +30,7 @@ QUESTION = {"context": "ka lo", "choices": [" mi ru", " ten vas sho"], "answer":
 
 
 def options(folder: Path) -> Options:
-    return Options((1, 3), (1, 2), (1e-2,), 17, 3, read_questions(folder / "questions.jsonl"))
+    return Options((1, 3), (1, 2), (1e-2,), (0.1,), 17, 3, read_questions(folder / "questions.jsonl"))
 
 
 def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
@@ -77,9 +77,10 @@ def test_figures(models: Path) -> None:
     bytes_per_token = manifest.val.totals["text_bytes"] / manifest.val.totals["tokens"]
     assert by_steps["bits_per_byte"][0] == pytest.approx(by_steps["loss"][0] / math.log(2) / bytes_per_token)
 
-    usual, best, most, stopped, downhill = model["thinking"]
+    usual, best, most, stopped, unchanged, downhill = model["thinking"]
     assert usual["change"] == [0, 0] and usual["mean_steps"] == 2 and usual["mean_nfe"] == 3
     assert best["candidates"] == 2 and best["mean_nfe"] == 6 and best["energy"] < usual["energy"]
+    assert unchanged["prediction_tolerance"] == 0.1 and unchanged["mean_steps"] <= 3
     assert most["mean_steps"] == 3 and stopped["mean_steps"] <= 3 and downhill["energy"] <= most["energy"] + 1e-6
     # Other noise, the same model: the same loss but for its spread.
     assert usual["loss"] == pytest.approx(by_steps["loss"][1], rel=0.02)
@@ -175,7 +176,7 @@ def test_a_model_that_diverged_is_evaluated(kind: str, models: Path, tmp_path: P
     state = {name: torch.full_like(tensor, math.nan) for name, tensor in run.weights().items()}
     files = [run.folder / "tokenizer.model"]
     write_export(tmp_path / "nan", run.config, run.sample_format, state, files=files, step=0, source="random")
-    small = Options((1,), (1,), (1e-2,), 6, 3, read_questions(models / "questions.jsonl"))
+    small = Options((1,), (1,), (1e-2,), (0.1,), 6, 3, read_questions(models / "questions.jsonl"))
     file, page = evaluate_runs(tmp_path / "nan", models / "ar", None, tmp_path, small, join())
     found = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert found["model"]["by_steps"]["loss"] == [None] * len(found["model"]["by_steps"]["loss"])

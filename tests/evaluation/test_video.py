@@ -81,7 +81,7 @@ def all_clips(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 def test_candidates_that_are_all_the_same_are_left_out(runs: Path, tmp_path: Path) -> None:
     file, page = evaluate_runs(runs / "ebwm", runs / "ar", None, tmp_path, Options(batch_size=4), join())
     found = json.loads(file.read_text())
-    assert [way["candidates"] for way in found["model"]["thinking"]] == [1] * 5
+    assert [way["candidates"] for way in found["model"]["thinking"]] == [1] * 6
     assert found["model"]["by_steps"]["copy_loss"] > 0 and found["model"]["by_steps"]["scene_changes"] == 1
     assert set(found["model"]["by_steps"]["frames"]) == {"copy", *map(str, range(9))}
     assert set(found["baseline"]["by_steps"]["frames"]) == {"copy", "1"}
