@@ -241,7 +241,6 @@ class _Refinement:
             state, energy, gradient = self._leave(~finished, state, energy, gradient)
         if len(self.index):
             if self._compares():
-                # What is not compared is not held.
                 kept = state if thinking.accept_only_decrease or thinking.prediction_tolerance is not None else energy
                 self.before = (kept, energy, gradient if thinking.accept_only_decrease else energy)
             self.state = model.space.update(state, gradient * self._factor())
