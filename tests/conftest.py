@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,6 @@ os.environ.update(
 # Builds of DeepSpeed's operators look for ninja, which lies beside the interpreter.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torch_extensions_dir() -> Iterator[None]:
-    """Build operators in a folder of this session: a lock that a killed build left elsewhere would block for ever."""
-    with tempfile.TemporaryDirectory(prefix="ebwm-extensions-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", folder)
-        yield
 
 
 @pytest.fixture(scope="session")

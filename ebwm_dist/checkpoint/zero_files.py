@@ -10,7 +10,8 @@ Files are memory-mapped, so only what is used is read. No code in them is execut
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ class ZeroState:
 def open_zero_state(path: Path) -> ZeroState:
     """Open the weights and the optimizer state of a committed checkpoint."""
     metadata = read_marker(path)["metadata"]
-    try:
+    with _reading(path):
         if metadata["zero_stage"] == 0:
             return _open_whole(path)
         models, optimizers = _shard_files(metadata)
@@ -97,20 +98,16 @@ def open_zero_state(path: Path) -> ZeroState:
         if metadata["zero_stage"] < 3:
             return _open_partitions(path, states)
         return _open_shares([load_file(path, name) for name in models], states)
-    except _MALFORMED as error:
-        raise _malformed(path, error) from None
 
 
 def weight_files(path: Path) -> list[str]:
     """Return the names of the files of a checkpoint that `load_module_state` reads."""
     metadata = read_marker(path)["metadata"]
-    try:
+    with _reading(path):
         if metadata.get("zero_stage") != 3:
             return [_MODEL_FILE]
         models, optimizers = _shard_files(metadata)
         return models + optimizers
-    except _MALFORMED as error:
-        raise _malformed(path, error) from None
 
 
 def verify_weights(path: Path) -> None:
@@ -121,15 +118,13 @@ def verify_weights(path: Path) -> None:
 def load_module_state(path: Path) -> dict[str, Tensor]:
     """Return the weights of the model in a checkpoint, on the CPU, in the precision that the model computes in."""
     metadata = read_marker(path)["metadata"]
-    try:
+    with _reading(path):
         if metadata.get("zero_stage") != 3:
             return dict(load_file(path, _MODEL_FILE)["module"])
         saved = open_zero_state(path)
         dtype = torch.bfloat16 if metadata["precision"] == "bf16" else torch.float32
         state = {name: saved.read(name).to(dtype) for name in saved.shapes} | saved.rest
         return state | {name: state[same] for name, same in saved.shared.items()}
-    except _MALFORMED as error:
-        raise _malformed(path, error) from None
 
 
 def load_file(path: Path, name: str) -> dict[str, Any]:
@@ -207,10 +202,12 @@ def _client(content: dict[str, Any]) -> dict[str, Any]:
     return {key: content[key] for key in ("training_state", *COUNTERS) if key in content}
 
 
-_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError)
-
-
-def _malformed(path: Path, error: Exception) -> CheckpointError:
-    if isinstance(error, CheckpointError):
-        return error
-    return CheckpointError(f"{path} does not hold weights as they are saved ({error}): take another")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever content of another shape raises into a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold weights as they are saved ({error}): take another") from None

@@ -5,14 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import socket
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +25,6 @@ def setup_distributed(startup_timeout: float, stop_reason: Callable[[], str | No
     # Set before DeepSpeed is imported: it then neither probes for devices nor remarks on finding none.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     os.environ["LOCAL_RANK"] = str(world.local_rank)  # its engine reads it, even of a process alone
-    extensions = _extensions_folder()
-    if world.local_rank == 0:
-        remove_stale_locks(extensions)
 
     import deepspeed
     import deepspeed.ops
@@ -89,48 +82,3 @@ def restricted_loading() -> Iterator[None]:
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def remove_stale_locks(folder: Path) -> None:
-    """Remove the locks that killed processes have left among torch's compiled extensions.
-
-    A build waits for such a lock for ever. A process that builds holds its lock open, so a lock that no process of this
-    machine holds is stale; the default folder belongs to one machine.
-    """
-    locks = list(folder.glob("**/lock"))
-    if not locks or not Path("/proc/self/fd").exists():
-        return
-    held = set()
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            held.add(os.readlink(descriptor))
-        except OSError:  # the process has ended, or belongs to another user
-            continue
-    for lock in locks:
-        try:
-            if str(lock.resolve()) in held or lock.stat().st_uid != os.getuid():
-                continue
-            lock.unlink()
-        except FileNotFoundError:  # released in the meantime
-            continue
-        print(f"removed {lock}: a build of an extension was killed and left it", file=sys.stderr)
-
-
-def _extensions_folder() -> Path:
-    """Choose where torch keeps compiled extensions: they fit one environment and one machine, so each has its own."""
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        places = [] if sys.prefix == sys.base_prefix else [Path(sys.prefix)]
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if not cache.startswith("~"):  # as it does without a home
-            places.append(Path(cache) / "ebwm_dist")
-        places.append(Path(tempfile.gettempdir()) / f"ebwm_dist-{os.getuid()}")
-        folders = [place / "torch_extensions" / socket.gethostname() for place in places]
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(next(filter(_can_be_written, folders), folders[-1]))
-    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-
-
-def _can_be_written(folder: Path) -> bool:
-    """Make a folder, if it is not there, and return whether it can be written."""
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)

@@ -5,6 +5,7 @@ Shapes: K MCMC steps; micro-batches may take different numbers of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -69,10 +70,8 @@ class StepStatistics:
             landscapes of energies or gradients that were not finite, or None; why samples were replaced, on any rank.
         """
         means = torch.stack(self._means).sum(0)  # micro-batches give their part of the mean
-        nonfinite = torch.stack([counts.sum() for counts in self._nonfinite]).sum() if self._nonfinite else 0.0
-        packed = torch.cat(
-            (means, means.new_tensor([stop, len(self._skipped)]), (means.new_zeros(()) + nonfinite)[None])
-        )
+        nonfinite = sum((counts.sum() for counts in self._nonfinite), means.new_zeros(()))
+        packed = torch.cat((means, means.new_tensor([stop, len(self._skipped)]), nonfinite[None]))
         if self.world.world_size > 1:
             dist.all_reduce(packed)
             packed[: len(_MEANS)] /= self.world.world_size
@@ -86,11 +85,9 @@ class StepStatistics:
 
     def _where(self) -> str:
         """Gather where energies or gradients were not finite."""
-        found: dict[int, int] = {}
+        found = Counter[int]()
         for counts in self._nonfinite:
-            for step, count in enumerate(counts.tolist()):
-                if count:
-                    found[step] = found.get(step, 0) + int(count)
+            found.update({step: int(count) for step, count in enumerate(counts.tolist()) if count})
         lines = []
         for rank, (node, steps) in enumerate(self.world.gather_objects((self.world.node, found))):
             lines += [

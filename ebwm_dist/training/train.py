@@ -43,7 +43,7 @@ def train(
     failure = None
     try:
         world.together(lambda: lock.take() if world.rank == 0 else None)
-        return Trainer(config, data, world, stop, watchdog, lock).run()
+        return Trainer(config, data, world, stop, watchdog, lock.verify).run()
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
         if is_communication_error(error):

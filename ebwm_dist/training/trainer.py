@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebwm_dist.checkpoint.run_lock import RunLock
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
@@ -54,11 +53,10 @@ class Trainer:
         world: World,
         stop: StopSignal,
         watchdog: Watchdog,
-        lock: RunLock | None = None,
+        verify_lock: Callable[[], None] = lambda: None,
     ):
         self.config, self.data, self.world = config, data, world
-        self.stop, self.watchdog = stop, watchdog
-        self.verify_lock = (lambda: None) if lock is None else lock.verify
+        self.stop, self.watchdog, self.verify_lock = stop, watchdog, verify_lock
         self.run_dir = Path(config.run_dir)
         self.log = RunLog(config, world)
         watchdog.beat(0, "loading")

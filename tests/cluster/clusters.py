@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.distributed import free_port
-from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY
+from tests.launchers.jobs import BESIDE_PYTHON, REPOSITORY, marked
 
 MARK = "EBWM_TEST_CLUSTER"
 QUIET = {
@@ -76,6 +76,10 @@ def cluster(nodes: int, cpus: int = 1) -> Iterator[TestCluster]:
     environment = {**QUIET, MARK: mark, "PATH": f"{BESIDE_PYTHON}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     running = None
+
+    def left() -> dict[int, str]:
+        return {process.pid: " ".join(process.info["cmdline"] or ()) for process in marked(MARK, mark)}
+
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -86,28 +90,16 @@ def cluster(nodes: int, cpus: int = 1) -> Iterator[TestCluster]:
             try:
                 if running is not None:
                     running.shutdown()
-                wait_for(lambda: not marked(mark), lambda: f"processes of the cluster left: {marked(mark)}", 30)
+                wait_for(lambda: not left(), lambda: f"processes of the cluster left: {left()}", 30)
             finally:
-                for pid in marked(mark):
-                    kill(pid)
+                for process in marked(MARK, mark):
+                    kill(process.pid)
 
-    def left() -> list[str]:
+    def shared() -> list[str]:
         new = set(os.listdir("/dev/shm")) - before
         return [name for name in new if name.startswith(("deepspeed", "torch_", "plasma"))]
 
-    wait_for(lambda: not left(), lambda: f"left in shared memory: {left()}", 10)
-
-
-def marked(mark: str) -> dict[int, str]:
-    """Return the command lines of processes that bear a mark in their environment, this one left out."""
-    found = psutil.process_iter(["environ", "cmdline", "status"])
-    return {
-        process.pid: " ".join(process.info["cmdline"] or ())
-        for process in found
-        if process.pid != os.getpid()
-        and (process.info["environ"] or {}).get(MARK) == mark
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-    }
+    wait_for(lambda: not shared(), lambda: f"left in shared memory: {shared()}", 10)
 
 
 def workers(run_dir: Path) -> dict[int, int]:

@@ -9,16 +9,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from tests.distributed import free_port
-from tests.runs import assert_same, metrics, newest_state
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = "launchers/train.py"
 BESIDE_PYTHON = Path(sys.executable).parent
 MARK = "EBWM_TEST_JOB"
-VOLATILE = {"tokens_per_second", "data_wait", "peak_memory_bytes", "mfu"}
 
 Start = Callable[..., "Job"]
 """`start(launcher, arguments, **environment)`."""
@@ -60,16 +61,7 @@ class Job:
 
     def processes(self) -> dict[int, dict[str, str]]:
         """Return the environments of all processes of the job that run, by process id."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                pairs = (folder / "environ").read_text(errors="replace").split("\0")
-                zombie = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z"
-            except OSError:  # it has ended, or belongs to somebody else
-                continue
-            if f"{MARK}={self.mark}" in pairs and not zombie:
-                found[int(folder.name)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        return found
+        return {process.pid: process.info["environ"] for process in marked(MARK, self.mark)}
 
     def rank(self, rank: int) -> int:
         """Return the process of a rank that a launcher has started."""
@@ -102,33 +94,25 @@ class Job:
         left: Iterable[int] = known
         while left := left or self.processes():
             for pid in left:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
             left = ()
             time.sleep(0.05)
         self.process.wait()
+
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Return the running processes whose environment has a variable, with their command lines; not this one."""
+    return [
+        process
+        for process in psutil.process_iter(["environ", "cmdline", "status"])
+        if (process.info["environ"] or {}).get(name) == value
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+        and process.pid != os.getpid()
+    ]
 
 
 def steps_done(run_dir: Path) -> int:
     """Return the number of whole training records so far."""
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b'{"kind": "train"') if path.exists() else 0
-
-
-def assert_equal_runs(got: Path, wanted: Path, unset: tuple[str, ...] = ()) -> None:
-    """Fail unless two finished runs have the same records and the same last checkpoint, to the last bit.
-
-    `unset` names the ends of what a checkpoint holds without ever having been set.
-    """
-    for kind in ("train", "val"):
-        records = [
-            [{key: value for key, value in record.items() if key not in VOLATILE} for record in metrics(run, kind)]
-            for run in (got, wanted)
-        ]
-        assert records[0] == records[1]
-    assert [record["step"] for record in metrics(got)] == list(range(1, len(metrics(wanted)) + 1))
-    assert_same(
-        newest_state(got), newest_state(wanted), skip=lambda where: where.endswith(("training_state/seconds", *unset))
-    )

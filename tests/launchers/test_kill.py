@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.checkpoint.folder import MARKER, list_checkpoints, step_of, verify
-from tests.launchers.jobs import Job, Start, assert_equal_runs, steps_done
+from tests.launchers.jobs import Job, Start, steps_done
+from tests.runs import assert_equal_runs
 
 KILLS = 10
 STEPS = 80

@@ -18,8 +18,8 @@ from ebwm_dist.checkpoint.run_lock import RunLock
 from ebwm_dist.config.loading import load_config
 from launchers import train
 from tests.distributed import free_port
-from tests.launchers.jobs import PROGRAM, REPOSITORY, Start, assert_equal_runs, steps_done
-from tests.runs import metrics
+from tests.launchers.jobs import PROGRAM, REPOSITORY, Start, steps_done
+from tests.runs import assert_equal_runs, metrics
 
 LOSSES = ("loss", "loss_first_step", "loss_last_step", "energy_first", "energy_last", "mcmc_step_size")
 KEYS = {"kind", "step", "tokens", *LOSSES}
@@ -28,12 +28,9 @@ TRAIN_KEYS = {*KEYS, *STEP_KEYS, "skipped_samples", "tokens_per_second", "data_w
 
 
 def whole_run(start: Start, launcher: str, arguments: list[str], folder: Path) -> tuple[Path, str]:
-    lock = folder / "extensions" / "operator" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
     job = start(launcher, [*arguments, f"run_dir={folder / 'run'}"], TORCH_EXTENSIONS_DIR=str(folder / "extensions"))
     assert job.end() == 0, job.text
-    assert not lock.exists()
+    assert not (folder / "extensions").exists()  # no operator of DeepSpeed is compiled
     return folder / "run", job.text
 
 
@@ -64,7 +61,7 @@ def test_run_folder(one_rank: tuple[Path, str], launch_arguments: list[str]) -> 
     assert metrics(run_dir)[-1]["loss"] < metrics(run_dir)[0]["loss"]
     assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step-000060"]
     assert "done: step 60 of 60" in (run_dir / "logs" / "rank_00000.log").read_text()
-    assert f"done: step 60 of 60, in {run_dir}" in text and "a build of an extension was killed" in text
+    assert f"done: step 60 of 60, in {run_dir}" in text
 
 
 def test_torchrun_trains_as_python_does(one_rank: tuple[Path, str], two_ranks: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed as the backend: set-up without a launcher, its folder for extensions, checkpoints that cannot run code."""
+"""DeepSpeed as the backend: set-up without a launcher, which compiles nothing, and checkpoints that cannot run code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import torch.distributed as dist
 from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.training import backend
-from ebwm_dist.training.backend import remove_stale_locks, restricted_loading, setup_distributed
+from ebwm_dist.training.backend import restricted_loading, setup_distributed
 from tests.distributed import run_distributed_test
 
 
@@ -127,40 +126,3 @@ def save_and_load(rank: int, world_size: int, root: Path) -> None:
 
 def test_deepspeed_checkpoints_load_without_running_code(tmp_path: Path) -> None:
     run_distributed_test(save_and_load, 2, tmp_path, backend="", timeout=120)
-
-
-def test_stale_lock_is_removed_and_a_held_one_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("killed", "building"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "killed" / "lock").touch()
-    held = os.open(tmp_path / "building" / "lock", os.O_CREAT | os.O_EXCL)
-    remove_stale_locks(tmp_path)
-    os.close(held)
-    assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["building"]
-    assert "killed" in capsys.readouterr().err
-    remove_stale_locks(tmp_path)
-    assert not list(tmp_path.glob("*/lock"))
-
-
-@pytest.mark.parametrize(
-    ("prefix", "cache", "wanted"),
-    [
-        ("ENV", "CACHE", "ENV/torch_extensions/"),
-        ("/proc/none", "CACHE", "CACHE/ebwm_dist/torch_extensions/"),
-        ("/proc/none", "/proc/none", "TMP/ebwm_dist-"),
-        ("/proc/none", "", "TMP/ebwm_dist-"),
-    ],
-)
-def test_extensions_lie_where_something_can_be_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prefix: str, cache: str, wanted: str
-) -> None:
-    """In the environment, else in the cache, else in the temporary folder; there may be no home (the last case)."""
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # this user has a home in /etc/passwd
-    places = {name: str(tmp_path / name) for name in ("ENV", "CACHE", "TMP")}
-    monkeypatch.setattr(sys, "prefix", places.get(prefix, prefix))
-    monkeypatch.setenv("XDG_CACHE_HOME", places.get(cache, cache))
-    monkeypatch.setattr(backend.tempfile, "gettempdir", lambda: places["TMP"])
-    name, slash, rest = wanted.partition("/")
-    assert str(backend._extensions_folder()).startswith(places[name] + slash + rest)

@@ -14,7 +14,7 @@ from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.data.format.manifest import Manifest
 from tests.distributed import run_distributed_test
-from tests.runs import assert_same, metrics, newest_state, train_in_turn
+from tests.runs import assert_equal_runs, metrics, newest_state, train_in_turn
 
 TOLERANCES = {
     "loss": 2e-5,
@@ -126,11 +126,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         train_in_turn, world_size, tiny_config, [whole, *([*parts, stop] for stop in stops)], timeout=240
     )
 
-    for kind, volatile in (("train", {"tokens_per_second", "data_wait", "peak_memory_bytes"}), ("val", set())):
-        got, want = metrics(tmp_path / "parts", kind), metrics(tmp_path / "whole", kind)
-        assert len(want) == (20 if kind == "train" else 4)
-        strip = [[{k: v for k, v in r.items() if k not in volatile} for r in records] for records in (got, want)]
-        assert strip[0] == strip[1]
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+    assert (len(metrics(tmp_path / "whole")), len(metrics(tmp_path / "whole", "val"))) == (20, 4)
     logs = [(tmp_path / name / "samples.jsonl").read_text() for name in ("parts", "whole")]
     assert logs[0] == logs[1]
     logged = [json.loads(line) for line in logs[0].splitlines()]
@@ -138,15 +135,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     epoch = [key for record in logged[: samples // batch] for key in record["samples"]]
     assert len(epoch) == len(set(epoch)) == samples // batch * batch
     assert len(list_checkpoints(tmp_path / "parts" / "checkpoints")) == 3
-    # What may differ is how long it took, and the padding that rank 1 holds in place of alpha under ZeRO-3.
-    assert_same(
-        newest_state(tmp_path / "parts"),
-        newest_state(tmp_path / "whole"),
-        skip=lambda where: (
-            where.endswith("training_state/seconds")
-            or ("zero_pp_rank_1" in where and where.endswith("fp32_flat_groups/1"))
-        ),
-    )
 
 
 def test_changed_optimizer_settings_count_after_a_resume(
