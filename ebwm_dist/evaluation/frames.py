@@ -75,7 +75,7 @@ def frame_errors(model: Model, batches: Iterable[Batch], num_steps: int, preproc
 @torch.no_grad()
 def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreprocessor) -> FrameErrors:
     observed = preprocess(batch.observed)
-    truth, counted = observed[:, 1:], batch.counted.to(observed.device)[:, None]
+    truth, sample_mask = observed[:, 1:], batch.sample_mask.to(observed.device)[:, None]
     kept = ~scene_changes(preprocess, observed)
     pictures = preprocess.decode(truth).float() if preprocess.decodable else None
     sums = {}
@@ -89,8 +89,8 @@ def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreproc
             errors["pixel_mse"] = (decoded - pictures).square().mean((2, 3, 4))
             errors["ssim"] = similarity(decoded.flatten(0, 1), pictures.flatten(0, 1)).view(kept.shape)
         for error, values in errors.items():
-            sums[name, error] = (values.double() * (kept & counted)).sum(-1).cpu()
-    return FrameErrors(sums, (kept & counted).sum(-1).cpu(), (~kept & counted).sum(-1).cpu())
+            sums[name, error] = (values.double() * (kept & sample_mask)).sum(-1).cpu()
+    return FrameErrors(sums, (kept & sample_mask).sum(-1).cpu(), (~kept & sample_mask).sum(-1).cpu())
 
 
 @torch.no_grad()

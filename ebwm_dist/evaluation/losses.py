@@ -120,7 +120,7 @@ def accumulate(
         if not proceed():
             return None
         observed = preprocess(batch.observed)
-        sums = _sums(evaluate(observed, batch.sample_ids, num_steps), observed, batch.counted)
+        sums = _sums(evaluate(observed, batch.sample_ids, num_steps), observed, batch.sample_mask)
         total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"
     return total

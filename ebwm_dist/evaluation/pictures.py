@@ -72,10 +72,10 @@ def panels(run: Run, twin: Run, data: ValidationData) -> list[list[Panel]]:
         return []
     clips: list[tuple[float, torch.Tensor, int]] = []
     for batch in data.batches(_BATCH_SIZE, data.samples):
-        observed = preprocess(batch.observed[batch.counted])
+        observed = preprocess(batch.observed[batch.sample_mask])
         motions = (observed[:, -1] - observed[:, -2]).square().mean(-1).tolist()
         foreseeable = (~scene_changes(preprocess, observed)[:, -1]).tolist()
-        found = zip(motions, observed, batch.sample_ids[batch.counted].tolist(), foreseeable, strict=True)
+        found = zip(motions, observed, batch.sample_ids[batch.sample_mask].tolist(), foreseeable, strict=True)
         clips += [(motion, clip, number) for motion, clip, number, shown in found if shown]
     clips.sort(key=lambda clip: -clip[0])
     return [_row(run, twin, data, *clip) for clip in clips[:: max(1, len(clips) // (4 * CLIPS))][:CLIPS]]

@@ -73,7 +73,7 @@ def tabulate(
     for batch in batches:
         observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
         rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking, None)
-        own.append({name: values.cpu()[batch.counted] for name, values in rows.items()})
+        own.append({name: values.cpu()[batch.sample_mask] for name, values in rows.items()})
     parts = [part for of_rank in world.gather_objects(own) for part in of_rank]
     columns: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = columns.pop("ids").argsort(stable=True)

@@ -19,19 +19,19 @@ def true_frame_is_lower(
     model: EnergyBasedTransformer, batches: Batches, preprocess: FramePreprocessor, world: World
 ) -> dict[str, tuple[float, float]]:
     """Return for each kind of wrong frame the share of positions, a mean over all clips and its standard error."""
-    own = [(preprocess(batch.observed), batch.sample_ids, batch.counted) for batch in batches()]
-    gathered = world.gather_objects([(clips.cpu()[counted], ids[counted]) for clips, ids, counted in own])
+    own = [(preprocess(batch.observed), batch.sample_ids, batch.sample_mask) for batch in batches()]
+    gathered = world.gather_objects([(clips.cpu()[sample_mask], ids[sample_mask]) for clips, ids, sample_mask in own])
     clips, ids = (torch.cat(parts) for parts in zip(*(part for of_rank in gathered for part in of_rank), strict=True))
     order = ids.argsort()
     clips, ids = clips[order], ids[order]
     lower: dict[str, list[Tensor]] = {}
-    for observed, own_ids, counted in own:
+    for observed, own_ids, sample_mask in own:
         # Half of all clips away: of another video, or at least of another moment.
         elsewhere = clips[(torch.searchsorted(ids, own_ids) + len(clips) // 2) % len(clips)].to(observed.device)
         true = energies_of(model, observed, observed[:, 2:])
         for name, candidates in wrong_frames(observed, elsewhere).items():
             share = (true < energies_of(model, observed, candidates)).double().mean(-1)
-            lower.setdefault(name, []).append(share.cpu()[counted])
+            lower.setdefault(name, []).append(share.cpu()[sample_mask])
     of_ranks = world.gather_objects({name: torch.cat(shares) for name, shares in lower.items()})
     # Sorted, for sums that do not depend on which rank has had which clip.
     return {name: mean_and_error(torch.cat([found[name] for found in of_ranks]).sort().values) for name in lower}

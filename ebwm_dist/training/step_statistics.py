@@ -46,11 +46,11 @@ class StepStatistics:
         self._means: list[Tensor] = []
         self._num_steps: list[int] = []
         self._nonfinite: list[Tensor] = []
-        self._skipped: list[str] = []
+        self._damaged: list[str] = []
 
-    def add(self, output: TrainingOutput, skipped: Sequence[str] = ()) -> None:
+    def add(self, output: TrainingOutput, damaged: Sequence[str] = ()) -> None:
         """Add one micro-batch, and why samples of it were replaced."""
-        self._skipped += skipped
+        self._damaged += damaged
         ends = [output.loss, *output.step_losses[[0, -1]]]
         for values in (output.step_energies, output.step_gradient_norms):
             ends += output.loss.new_zeros(2) if values is None else values[[0, -1]]
@@ -71,14 +71,14 @@ class StepStatistics:
         """
         means = torch.stack(self._means).sum(0)  # micro-batches give their part of the mean
         nonfinite = sum((counts.sum() for counts in self._nonfinite), means.new_zeros(()))
-        packed = torch.cat((means, means.new_tensor([stop, len(self._skipped)]), nonfinite[None]))
+        packed = torch.cat((means, means.new_tensor([stop, len(self._damaged)]), nonfinite[None]))
         if self.world.world_size > 1:
             dist.all_reduce(packed)
             packed[: len(_MEANS)] /= self.world.world_size
-        *figures, stopped, skipped, count = packed.tolist()
+        *figures, stopped, damaged, count = packed.tolist()
         where = self._where() if count else None
         # Like the places that were not finite, they are gathered only if there are any.
-        reasons = [r for of_rank in self.world.gather_objects(self._skipped) for r in of_rank] if skipped else []
+        reasons = [r for of_rank in self.world.gather_objects(self._damaged) for r in of_rank] if damaged else []
         found = dict(zip(_MEANS, figures, strict=True))
         found["mcmc_num_steps"] = sum(self._num_steps) / len(self._num_steps)
         return found, stopped > 0, where, reasons

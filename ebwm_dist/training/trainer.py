@@ -201,7 +201,7 @@ class Trainer:
                 forward=engine,
                 backward=engine.backward,
             )
-            statistics.add(output, batch.skipped)
+            statistics.add(output, batch.damaged)
         self.watchdog.beat(step, "optimizer step")
         applied = engine.step()
         self.watchdog.beat(step, "waiting for all ranks")

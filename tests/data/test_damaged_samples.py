@@ -77,7 +77,7 @@ def test_replacements_depend_on_order_and_damage_alone(pair: tuple[Mixture, Mixt
         batches = [b for t in range(steps) for rank in ranks for b in rank[t * per_step : (t + 1) * per_step]]
         assert [key for batch in batches for key in batch.keys] == keys
         assert np.array_equal(np.concatenate([batch.observed.numpy() for batch in batches]), samples)
-        reasons = [reason for batch in batches for reason in batch.skipped]
+        reasons = [reason for batch in batches for reason in batch.damaged]
         assert len(reasons) == sum(gone) > 0 and len(set(reasons)) == 2
         assert all("train-000001" in reason or "train-000004" in reason for reason in reasons)
 

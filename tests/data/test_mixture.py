@@ -21,7 +21,7 @@ from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
 from ebwm_dist.data.loading.mixture import Mixture, quotas
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
 from ebwm_dist.data.loading.order import BLOCK, EndlessOrder, MixtureOrder
-from ebwm_dist.data.loading.stream import Plan, SampleStream, validation_batches
+from ebwm_dist.data.loading.stream import BatchLayout, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 from tests.tiny_data import make_tiny_data
 
@@ -66,10 +66,10 @@ def test_any_chain_of_resumes_gives_the_batches_of_the_uninterrupted_run(
         for _ in range(steps):
             found = []
             for rank in range(world):
-                plan, fresh = Plan(G, micro_batch, rank, world), order_of(counts, weights, seed, window)
-                first = step * plan.micro_batches
-                for micro in range(first, first + plan.micro_batches):
-                    found += places(fresh, plan.numbers(micro))
+                layout, fresh = BatchLayout(G, micro_batch, rank, world), order_of(counts, weights, seed, window)
+                first = step * layout.micro_batches
+                for micro in range(first, first + layout.micro_batches):
+                    found += places(fresh, layout.numbers(micro))
             assert found == places(whole, np.arange(step * G, (step + 1) * G))
             step += 1
 
@@ -278,7 +278,7 @@ def test_validation_takes_each_data_sets_share(tiny: Manifest, second: Manifest)
             row
             for batches in ranks
             for b in batches
-            for row in zip(b.keys, b.sample_ids.tolist(), b.counted, strict=True)
+            for row in zip(b.keys, b.sample_ids.tolist(), b.sample_mask, strict=True)
         ]
         counted = [(key, number) for key, number, counts in rows if counts]
         assert len(counted) == len(set(counted)) == len({number for _, number in counted}) == 20

@@ -66,7 +66,7 @@ def test_a_stream_waits_for_its_storage(
     found = list(islice(disturbed, 3))
     server.stop()
     found += islice(disturbed, batches - 3)
-    assert len(pauses) >= 6 and not any(batch.skipped for batch in found)
+    assert len(pauses) >= 6 and not any(batch.damaged for batch in found)
     assert contents(found) == contents(list(islice(undisturbed, batches)))
 
 

@@ -65,7 +65,7 @@ def test_batches_have_the_promised_form_and_an_epoch_repeats_nothing(
     batch = next(tokens)
     assert (
         batch.observed.shape == (2, 17)
-        and batch.counted.all()
+        and batch.sample_mask.all()
         and batch.observed.dtype == batch.sample_ids.dtype == torch.int64
     )
     assert tokens.dropped_per_epoch == tiny.train.samples % G > 0
@@ -252,7 +252,7 @@ def test_validation_counts_every_chosen_sample_once(tiny: Manifest, world: int, 
     for batch in (batch for batches in ranks for batch in batches):
         assert batch.observed.shape == (4, 17)
         assert np.array_equal(batch.observed.numpy(), rows[batch.sample_ids.numpy()])
-        counted += batch.sample_ids[batch.counted].tolist()
+        counted += batch.sample_ids[batch.sample_mask].tolist()
     chosen = sorted(counted)
     assert len(chosen) == len(set(chosen)) == min(limit, len(rows))
     if limit == 10:  # spread over the whole split

@@ -43,8 +43,8 @@ def test_errors_of_every_step(kind: str) -> None:
     )
     model = build_model(config, None)
     observed = torch.randn(3, 6, 12)
-    counted = torch.tensor([True, True, False])
-    batch = Batch(observed, torch.arange(3), [""] * 3, counted)
+    sample_mask = torch.tensor([True, True, False])
+    batch = Batch(observed, torch.arange(3), [""] * 3, sample_mask)
     device = torch.device("cpu")
     found = frame_errors(model, [batch], 2, FramePreprocessor(device)).figures()["frames"]
     losses, _, tokens = model.evaluate(observed[:2], torch.arange(2), 2)

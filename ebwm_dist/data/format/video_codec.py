@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-BACKENDS = ("auto", "pyav", "torchcodec")
-
 _QUALITY = 90  # of JPEG
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # One thread and no macroblock tree, which reads memory that it has not set: the bytes would change between calls.

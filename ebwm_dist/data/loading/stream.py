@@ -58,14 +58,14 @@ class Batch:
     """Run-wide numbers `[B]` int64 on the CPU, which seed the noise of the samples."""
     keys: list[str]
     """Names of the samples, like `train-000000/00000012#5`."""
-    counted: torch.Tensor
+    sample_mask: torch.Tensor
     """False `[B]` for a row of validation that only fills the batch up."""
-    skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     """A reason for each damaged sample that was replaced (`data.on_error=skip`)."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchLayout:
     """The samples of each micro-batch of this rank: the arithmetic of the module's docstring."""
 
     global_batch_size: int
@@ -90,9 +90,9 @@ class _MicroBatches(IterableDataset):
     """This rank's micro-batches from `first` on, as raw arrays; each worker yields every N-th of them."""
 
     def __init__(
-        self, mixture: Mixture, order: MixtureOrder, plan: Plan, max_open: int, skip: bool, first: int
+        self, mixture: Mixture, order: MixtureOrder, layout: BatchLayout, max_open: int, skip: bool, first: int
     ) -> None:
-        self._mixture, self._order, self._plan = mixture, order, plan
+        self._mixture, self._order, self._layout = mixture, order, layout
         self._max_open, self._skip, self._first = max_open, skip, first
 
     def __iter__(self) -> Iterator[RawBatch | UserError]:
@@ -100,7 +100,7 @@ class _MicroBatches(IterableDataset):
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for micro in itertools.count(self._first + index, workers):
-            numbers = self._plan.numbers(micro)
+            numbers = self._layout.numbers(micro)
             if index == 0:
                 reader.fetch_ahead(order, int(numbers[0]))
             try:
@@ -177,7 +177,7 @@ class SampleStream:
         self._mixture = mixture
         self._num_workers = data.num_workers
         self._seed, self._window = seed, data.shuffle_window
-        self._plan = Plan(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
+        self._layout = BatchLayout(global_batch_size, micro_batch_size, dp_rank, dp_world_size)
         self._set_order(ORDER_VERSION)
         self._micro = 0  # number of the next micro-batch of this rank
         self._raw: Iterator[RawBatch | UserError] | None = None
@@ -187,12 +187,12 @@ class SampleStream:
     @property
     def dropped_per_epoch(self) -> int:
         """Return how many samples of each epoch are left out because they do not fill a global batch."""
-        return self._mixture.train_samples % self._plan.global_batch_size if len(self._mixture.sources) == 1 else 0
+        return self._mixture.train_samples % self._layout.global_batch_size if len(self._mixture.sources) == 1 else 0
 
     @property
     def steps_per_epoch(self) -> int:
         """Return how many whole global batches there are in all data."""
-        return self._mixture.train_samples // self._plan.global_batch_size
+        return self._mixture.train_samples // self._layout.global_batch_size
 
     @property
     def epoch(self) -> int:
@@ -202,7 +202,7 @@ class SampleStream:
     @property
     def _consumed(self) -> int:
         """Return the number of samples in the whole global batches that were handed out, over all ranks."""
-        return self._micro // self._plan.micro_batches * self._plan.global_batch_size
+        return self._micro // self._layout.micro_batches * self._layout.global_batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -214,13 +214,13 @@ class SampleStream:
         if isinstance(item, UserError):
             self.close()
             raise item
-        rows, keys, skipped = item
-        sample_ids = torch.from_numpy(self._plan.numbers(self._micro))
+        rows, keys, damaged = item
+        sample_ids = torch.from_numpy(self._layout.numbers(self._micro))
         self._micro += 1
-        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), skipped)
+        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), damaged)
 
     def _loader(self) -> DataLoader[RawBatch | UserError]:
-        dataset = _MicroBatches(self._mixture, self._order, self._plan, 2 * self._window, self._skip, self._micro)
+        dataset = _MicroBatches(self._mixture, self._order, self._layout, 2 * self._window, self._skip, self._micro)
         own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
         workers: dict[str, Any] = {}
         if self._num_workers:  # each of which runs torch on one thread, as all DataLoader workers do
@@ -231,7 +231,7 @@ class SampleStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: how many samples of whole global batches were handed out, and of which data."""
-        assert self._micro % self._plan.micro_batches == 0, "the position is defined between global batches only"
+        assert self._micro % self._layout.micro_batches == 0, "the position is defined between global batches only"
         position = {"samples_consumed": self._consumed, "epoch": self.epoch, "order_version": self._order_version}
         return {**position, **self._identity()}
 
@@ -247,7 +247,7 @@ class SampleStream:
                 )
         self.close()
         self._set_order(state.get("order_version", 1))
-        self._micro = state["samples_consumed"] // self._plan.global_batch_size * self._plan.micro_batches
+        self._micro = state["samples_consumed"] // self._layout.global_batch_size * self._layout.micro_batches
 
     def _set_order(self, version: int) -> None:
         if version > ORDER_VERSION:
@@ -256,7 +256,7 @@ class SampleStream:
                 f"to {ORDER_VERSION}; update it"
             )
         self._order_version = version
-        self._order = self._mixture.order(self._seed, self._window, self._plan.global_batch_size, version)
+        self._order = self._mixture.order(self._seed, self._window, self._layout.global_batch_size, version)
 
     def _identity(self) -> dict[str, Any]:
         """Return everything that the sequence of global batches depends on."""
@@ -265,7 +265,7 @@ class SampleStream:
             "fingerprint": self._mixture.fingerprint,
             "seed": self._seed,
             "shuffle_window": self._window,
-            "global_batch_size": self._plan.global_batch_size,
+            "global_batch_size": self._layout.global_batch_size,
         }
 
     def close(self) -> None:
@@ -286,7 +286,7 @@ def validation_batches(
     They are spread evenly over the split, in file order; `sample_ids` are their numbers in the split. For a mixture the
     splits of its data sets follow one another, each with its share of `max_sequences`, or all of its samples if it has
     fewer. Every rank gets the same number of batches of the same size: where samples run out, earlier ones are repeated
-    and not `counted`.
+    and `sample_mask` is False.
     """
     mixture = as_mixture(mixture)
     mixture.check_files(("val",))
