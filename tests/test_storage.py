@@ -78,6 +78,8 @@ def test_options_that_storage_does_not_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="checkpoint.remote = 's3://bucket/a': not an address of storage") as raised:
         CheckpointMirror("s3://bucket/a?password=secret", tmp_path)
     assert "secret" not in str(raised.value)
+    with pytest.raises(ConfigError, match="checkpoint.remote = 'bucket/a': must begin with s3://"):
+        load_config(write_config(tmp_path), ["checkpoint.remote=bucket/a"])
 
 
 def test_any_name_of_a_file_is_found_in_storage(tmp_path: Path) -> None:

@@ -78,8 +78,9 @@ class Jobs:
             raise JobError(f"{name!r} cannot name a job: letters, digits and ._- can (--name)")
         metadata = {"run_dir": config.run_dir, "fingerprint": fingerprint(config)}
         if (info := self._find(name)) is not None:
-            if info.metadata.get("run_dir") != config.run_dir:
-                raise JobError(f"{name} is the name of another run, in {info.metadata.get('run_dir')}: choose a --name")
+            if (other := _run_dir(info)) != config.run_dir:
+                where = f"run, in {other}" if other else "job"
+                raise JobError(f"{name} is the name of another {where}: choose a --name")
             if info.status not in _ENDED:
                 return name, f"{name} is {info.status.lower()} already"
             if info.status == "SUCCEEDED" and info.metadata == metadata:
@@ -136,9 +137,7 @@ class Jobs:
         """Return a line for each submitted job, the latest first."""
         jobs = [job for job in self._client.list_jobs() if job.submission_id]
         jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
-        return [
-            f"{job.submission_id}  {job.status.lower()}  {job.metadata.get('run_dir', '')}".rstrip() for job in jobs
-        ]
+        return [f"{job.submission_id}  {job.status.lower()}  {_run_dir(job)}".rstrip() for job in jobs]
 
     async def _print_logs(self, name: str) -> None:
         """Print the logs across lost connections; each connection begins at their start."""
@@ -200,6 +199,11 @@ def _absolute(value: Any) -> Any:
     if value is None or "://" in value or value.startswith("pipe:"):
         return value
     return str(Path(value).absolute())
+
+
+def _run_dir(job: Any) -> str:
+    """Return the run folder of a job, empty if the job was not submitted by this module."""
+    return str((job.metadata or {}).get("run_dir", ""))
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,20 +37,16 @@ def content_of(path: Path) -> str:
     return (path / "sub" / "data.json").read_text()
 
 
-def no_warning(message: str) -> None:
-    raise AssertionError(message)
-
-
 def steps(root: Path) -> list[str]:
     return [path.name for path in list_checkpoints(root)]
 
 
 def test_committed_checkpoint_is_listed_and_intact(tmp_path: Path) -> None:
-    assert newest_intact(tmp_path / "absent", no_warning) is None
+    assert newest_intact(tmp_path / "absent", pytest.fail) is None
     save(tmp_path, 5)
     path = save(tmp_path, 1_000_000)
     assert steps(tmp_path) == ["step-1000000", "step-000005"]
-    assert newest_intact(tmp_path, no_warning) == path
+    assert newest_intact(tmp_path, pytest.fail) == path
     marker = read_marker(path)
     assert marker["step"] == 1_000_000 and marker["metadata"] == {"zero_stage": 1}
     assert set(marker["files"]) == {"rank-0.pt", "rank-1.pt", "sub/data.json"}
@@ -112,7 +108,7 @@ def test_kill_while_saving_leaves_previous_or_new(tmp_path: Path) -> None:
     seen = set()
     for root, killed in kills(tmp_path, lambda root: save(root, 10, "old"), lambda root: save(root, 20, "new")):
         for _ in range(2):
-            path = newest_intact(root, no_warning)
+            path = newest_intact(root, pytest.fail)
             assert path is not None
             assert content_of(path) == {"step-000010": "old", "step-000020": "new"}[path.name]
             seen.add(path.name)
@@ -127,12 +123,12 @@ def test_kill_while_saving_leaves_previous_or_new(tmp_path: Path) -> None:
 def test_kill_while_replacing_the_same_step(tmp_path: Path) -> None:
     seen = []
     for root, killed in kills(tmp_path, lambda root: save(root, 10, "old"), lambda root: save(root, 10, "new")):
-        before = newest_intact(root, no_warning)
+        before = newest_intact(root, pytest.fail)
         assert before is not None
         content = content_of(before)
         seen.append(content)
         clean_leftovers(root, print)
-        after = newest_intact(root, no_warning)
+        after = newest_intact(root, pytest.fail)
         assert after == checkpoint_path(root, 10) and content_of(after) == content
         assert [entry.name for entry in root.iterdir()] == ["step-000010"]
         assert killed or content == "new"
@@ -160,7 +156,7 @@ def test_kill_while_pruning(tmp_path: Path) -> None:
             save(root, step)
 
     for root, _ in kills(tmp_path, prepare, lambda root: prune(root, 1)):
-        assert newest_intact(root, no_warning) == checkpoint_path(root, 3)
+        assert newest_intact(root, pytest.fail) == checkpoint_path(root, 3)
         for path in list_checkpoints(root):
             verify(path)
         clean_leftovers(root, print)
@@ -177,7 +173,7 @@ def test_kill_while_cleaning(tmp_path: Path) -> None:
         (root / "step-000001" / "rank-1.pt").write_text("torn")
 
     for root, killed in kills(tmp_path, prepare, lambda root: clean_leftovers(root, print)):
-        path = newest_intact(root, no_warning)
+        path = newest_intact(root, pytest.fail)
         assert path is not None and content_of(path) == "old"
         assert killed or path == checkpoint_path(root, 1)
 
@@ -189,7 +185,7 @@ def test_a_checkpoint_that_lost_its_marker_is_kept_with_a_warning(tmp_path: Path
     told: list[str] = []
     clean_leftovers(tmp_path, told.append)
     assert len(told) == 1 and "step-000002 has no COMMITTED.json" in told[0]
-    assert newest_intact(tmp_path, no_warning) == checkpoint_path(tmp_path, 1)
+    assert newest_intact(tmp_path, pytest.fail) == checkpoint_path(tmp_path, 1)
     assert (tmp_path / "step-000002.incomplete").is_dir()
     clean_leftovers(tmp_path, told.append)
     assert len(told) == 1

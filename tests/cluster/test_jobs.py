@@ -70,6 +70,11 @@ def test_a_run_is_submitted_once(cluster: Jobs, config: Config) -> None:
     assert cluster.submit(config) == ("mine", "mine has finished already")
     assert client.deleted == [] and cluster.list() == [f"mine  succeeded  {config.run_dir}"]
     assert cluster.status("mine") == "succeeded"
+    foreign = {"submission_id": "foreign", "status": "RUNNING", "metadata": None, "start_time": None}
+    client.jobs["foreign"] = SimpleNamespace(**foreign)  # submitted by other means
+    assert cluster.list()[1] == "foreign  running"
+    with pytest.raises(JobError, match="foreign is the name of another job"):
+        cluster.submit(config, "foreign")
 
 
 def test_what_has_not_finished_or_is_to_go_on_is_submitted_again(cluster: Jobs, config: Config) -> None:
@@ -188,8 +193,6 @@ def test_options_of_submit_replace_what_the_file_says_only_where_they_are_given(
 
 
 def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from launchers import submit
-
     monkeypatch.setattr(sys, "argv", ["submit.py", "list", "--address", "http://127.0.0.1:9"])
     assert submit.main() == 1
     err = capsys.readouterr().err

@@ -66,13 +66,6 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     log.close()
 
 
-def test_what_json_cannot_hold_is_null(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
-    log.write({"kind": "train", "step": 1, "loss": float("nan"), "grad_norm": float("inf")})
-    log.close()
-    assert json.loads(log.path.read_text()) == {"kind": "train", "step": 1, "loss": None, "grad_norm": None}
-
-
 def test_lines_a_person_can_read() -> None:
     assert train_line(TRAIN, 2000, 3725) == (
         "step 120/2000 | loss 5.4321 | energy gap 1.250 | alpha 0.5 | grad 0.810 | lr 1.20e-03 | 12.3k tok/s | "
