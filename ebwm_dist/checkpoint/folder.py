@@ -32,17 +32,17 @@ Files = dict[str, dict[str, Any]]
 
 def checkpoint_path(root: Path, step: int) -> Path:
     """Return the folder of the committed checkpoint of `step`."""
-    return Path(root) / f"step-{step:06d}"
+    return root / f"step-{step:06d}"
 
 
 def staging_path(root: Path, step: int) -> Path:
     """Return the folder that the ranks write into before the checkpoint of `step` is committed."""
-    return Path(root) / f"step-{step:06d}.tmp"
+    return root / f"step-{step:06d}.tmp"
 
 
 def step_of(path: Path) -> int:
     """Return the training step that a checkpoint folder is named after."""
-    match = _NAME.fullmatch(Path(path).name)
+    match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not a checkpoint: name a folder like step-000100")
     return int(match.group(1))
@@ -88,7 +88,7 @@ def newest_intact(root: Path, warn: Callable[[str], None], check: Callable[[Path
 def read_marker(path: Path) -> dict[str, Any]:
     """Return the content of the marker: `step`, `format_version`, `files` and `metadata`."""
     try:
-        marker = json.loads((Path(path) / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER}") from None
     except (OSError, ValueError) as error:
@@ -120,13 +120,13 @@ def verify(path: Path, names: Iterable[str] | None = None) -> None:
         files = {name: files[name] for name in files if name in names}
     for name, expected in files.items():
         try:
-            size = (Path(path) / name).stat().st_size
+            size = (path / name).stat().st_size
         except OSError:
             raise CheckpointError(f"{path} is damaged: {name} is missing") from None
         if size != expected["bytes"]:
             raise CheckpointError(f"{path} is damaged: {name} has {size} bytes instead of {expected['bytes']}")
     try:
-        found = _hash_files(Path(path), files)
+        found = _hash_files(path, files)
     except OSError as error:
         raise CheckpointError(f"{path} is damaged: a file cannot be read ({error})") from None
     for name, expected in files.items():
@@ -242,9 +242,9 @@ def clean_leftovers(root: Path, warn: Callable[[str], None]) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    if not Path(root).is_dir():
+    if not root.is_dir():
         return []
-    return sorted(path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -141,19 +141,14 @@ class RunLock:
         return _parse(content).items() >= self._owner.items()
 
 
-def process_fields(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name of the process: state, parent, ...; none without /proc."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stream:
-            return stream.read().rpartition(")")[2].split()  # the name may hold spaces and brackets
-    except OSError:
-        return []
-
-
 def _started(pid: int) -> str | None:
     """Return when a process of this machine started, in ticks since the machine did; None if it does not run."""
-    fields = process_fields(pid)
-    return None if not fields or fields[0] in "ZX" else fields[19]
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()  # the name may hold spaces and brackets
+    return None if state in "ZX" else fields[18]
 
 
 def _machine() -> str | None:

@@ -129,7 +129,7 @@ def load_module_state(path: Path) -> dict[str, Tensor]:
 
 def load_file(path: Path, name: str) -> dict[str, Any]:
     """Load one of DeepSpeed's files, memory-mapped, without executing code."""
-    file = Path(path) / name
+    file = path / name
     if not file.exists():
         raise CheckpointError(f"{path} holds no {name}: take another checkpoint")
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from ebwm_dist.checkpoint.run_lock import process_fields
+import psutil
 
 
 class StopSignal:
@@ -46,7 +47,7 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _launchers() -> list[int]:
+def _launchers() -> list[psutil.Process]:
     """Return the processes above this one that must stay alive: none, torchrun, or DeepSpeed's one or two."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _ancestors(1)
@@ -54,25 +55,22 @@ def _launchers() -> list[int]:
     if not ancestors or not _is_deepspeed(ancestors[0]):
         return []
     # `deepspeed` starts `deepspeed.launcher.launch` on each node, over pdsh or ssh on the others.
-    return [pid for position, pid in enumerate(ancestors) if position == 0 or _is_deepspeed(pid)]
+    return [process for process in ancestors if process == ancestors[0] or _is_deepspeed(process)]
 
 
-def _ancestors(count: int) -> list[int]:
-    """Return the ids of the parent, its parent and so on: `count` of them, fewer without /proc."""
-    pids = [os.getppid()][:count]
-    while pids and len(pids) < count:
-        fields = process_fields(pids[-1])
-        if not fields:
-            break
-        pids.append(int(fields[1]))
-    return pids
+def _ancestors(count: int) -> list[psutil.Process]:
+    """Return the parent, its parent and so on, `count` of them at most."""
+    found: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        while len(found) < count and (parent := (found[-1] if found else psutil.Process()).parent()) is not None:
+            found.append(parent)
+    return found
 
 
-def _is_deepspeed(pid: int) -> bool:
+def _is_deepspeed(process: psutil.Process) -> bool:
     try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as stream:
-            arguments = stream.read().split("\0")
-    except OSError:
+        arguments = process.cmdline()
+    except psutil.Error:
         return False
     return "deepspeed.launcher.launch" in arguments or any(
         os.path.basename(argument) in ("deepspeed", "deepspeed.pt", "ds") for argument in arguments[:3]
