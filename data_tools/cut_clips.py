@@ -31,9 +31,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="videos, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="data folder to make")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (default: 16)")
@@ -77,7 +75,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
     options = parse_arguments(arguments)
     cut = Cut(**{field.name: getattr(options, field.name) for field in fields(Cut)})
     report = cut_clips(

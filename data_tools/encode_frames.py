@@ -18,16 +18,13 @@ from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="data folder made by cut_clips.py")
     parser.add_argument("--out", type=Path, required=True, help="data folder to make")
     add_encoding_arguments(parser, required=True)
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    work = Work.of(options)
-    print(encode_clips(options.clips, options.out, Encoding.of(options), work=work).describe())
+    print(encode_clips(options.clips, options.out, Encoding.of(options), work=Work.of(options)).describe())
 
 
 if __name__ == "__main__":

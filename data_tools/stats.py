@@ -108,9 +108,7 @@ def contact_sheet(clips: np.ndarray) -> Image.Image:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="data folder")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="image to write; video only")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from ebwm_dist.data.tokenizer import Tokenizer
@@ -21,9 +22,7 @@ from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_document_arguments(parser)
     parser.add_argument("--tokenizer", required=True, type=Path, help="model made by train_tokenizer.py")
     parser.add_argument("--out", type=Path, default=Path("data/text"), help="data folder to make (default: data/text)")
@@ -48,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("sequence_length", "samples_per_member", "members_per_shard"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    options.holdout = tuple(sorted(set(options.holdout)))
     return options
 
 
@@ -68,15 +68,8 @@ def warn_of_leak(tokenizer: Path, layout: Layout) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
     options = parse_arguments(arguments)
-    layout = Layout(
-        sequence_length=options.sequence_length,
-        samples_per_member=options.samples_per_member,
-        members_per_shard=options.members_per_shard,
-        holdout=tuple(sorted(set(options.holdout))),
-        holdout_fraction=options.holdout_fraction,
-    )
+    layout = Layout(**{field.name: getattr(options, field.name) for field in fields(Layout)})
     report = build_text_shards(
         options.input,
         Tokenizer(options.tokenizer),

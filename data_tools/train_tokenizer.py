@@ -29,9 +29,7 @@ from ebwm_dist.prepare.listing import describe_inputs
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_document_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("data/text/tokenizer.model"), help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=1000, help="number of tokens (default: 1000)")
@@ -55,7 +53,6 @@ def is_up_to_date(out: Path, sidecar: Path, source: dict[str, object]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the tool."""
     options = parse_arguments(arguments)
     sidecar = options.out.with_name(options.out.name + ".json")
     files = find_documents(options.input, outputs=(options.out, sidecar))

@@ -125,9 +125,7 @@ def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; returns the exit status."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="data folder")
     parser.add_argument(
         "--deep", action="store_true", help="read everything: hashes, tar members, shapes and values of every sample"

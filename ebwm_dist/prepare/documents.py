@@ -14,7 +14,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from ebwm_dist.errors import DataError, UserError
@@ -147,7 +147,7 @@ class DocumentReader:
         raw = raw.removeprefix(codecs.BOM_UTF8)
         if raw.strip():
             try:
-                yield parse_line(raw, f"{file.name}:{number}", self.fields)
+                yield _parse(raw, f"{file.name}:{number}", self.fields)
             except ValueError as error:
                 self._reject(file, number, str(error))
 
@@ -156,7 +156,7 @@ def _has_suffix(file: InputFile, *suffixes: str) -> str | None:
     return next((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), None)
 
 
-def parse_line(raw: bytes, default_id: str, fields: Fields) -> Document:
+def _parse(raw: bytes, default_id: str, fields: Fields) -> Document:
     """Read one line of JSON; raises ValueError with the reason where it is not a document."""
     try:
         content = json.loads(raw.decode("utf-8"))
@@ -168,16 +168,13 @@ def parse_line(raw: bytes, default_id: str, fields: Fields) -> Document:
         raise ValueError("invalid JSON (nested too deeply)") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
-    if not isinstance(content.get(fields.text), str):
+    text, name, group = (content.get(field) for field in (fields.text, fields.id, fields.group))
+    if not isinstance(text, str):
         raise ValueError(f"no text in field {fields.text!r}")
-    text: str = content[fields.text]
-    name = content.get(fields.id)
-    group = content.get(fields.group)
     identity = default_id if name is None else str(name)
+    document = Document(identity, identity if group is None else str(group), text)
     try:
-        # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-        for part in (text, identity, "" if group is None else str(group)):
-            part.encode("utf-8")
+        "".join(astuple(document)).encode("utf-8")  # JSON can spell half a surrogate pair, UTF-8 cannot
     except UnicodeEncodeError:
         raise ValueError("text that is not valid Unicode (a lone surrogate)") from None
-    return Document(identity, identity if group is None else str(group), text)
+    return document

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +27,6 @@ class InputFile:
     path: Path
 
 
-class _Ignored:
-    """Counts ignored files and folders by reason, and keeps the first of each as an example."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, Path] = {}
-
-    def add(self, reason: str, path: Path) -> None:
-        self._counts[reason] += 1
-        self._examples.setdefault(reason, path)
-
-    def __str__(self) -> str:
-        return ", ".join(
-            f"{count} {reason} ({printable(self._examples[reason])})" for reason, count in self._counts.most_common()
-        )
-
-
 def list_inputs(inputs: Iterable[str | Path], suffixes: Sequence[str], outputs: Iterable[Path] = ()) -> list[InputFile]:
     """Return the files among `inputs`, each once: given files, and in sorted order those of given folders.
 
@@ -58,13 +41,13 @@ def list_inputs(inputs: Iterable[str | Path], suffixes: Sequence[str], outputs: 
     """
     written = {os.path.realpath(path) for path in outputs}
     listed: dict[str, InputFile] = {}
-    ignored = _Ignored()
+    ignored: dict[str, list[Path]] = defaultdict(list)  # by reason
     for given in map(Path, inputs):
         refuse_outputs(given, written)
         if given.is_dir():
             found = sorted(_matching_files(given, tuple(suffixes), written, ignored))
             if not found:
-                reason = f"; ignored are {ignored}" if str(ignored) else ""
+                reason = f"; ignored are {_counts(ignored)}" if ignored else ""
                 raise UserError(f"input folder {printable(given)} holds no {', '.join(suffixes)} file{reason}")
         elif given.exists():
             found = [(given, os.path.realpath(given))]
@@ -72,13 +55,19 @@ def list_inputs(inputs: Iterable[str | Path], suffixes: Sequence[str], outputs: 
             raise UserError(f"input {printable(given)} does not exist")
         for path, real in found:
             if real in listed:
-                ignored.add("listed twice", path)
+                ignored["listed twice"].append(path)
             else:
                 name = path.name if path == given else path.relative_to(given).as_posix()
                 listed[real] = InputFile(printable(name), path)
-    if str(ignored):
-        _log.warning("ignored inputs: %s", ignored)
+    if ignored:
+        _log.warning("ignored inputs: %s", _counts(ignored))
     return list(listed.values())
+
+
+def _counts(ignored: dict[str, list[Path]]) -> str:
+    """Return the number of paths by reason, most frequent first, each with an example."""
+    by_count = sorted(ignored.items(), key=lambda item: -len(item[1]))
+    return ", ".join(f"{len(paths)} {reason} ({printable(paths[0])})" for reason, paths in by_count)
 
 
 def refuse_outputs(given: Path, outputs: Iterable[str | Path]) -> None:
@@ -89,7 +78,13 @@ def refuse_outputs(given: Path, outputs: Iterable[str | Path]) -> None:
 
 def describe_inputs(files: Iterable[InputFile]) -> list[dict[str, str | int]]:
     """Return name, size and SHA-256 of every input: a build from equal ones reads the same data."""
-    return [_describe(file) for file in files]
+    described: list[dict[str, str | int]] = []
+    for name, path in ((file.name, file.path) for file in files):
+        try:
+            described.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)})
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return described
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
@@ -97,15 +92,8 @@ def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"input {printable(path)} cannot be read ({error.strerror or error})")
 
 
-def _describe(file: InputFile) -> dict[str, str | int]:
-    try:
-        return {"name": file.name, "bytes": file.path.stat().st_size, "sha256": sha256_of_file(file.path)}
-    except OSError as error:
-        raise unreadable(file.path, error) from None
-
-
 def _matching_files(
-    top: Path, suffixes: tuple[str, ...], written: set[str], ignored: _Ignored
+    top: Path, suffixes: tuple[str, ...], written: set[str], ignored: dict[str, list[Path]]
 ) -> Iterator[tuple[Path, str]]:
     """Yield the files below `top` that end in `suffixes`, each with its real path.
 
@@ -128,14 +116,14 @@ def _matching_files(
             if entry.is_symlink():
                 target = os.path.realpath(path)
             if target in written:
-                ignored.add("written by this tool", path)
+                ignored["written by this tool"].append(path)
             elif entry.name.startswith("."):
-                ignored.add("hidden", path)
+                ignored["hidden"].append(path)
             elif os.path.isdir(path):
                 (linked if entry.is_symlink() else folders).append((path, target))
             elif not os.path.isfile(path):
-                ignored.add("broken link" if entry.is_symlink() else "not a regular file", path)
+                ignored["broken link" if entry.is_symlink() else "not a regular file"].append(path)
             elif entry.name.lower().endswith(suffixes):
                 yield path, target
             else:
-                ignored.add(path.suffix.lower() or "without suffix", path)
+                ignored[path.suffix.lower() or "without suffix"].append(path)

@@ -64,7 +64,14 @@ class _SplitBuilder:
 
     def __init__(self, folder: Path, split: str, sample_format: TokenFormat, layout: Layout, made_from: str) -> None:
         self._folder, self._length, self._made_from = folder, sample_format.sequence_length, made_from
-        self._start, self.kept = _resume(folder, split, made_from, _Position(0, 0, 0, 0, sample_format.eos_id))
+        self._start = _Position(0, 0, 0, 0, sample_format.eos_id)
+        self.kept: list[Shard] = []
+        while shard := finished_shard(folder, f"{split}-{len(self.kept):06d}.tar"):
+            record = read_build_record(folder, shard)
+            if record.get("made_from") != made_from:
+                break
+            self.kept.append(shard)
+            self._start = _Position(**record["end"])
         self._packer = Packer(self._length, layout.samples_per_member, self._start.last, sample_format.pad_id)
         self._writer = ShardWriter(folder, split, sample_format, layout.members_per_shard, first_shard=len(self.kept))
         self.groups: set[str] = set()
@@ -85,17 +92,13 @@ class _SplitBuilder:
             shards = len(self._writer.shards)
             self._writer.write(block)
             self._samples += len(block)
-            if len(self._writer.shards) > shards:
-                self._record(tokens)
+            if len(self._writer.shards) > shards:  # ends within this document
+                offset = self._samples * self._length - self._tokens
+                end = _Position(self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
+                record = {"made_from": self._made_from, "end": asdict(end)}
+                write_build_record(self._folder, self._writer.shards[-1], record)
         self._added += 1
         self._tokens += len(tokens)
-
-    def _record(self, tokens: np.ndarray) -> None:
-        """Store with the last shard where it ends, which is within the document of these tokens."""
-        offset = self._samples * self._length - self._tokens
-        position = _Position(self._samples, self._added, self._tokens, offset, int(tokens[offset - 1]))
-        record = {"made_from": self._made_from, "end": asdict(position)}
-        write_build_record(self._folder, self._writer.shards[-1], record)
 
     def finish(self) -> Split:
         for block in self._packer.finish():
@@ -103,19 +106,6 @@ class _SplitBuilder:
         self._writer.close()
         totals = {"documents": self._documents, "tokens": self._tokens, "text_bytes": self._text_bytes}
         return Split((*self.kept, *self._writer.shards), len(self.groups), totals)
-
-
-def _resume(folder: Path, split: str, made_from: str, beginning: _Position) -> tuple[_Position, list[Shard]]:
-    """Return the shards of an interrupted run that were made from the same, and where the last of them ends."""
-    end = beginning
-    kept: list[Shard] = []
-    while shard := finished_shard(folder, f"{split}-{len(kept):06d}.tar"):
-        record = read_build_record(folder, shard)
-        if record.get("made_from") != made_from:
-            break
-        kept.append(shard)
-        end = _Position(**record["end"])
-    return end, kept
 
 
 def build_text_shards(
