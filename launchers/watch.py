@@ -6,14 +6,14 @@ Only the run folder is read, so runs of any launcher are shown, finished ones as
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, run_tool
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line and show the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder")
@@ -26,24 +26,17 @@ def main() -> int:
     from ebwm_dist.cluster.run_status import read_status
     from ebwm_dist.cluster.watch import frame, live
 
-    try:
-        if args.finished:
-            status = read_status(args.run)
-            if not status.finished:
-                raise UserError(f"{args.run} stopped before step {status.last_step}: start it again, and it goes on")
-            return 0
-        if args.once:
-            Console().print(frame(read_status(args.run)))
-            return 0
-        with live(args.run, Console(), screen=True):
+    if args.finished:
+        status = read_status(args.run)
+        if not status.finished:
+            raise UserError(f"{args.run} stopped before step {status.last_step}: start it again, and it goes on")
+    elif args.once:
+        Console().print(frame(read_status(args.run)))
+    else:
+        with suppress(KeyboardInterrupt), live(args.run, Console(), screen=True):
             while True:
                 time.sleep(60)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)
