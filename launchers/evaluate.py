@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,14 @@ SUMMARY = {"run", "baseline", "summary", "data", "out", "batch_size", "local_ran
 """The options that a report, `--follow` and `--summary` look at."""
 
 
-def numbers(kind: type) -> Callable[[str], list[float]]:
-    """Return a parser of numbers with commas between them."""
-    return lambda text: [kind(part) for part in text.split(",") if part]
+def integers(text: str) -> list[int]:
+    """Parse integers with commas between them."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def decimals(text: str) -> list[float]:
+    """Parse numbers with commas between them."""
+    return [float(part) for part in text.split(",") if part]
 
 
 def main() -> int:
@@ -47,15 +51,13 @@ def main() -> int:
     parser.add_argument("--summary", action="store_true", help="only compare errors with those of the twin --baseline")
     parser.add_argument("--data", help="data folder or address; default: the data it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
-    parser.add_argument("--steps", type=numbers(int), help="numbers of MCMC steps (1,2,4,8)")
-    parser.add_argument("--candidates", type=numbers(int), help="candidates per prediction (1,4)")
-    parser.add_argument(
-        "--energy-tolerance", dest="energy_tolerances", type=numbers(float), help="early stopping (0.01,0.1)"
-    )
+    parser.add_argument("--steps", type=integers, help="numbers of MCMC steps (1,2,4,8)")
+    parser.add_argument("--candidates", type=integers, help="candidates per prediction (1,4)")
+    parser.add_argument("--energy-tolerance", dest="energy_tolerances", type=decimals, help="early stopping (0.01,0.1)")
     parser.add_argument(
         "--prediction-tolerance",
         dest="prediction_tolerances",
-        type=numbers(float),
+        type=decimals,
         help="early stopping by the largest change of a probability (0.1)",
     )
     parser.add_argument("--max-sequences", type=int, help="held-out sequences (512; of --follow: those of the run)")

@@ -6,7 +6,7 @@ Models of video continue held-out samples instead: `... --checkpoint runs/video 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def main() -> None:
     sampling.add_argument("--top-p", type=float)
     sampling.add_argument("--min-p", type=float)
     thinking = parser.add_argument_group("thinking (default: as the model was trained)")
-    thinking.add_argument("--think-steps", type=int, help="most MCMC steps for a token")
+    thinking.add_argument("--think-steps", dest="steps", type=int, help="most MCMC steps for a token")
     thinking.add_argument("--candidates", type=int, default=1, help="refinements of every token, the best is taken")
     thinking.add_argument("--select", choices=("energy", "drop"), default="energy", help="best: lowest energy, or drop")
     thinking.add_argument(
@@ -68,17 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from ebwm_dist.run import Run
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    thinking = Thinking(
-        steps=args.think_steps,
-        candidates=args.candidates,
-        select=args.select,
-        langevin_noise=args.langevin_noise,
-        step_size=args.step_size,
-        accept_only_decrease=args.accept_only_decrease,
-        energy_tolerance=args.energy_tolerance,
-        prediction_tolerance=args.prediction_tolerance,
-        max_nfe=args.max_nfe,
-    )
+    thinking = Thinking(**{field.name: getattr(args, field.name) for field in fields(Thinking)})
     opened = Run(args.checkpoint, default_device())
     if opened.config.model.embedding_dim is not None:
         roll_out(args, opened, thinking)

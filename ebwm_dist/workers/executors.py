@@ -56,14 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cores. The shards do not depend on it",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes of process and ray (default: cores)"
+        "--workers",
+        type=positive_integer,
+        default=os.cpu_count() or 1,
+        help="processes of process and ray (default: cores)",
     )
     parser.add_argument(
         "--gpus-per-worker", type=float, default=0.0, help="of ray: GPUs, or a part of one, for each (default: none)"
     )
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
