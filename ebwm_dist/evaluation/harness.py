@@ -8,7 +8,6 @@ simple_evaluate(model=HarnessModel("runs/mine"), tasks=["lambada_openai"])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ebwm_dist.devices import default_device
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.multiple_choice import Score, score
+from ebwm_dist.evaluation.multiple_choice import score
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
@@ -58,7 +57,8 @@ class HarnessModel(LM):
                 f"a continuation of {longest} tokens: the model was trained with a context of {self.max_length}; "
                 "leave this task out"
             )
-        return [(found.log_likelihood, found.greedy) for found in self._score(pairs)]
+        scores = score(self.predictor, pairs, self.thinking, self.batch_size)
+        return [(found.log_likelihood, found.greedy) for found in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each whole text, in the harness' windows of the model's length."""
@@ -69,7 +69,7 @@ class HarnessModel(LM):
                 pairs.append(make_disjoint_window(window))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self._score(pairs), strict=True):
+        for owner, found in zip(owners, score(self.predictor, pairs, self.thinking, self.batch_size), strict=True):
             totals[owner] += found.log_likelihood
         return totals
 
@@ -100,14 +100,3 @@ class HarnessModel(LM):
     def _context(self, text: str) -> list[int]:
         """Return the tokens of a context; an empty one is the end of another text."""
         return self.tokenizer.encode(text) or [self.tokenizer.eos_id]
-
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
-        return score(
-            self.predictor.model,
-            pairs,
-            pad_id=self.tokenizer.pad_id,
-            max_context=self.max_length,
-            thinking=self.thinking,
-            batch_size=self.batch_size,
-            device=self.predictor.device,
-        )

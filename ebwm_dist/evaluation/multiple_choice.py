@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ebwm_dist.data.loading.stream import Batch
-from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.out_of_distribution import read_text
 from ebwm_dist.evaluation.predictions import tabulate
 from ebwm_dist.files import printable
+from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.mcmc.build import Model
 
 FORMAT = '{"context": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
 
@@ -73,30 +73,24 @@ def _question(content: dict[str, object]) -> Question:
 
 
 def score(
-    model: Model,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    pad_id: int,
-    max_context: int,
-    thinking: Thinking,
-    batch_size: int,
-    device: torch.device,
+    predictor: Predictor, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], thinking: Thinking, batch_size: int
 ) -> list[Score]:
     """Score the second of each pair of tokens as continuation of the first, which must not be empty.
 
     A pair that is too long for the model loses its beginning.
     """
-    rows = [[*context, *following][-max_context - 1 :] for context, following in pairs]
+    assert predictor.tokenizer is not None
+    rows = [[*context, *following][-predictor.max_context - 1 :] for context, following in pairs]
     lengths = [min(len(following), len(row) - 1) for (_, following), row in zip(pairs, rows, strict=True)]
     # Sequences of like lengths share a batch; nothing looks at the padding after them.
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     scores: dict[int, Score] = {}
     for start in range(0, len(rows), batch_size):
         numbers = by_length[start : start + batch_size]
-        width = max(len(rows[number]) for number in numbers)
-        observed = torch.tensor([rows[number] + [pad_id] * (width - len(rows[number])) for number in numbers])
+        sequences = [torch.tensor(rows[number]) for number in numbers]
+        observed = pad_sequence(sequences, batch_first=True, padding_value=predictor.tokenizer.pad_id)
         batch = Batch(observed, torch.tensor(numbers), [""] * len(numbers), torch.ones(len(numbers), dtype=torch.bool))
-        table = tabulate(model, [batch], thinking, World(0, 0, 1, device))
+        table = tabulate(predictor.model, [batch], thinking, World(0, 0, 1, predictor.device))
         for place, number in enumerate(sorted(numbers)):
             last = len(rows[number]) - 1
             span = slice(last - lengths[number], last)
@@ -110,23 +104,17 @@ def score(
     return [scores[number] for number in range(len(rows))]
 
 
-def score_choices(
-    model: Model,
-    tokenizer: Tokenizer,
-    questions: Sequence[Question],
-    max_context: int,
-    batch_size: int,
-    device: torch.device,
-) -> list[list[Score]]:
+def score_choices(predictor: Predictor, questions: Sequence[Question], batch_size: int) -> list[list[Score]]:
     """Score the choices of every question."""
+    tokenizer = predictor.tokenizer
+    assert tokenizer is not None
     pairs = [
         (tokenizer.encode(question.context) or [tokenizer.eos_id], tokenizer.encode(choice))
         for question in questions
         for choice in question.choices
     ]
-    settings = {"pad_id": tokenizer.pad_id, "max_context": max_context, "batch_size": batch_size, "device": device}
-    flat = iter(score(model, pairs, thinking=Thinking(), **settings))  # type: ignore[arg-type]
-    return [[next(flat) for _ in question.choices] for question in questions]
+    scores = iter(score(predictor, pairs, Thinking(), batch_size))
+    return [[next(scores) for _ in question.choices] for question in questions]
 
 
 def accuracies(questions: Sequence[Question], scores: Sequence[Sequence[Score]]) -> dict[str, list[float]]:

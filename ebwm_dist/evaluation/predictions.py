@@ -104,7 +104,7 @@ def _rows(
     if isinstance(model, EnergyBasedTransformer):
         needed = None if chosen is None else scorer.target_mask(chosen)
         for where, thought in think_sequences(model, context, thinking, seeds, needed):
-            add(where, thought.state, energies=thought.energy, steps=thought.steps, nfe=thought.nfe)
+            add(where, thought.state, energies=thought.energies[-1], steps=thought.steps, nfe=thought.nfe)
         parts["observed"] = [model.energies(observed)]
     else:
         zeros = torch.zeros_like(mask)

@@ -21,6 +21,7 @@ from ebwm_dist.evaluation.out_of_distribution import encode_sequences, separatio
 from ebwm_dist.evaluation.predictions import Batches, Table, tabulate
 from ebwm_dist.evaluation.true_frames import true_frame_is_lower
 from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman
+from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
@@ -187,11 +188,9 @@ class Suite:
 
     def multiple_choice(self) -> dict[str, Any]:
         """Return how often the right choice is found."""
-        assert self.trained.tokenizer is not None
-        questions, length = self.options.questions, self.config.data.sequence_length
-        scores = score_choices(
-            self.model, self.trained.tokenizer, questions, length, self.options.batch_size, self.world.device
-        )
+        predictor = Predictor(self.model, self.config, self.trained.tokenizer)
+        questions = self.options.questions
+        scores = score_choices(predictor, questions, self.options.batch_size)
         return {"questions": len(questions), "accuracy": accuracies(questions, scores)}
 
 

@@ -110,21 +110,22 @@ class Predictor:
         """
         if self.embedding_dim is not None:
             raise UserError("this model predicts embeddings, not text: use roll_out")
-        decoder = self.tokenizer or _Ids(self.model)
+        model, tokenizer = self.model, self.tokenizer
+        pad_id = (model.space if isinstance(model, EnergyBasedTransformer) else model).pad_id
         observed, seeds = self._sequences(prompts, seeds, length, slide)
-        sequences = Sequences(self.model, observed, thinking, seeds, self.max_context, slide)
+        sequences = Sequences(model, observed, thinking, seeds, self.max_context)
         texts, shown = [Continuation() for _ in observed], [0] * len(observed)
         going = list(range(len(observed)))
         for position in range(length):
             prediction = sequences.predict()
             logits = prediction.state.clone()
-            logits[:, decoder.pad_id] = -torch.inf
+            logits[:, pad_id] = -torch.inf
             tokens = sampling.choose(logits, [seeds[row] for row in going], position)
             kept = []
             for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
                 text = texts[row]
                 text.note(prediction, place)
-                text.add(token, decoder, stop)
+                text.add(token, tokenizer, stop)
                 if text.finish == "length":
                     kept.append(place)
                 settled = text.settled(stop, text.finish != "length" or position + 1 == length)
@@ -153,7 +154,7 @@ class Predictor:
         if self.embedding_dim is None:
             raise UserError("this model predicts text, not embeddings: use generate")
         observed, seeds = self._sequences(contexts, seeds, length, slide)
-        sequences = Sequences(self.model, observed, thinking, seeds, self.max_context, slide)
+        sequences = Sequences(self.model, observed, thinking, seeds, self.max_context)
         predictions = []
         for _ in range(length):
             predictions.append(sequences.predict())
@@ -190,16 +191,3 @@ class Predictor:
         if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= size:
             raise UserError(f"a sequence of tokens: expected at least one, each from 0 to {size - 1}")
         return tokens.to(self.device)
-
-
-class _Ids:
-    """The decoder of a model without a tokenizer: no text, and no end token."""
-
-    eos_id = -1
-
-    def __init__(self, model: Model):
-        self.pad_id = int(getattr(getattr(model, "space", model), "pad_id", 0))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return no text."""
-        return ""

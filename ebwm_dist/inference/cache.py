@@ -38,8 +38,11 @@ class ContextCache:
 
     def __init__(self, context: KeysValues, lengths: list[int], capacity: int, time_tokens: int):
         self.lengths, self._time_tokens = [0] * len(lengths), time_tokens
-        places = time_tokens + capacity
-        self._buffers: KeysValues = tuple((_longer(keys, places), _longer(values, places)) for keys, values in context)
+
+        def longer(x: Tensor) -> Tensor:
+            return x.new_zeros(*x.shape[:2], time_tokens + capacity, x.shape[3])
+
+        self._buffers: KeysValues = tuple((longer(keys), longer(values)) for keys, values in context)
         self.fill(list(range(len(lengths))), lengths, context)
 
     def fill(self, rows: list[int], lengths: list[int], context: KeysValues) -> None:
@@ -85,8 +88,8 @@ class Sequences:
         thinking: how to predict.
         seeds: one for each sequence, which determines its noise whatever else is in the batch.
         max_context: largest number of states in the context.
-        slide: where a sequence grows beyond that, forget the older half of the context (and run the rest again, once in
-            max_context / 2 states); otherwise refuse it.
+            A sequence that grows beyond that forgets the older half of its context; the rest is run again, once in
+            max_context / 2 states.
     """
 
     def __init__(
@@ -96,15 +99,10 @@ class Sequences:
         thinking: Thinking,
         seeds: Sequence[int],
         max_context: int,
-        slide: bool = False,
     ):
-        self.model, self.thinking, self.max_context, self.slide = model, thinking, max_context, slide
-        self.seeds = list(seeds)
+        self.model, self.thinking, self.max_context, self.seeds = model, thinking, max_context, list(seeds)
         if not isinstance(model, EnergyBasedTransformer) and thinking != Thinking():
             raise UserError("an autoregressive model takes no MCMC steps: leave out the options of thinking")
-        longest = max(len(states) for states in observed)
-        if longest > max_context and not slide:
-            raise UserError(f"a context of {longest} states: the model was trained with {max_context} at most")
         self._seen = [states[-max_context:] for states in observed]
         self._caches: dict[int, ContextCache] = {}
 
@@ -136,8 +134,6 @@ class Sequences:
             self._fill(list(range(len(self._seen))))
             return
         full = [row for row, seen in enumerate(self._seen) if len(seen) > self.max_context]
-        if full and not self.slide:
-            raise UserError(f"a context of {self.max_context + 1} states: the model was trained with one less at most")
         for row in full:
             self._seen[row] = self._seen[row][-max(1, self.max_context // 2) :]
             self.seeds[row] = mix_seed(self.seeds[row])  # positions start again, their noise does not
@@ -157,7 +153,3 @@ class Sequences:
                 self._caches[landscape].fill(rows, lengths, context)
             else:
                 self._caches[landscape] = ContextCache(context, lengths, self.max_context, time_tokens)
-
-
-def _longer(x: Tensor, places: int) -> Tensor:
-    return x.new_zeros(*x.shape[:2], places, x.shape[3])

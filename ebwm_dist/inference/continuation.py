@@ -7,25 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.cache import Prediction
 
+if TYPE_CHECKING:
+    from ebwm_dist.data.tokenizer import Tokenizer
+
 _UNFINISHED = "\ufffd"
 """The text of the first bytes of a character."""
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that generation uses."""
-
-    pad_id: int
-    eos_id: int
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens."""
 
 
 @dataclass
@@ -53,13 +46,13 @@ class Continuation:
             self.energies.append(prediction.energies[row, : steps + 1].tolist())
             self.nfe += int(prediction.nfe[row])
 
-    def add(self, token: int, decoder: Decoder, stop: Sequence[str]) -> None:
-        """Add a token, unless it is the end; see whether a stop string is complete."""
-        if token == decoder.eos_id:
+    def add(self, token: int, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        """Add a token, unless it is the end, and end at a stop string; without a tokenizer there is neither."""
+        if tokenizer is not None and token == tokenizer.eos_id:
             self.finish = "end"
             return
         self.tokens.append(token)
-        self.text = decoder.decode(self.tokens)
+        self.text = "" if tokenizer is None else tokenizer.decode(self.tokens)
         ends = [self.text.find(text) for text in stop if text in self.text]
         if ends:
             self.text, self.finish = self.text[: min(ends)], "stop"

@@ -26,7 +26,6 @@ from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.slices import Slice, slices
 from ebwm_dist.models.layers import KeysValues
 
-SELECTIONS = ("energy", "drop")
 _ALONE = Slice(0, 1)  # every candidate is a row of its own
 
 
@@ -67,8 +66,8 @@ class Thinking:
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf and (value > 0 or name != "step_size")):
                 raise UserError(f"{name} = {value}: must be {'more than' if name == 'step_size' else 'at least'} 0")
-        if self.select not in SELECTIONS:
-            raise UserError(f"select = {self.select!r}: choose from {', '.join(SELECTIONS)}")
+        if self.select not in ("energy", "drop"):
+            raise UserError(f"select = {self.select!r}: choose from energy, drop")
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ class Thought:
     """MCMC steps that it has taken [B, C]."""
     nfe: Tensor
     """Energy evaluations that the position has cost, over all its candidates [B, C]."""
-
-    @property
-    def energy(self) -> Tensor:
-        """Return the energy [B, C] of the prediction."""
-        return self.energies[-1]
 
 
 @torch.no_grad()
@@ -151,8 +145,7 @@ def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
 
 def has_noise(model: EnergyBasedTransformer, thinking: Thinking) -> bool:
     """Return whether candidates of one position differ from one another."""
-    noise = model.mcmc.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
-    return model.mcmc.initial_state == "random_noise" or noise > 0
+    return model.mcmc.initial_state == "random_noise" or _langevin_noise(model, thinking) > 0
 
 
 def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
@@ -172,6 +165,10 @@ def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
 
 def _num_steps(model: EnergyBasedTransformer, thinking: Thinking) -> int:
     return model.mcmc.max_mcmc_steps if thinking.steps is None else thinking.steps
+
+
+def _langevin_noise(model: EnergyBasedTransformer, thinking: Thinking) -> float:
+    return model.mcmc.langevin_noise if thinking.langevin_noise is None else thinking.langevin_noise
 
 
 class _Refinement:
@@ -230,20 +227,22 @@ class _Refinement:
                     torch.where(worse.view(-1, *[1] * (old.ndim - 1)), old, new)
                     for old, new in zip(self.before, (state, energy, gradient), strict=True)
                 )
-                finished = finished & ~worse | last | worse & (self._noise() == 0)
+                finished = finished & ~worse | last | worse & (_langevin_noise(model, thinking) == 0)
         self.energies[step:, self.index] = energy
         self.steps[self.index] = step
         self.nfe[self.index] += 1
         if thinking.max_nfe is not None:
             finished |= self._over_max_nfe(energy, thinking.max_nfe)
-        if last or (self._may_stop() and finished.any()):
+        may_stop = self._compares() or thinking.max_nfe is not None
+        if last or (may_stop and finished.any()):
             self.done.append((self.index[finished], state[finished] if not last else state))
             state, energy, gradient = self._leave(~finished, state, energy, gradient)
         if len(self.index):
             if self._compares():
                 kept = state if thinking.accept_only_decrease or thinking.prediction_tolerance is not None else energy
                 self.before = (kept, energy, gradient if thinking.accept_only_decrease else energy)
-            self.state = model.space.update(state, gradient * self._factor())
+            factor = 1.0 if thinking.step_size is None else thinking.step_size / model.space.step_size()
+            self.state = model.space.update(state, gradient * factor)
 
     def chosen(self) -> Thought:
         """Return the chosen candidate of every position."""
@@ -307,22 +306,11 @@ class _Refinement:
         """Return the row of each candidate that goes on [n]."""
         return self.index // (self.shape[1] * self.shape[2])
 
-    def _noise(self) -> float:
-        own = self.thinking.langevin_noise
-        return self.model.mcmc.langevin_noise if own is None else own
-
     def _compares(self) -> bool:
         """Return whether a state is compared with the one before."""
         thinking = self.thinking
         tolerances = thinking.energy_tolerance, thinking.prediction_tolerance
         return thinking.accept_only_decrease or tolerances != (None, None)
-
-    def _may_stop(self) -> bool:
-        return self._compares() or self.thinking.max_nfe is not None
-
-    def _factor(self) -> Tensor | float:
-        """Return the factor of the gradients for which steps have the size `thinking.step_size`."""
-        return 1.0 if self.thinking.step_size is None else self.thinking.step_size / self.model.space.step_size()
 
 
 class _Layout:

@@ -133,11 +133,9 @@ def test_the_command_says_what_the_object_does(
         (["--checkpoint", "nowhere"], "nowhere does not exist: name a folder"),
         (["--checkpoint", "."], "is neither a run folder nor a checkpoint nor an export"),
         (["--checkpoint", "{ebt}", "--prompt", "ka" * 40], "the model was trained with a context of 16; shorten"),
-        (["--checkpoint", "{ebt}", "--prompt", "ka", "--tokens", "40"], "new ones; ask for no more, or let"),
         (["--checkpoint", "{ebt}", "--prompt", "caf\udce9"], r"not valid Unicode at character 3 ('\udce9')"),
         (["--checkpoint", "{ebt}", "--think-steps", "0"], "steps = 0: must be at least 1"),
         (["--checkpoint", "{ebt}", "--top-p", "2"], "top_p = 2.0: must be more than 0 and at most 1"),
-        (["--checkpoint", "{ar}", "--candidates", "2", "--tokens", "1"], "an autoregressive model takes no MCMC steps"),
         (["--checkpoint", "{ebt}", "--candidates", "4", "--max-nfe", "5"], "need at least 8 energy evaluations"),
     ],
 )
@@ -150,7 +148,7 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    filled = [argument.format(ebt=exports / "ebt", ar=exports / "ar") for argument in arguments]
+    filled = [argument.format(ebt=exports / "ebt") for argument in arguments]
     code, out, err = run(capsys, monkeypatch, "--prompt", "ka", "--tokens", "2", *filled)
     assert code == 1 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err

@@ -103,10 +103,6 @@ torch.testing.assert_close(energies, engine["energies"], rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_not_a_model_is_refused(runs: Path, exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere does not exist: name a folder that"):
-        Run(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="neither a run folder nor a checkpoint nor an export"):
-        Run(tmp_path)
     shutil.copytree(runs / "bf16", tmp_path / "empty", ignore=shutil.ignore_patterns("checkpoints"))
     with pytest.raises(CheckpointError, match=r"empty holds no checkpoint: train it first"):
         Run(tmp_path / "empty").checkpoint  # noqa: B018
@@ -119,14 +115,12 @@ def test_what_is_not_a_model_is_refused(runs: Path, exported: Path, tmp_path: Pa
 
 def test_a_changed_export_is_refused(exported: Path, tmp_path: Path) -> None:
     """Damaged weights, another tokenizer, weights of another model: each is named."""
-    for number, (name, error) in enumerate(
-        [("model.safetensors", "has changed since it was exported"), ("tokenizer.model", "has changed since")]
-    ):
-        folder = Path(shutil.copytree(exported, tmp_path / str(number)))
+    for name in ("model.safetensors", "tokenizer.model"):
+        folder = Path(shutil.copytree(exported, tmp_path / name))
         with open(folder / name, "r+b") as file:
             file.seek(200)
             file.write(b"!!!")
-        with pytest.raises(CheckpointError, match=rf"{name} {error}"):
+        with pytest.raises(CheckpointError, match=f"{name} has changed since it was exported"):
             Run(folder)
     folder = Path(shutil.copytree(exported, tmp_path / "narrow"))
     (folder / "export.json").write_text((folder / "export.json").read_text().replace('"version": 1', '"version": 9'))
