@@ -6,6 +6,7 @@ Shapes: N frames of H x W pixels, E the width of an embedding.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,20 @@ class Encoder(nn.Module):
     """Encodes frames to embeddings, and if `decodable` embeddings to frames.
 
     Subclasses set `embedding_dim` and implement `_encode`, from `[N, 3, H, W]` in [0, 1] to `[N, E]`, and its inverse
-    `_decode` if there is one. `sha256` is equal for equal specs and weights.
+    `_decode` if there is one. `sha256` is of the spec and of the `files` that the weights are read from.
     """
 
     decodable = False
     embedding_dim: int
 
-    def __init__(self, spec: str, precision: str, files: list[Path] | None = None) -> None:
+    def __init__(self, spec: str, precision: str, files: Sequence[Path] = ()) -> None:
         super().__init__()
         if precision not in DTYPES:
             raise UserError(f"encoder precision {precision!r} is not one of {', '.join(DTYPES)}")
         self.spec = spec
         self.dtype = DTYPES[precision]
-        self.sha256 = _identity(spec, files or [])
+        hashes = [sha256_of_file(path) for path in files]
+        self.sha256 = sha256_of_bytes(json.dumps([spec, hashes]).encode("utf-8"))
         self.register_buffer("_empty", torch.zeros(0), persistent=False)  # has a device, also without weights
         self._empty: torch.Tensor
 
@@ -72,8 +74,3 @@ class Encoder(nn.Module):
 
     def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
-
-
-def _identity(spec: str, files: list[Path]) -> str:
-    """Hash the spec and the content of the files that the weights are read from."""
-    return sha256_of_bytes(json.dumps([spec, [sha256_of_file(path) for path in files]]).encode("utf-8"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -201,10 +199,7 @@ def _check_refusals(kind: str, folder: Path, key: str) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(DataError, match="that .* can load"):
         build_encoder(kind, folder, **sizes)
-    config = json.loads((folder / "config.json").read_text())
-    shutil.rmtree(folder)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    weights.unlink()
     with pytest.raises(UserError, match="needs weights"):
         build_encoder(kind, folder, **sizes)
 
