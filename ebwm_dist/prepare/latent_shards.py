@@ -20,10 +20,9 @@ from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
 from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.errors import DataError
-from ebwm_dist.prepare.build_state import begin, finish, up_to_date
+from ebwm_dist.prepare.build_state import Report, begin, finish, up_to_date
 from ebwm_dist.prepare.cutting import Rejects
 from ebwm_dist.prepare.listing import refuse_outputs
-from ebwm_dist.prepare.report import Report
 from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
 from ebwm_dist.workers.executors import LOCAL, Work
 

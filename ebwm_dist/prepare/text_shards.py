@@ -21,12 +21,11 @@ from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
-from ebwm_dist.prepare.build_state import begin, finish, hash_of, up_to_date
+from ebwm_dist.prepare.build_state import REJECTS_FILE, Report, begin, finish, hash_of, up_to_date, write_rejects
 from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
 from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.packing import Packer
-from ebwm_dist.prepare.report import REJECTS_FILE, Report, write_rejects
 from ebwm_dist.workers.executors import LOCAL, Work
 
 TOKENIZER_NAME = "tokenizer.model"

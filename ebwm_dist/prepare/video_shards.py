@@ -14,11 +14,10 @@ from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.prepare.build_state import begin, finish, up_to_date
+from ebwm_dist.prepare.build_state import REJECTS_FILE, Report, begin, finish, up_to_date, write_rejects
 from ebwm_dist.prepare.cutting import Clip, Cut, Rejects, find_videos, plan_clips, probe_videos, read_frames
 from ebwm_dist.prepare.latent_shards import Encoding, LatentStore
 from ebwm_dist.prepare.listing import describe_inputs
-from ebwm_dist.prepare.report import REJECTS_FILE, Report, write_rejects
 from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
 from ebwm_dist.workers.executors import LOCAL, Work
 
@@ -89,8 +88,8 @@ def cut_clips(
     described = describe_inputs(files)
     clip_format = ClipFormat(cut.frames, cut.frame_interval, cut.height, cut.width, storage)
     store: Store = ClipStore(clip_format) if encoding is None else LatentStore.of(clip_format, encoding)
-    settings = {"version": VERSION, "clips_per_shard": clips_per_shard, "stored": store.describe()}
-    source: dict[str, Any] = {"inputs": described, "cut": asdict(cut), **settings}
+    source: dict[str, Any] = {"inputs": described, "cut": asdict(cut), "version": VERSION}
+    source |= {"clips_per_shard": clips_per_shard, "stored": store.describe()}
     existing = up_to_date(out, source)
     if existing is not None and (on_error == "skip" or not existing.source["rejects"]):
         return Report(existing, time.monotonic() - begun, up_to_date=True, rejects=existing.source["rejects"])

@@ -11,10 +11,10 @@ from data_tools import cut_clips as cut_tool
 from data_tools import verify
 from ebwm_dist.data.format.video_codec import encode_clip
 from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.prepare.build_state import Report
 from ebwm_dist.prepare.cutting import Cut
 from ebwm_dist.prepare.latent_shards import Encoding, encode_clips
 from ebwm_dist.prepare.moving_shapes import moving_shapes
-from ebwm_dist.prepare.report import Report
 from ebwm_dist.prepare.video_shards import cut_clips
 from tests.videos import contents
 

@@ -19,9 +19,9 @@ from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts
 from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding, text_shards
+from ebwm_dist.prepare.build_state import Report
 from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
-from ebwm_dist.prepare.report import Report
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.workers.executors import Work
 from tests.tiny_data import HELD_OUT, lossy_tokenizer, make_tiny_data, tiny_documents

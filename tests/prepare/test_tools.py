@@ -51,15 +51,6 @@ def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     assert len(failed.stderr.splitlines()) == 1
 
 
-def test_a_tokenizer_with_a_misspelt_exclusion_is_not_kept(tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(40)))
-    out = tmp_path / "t.model"
-    failed = run("train_tokenizer", "--input", source, "--vocab-size", "310", "--exclude-group", "x", "--out", out)
-    assert failed.returncode == 1 and "excluded group 'x' is not in the input" in failed.stderr
-    assert not out.exists()
-
-
 def test_tools_with_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
@@ -74,16 +65,10 @@ def test_tools_with_names_that_are_not_utf8(tmp_path: Path) -> None:
         done = run(*command)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert r"held out: th\xe9" in done.stdout
-    for number, (tool, *arguments) in enumerate((encode[:-1], train[:-3])):
-        failed = run(tool, *arguments, os.fsdecode(b"x\xff"), "--out", tmp_path / str(number))
+    for tool, *arguments in (encode[:-1], train[:-3]):
+        failed = run(tool, *arguments, os.fsdecode(b"x\xff"), "--out", tmp_path / tool)
         assert failed.returncode == 1 and r"'x\\xff' is not in the input" in failed.stderr.splitlines()[-1]
-
-
-def test_a_malformed_document_is_one_line(tmp_path: Path) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"text": "fine"}\n{')
-    failed = run("train_tokenizer", "--input", source, "--out", tmp_path / "t.model")
-    assert failed.stderr.startswith(f"error: {source}, line 2: invalid JSON") and len(failed.stderr.splitlines()) == 1
+    assert not (tmp_path / "train_tokenizer").exists()  # it may have learned from the text that was meant
 
 
 def test_without_a_network_the_docstrings_are_used_loudly(
