@@ -76,10 +76,8 @@ def _mcmc(config: Config) -> Problems:
 def _landscapes(config: Config) -> Problems:
     mcmc, key, landscapes = config.mcmc, "model.num_landscapes", config.model.num_landscapes
     if config.model.variant == "default" and landscapes != 1:
-        yield (
-            key,
-            "model.variant = 'default' has no step conditioning, so it has 1; use 'time_embed' or 'adaln' for more",
-        )
+        variant = "model.variant = 'default' has no step conditioning, so it has 1"
+        yield key, f"{variant}; use 'time_embed' or 'adaln' for more"
     if landscapes > mcmc.num_steps:
         yield key, f"at most mcmc.num_steps = {mcmc.num_steps}; a landscape that no step uses is never trained"
     if landscapes > 1 and (mcmc.loss, mcmc.gradient) == ("last", "truncated"):

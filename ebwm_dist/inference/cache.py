@@ -109,7 +109,7 @@ class Sequences:
     @torch.no_grad()
     def predict(self) -> Prediction:
         """Predict the next state of every sequence; call it once after each `append`."""
-        self._make_room()
+        self._fill()
         last = torch.tensor([[len(seen) - 1] for seen in self._seen], device=self._seen[0].device)
         newest = torch.stack([seen[-1:] for seen in self._seen])
         contexts = {landscape: cache.append() for landscape, cache in self._caches.items()}
@@ -128,19 +128,16 @@ class Sequences:
         for cache in self._caches.values():
             cache.keep(rows)
 
-    def _make_room(self) -> None:
-        """Have all but the newest state of every sequence in the caches."""
-        if not self._caches:
-            self._fill(list(range(len(self._seen))))
-            return
-        full = [row for row, seen in enumerate(self._seen) if len(seen) > self.max_context]
-        for row in full:
+    def _fill(self) -> None:
+        """Fill the caches with all but the newest state: of every sequence at first, then of those that are too long."""
+        rows = [row for row, seen in enumerate(self._seen) if len(seen) > self.max_context]
+        for row in rows:
             self._seen[row] = self._seen[row][-max(1, self.max_context // 2) :]
             self.seeds[row] = mix_seed(self.seeds[row])  # positions start again, their noise does not
-        if full:
-            self._fill(full)
-
-    def _fill(self, rows: list[int]) -> None:
+        if not self._caches:
+            rows = list(range(len(self._seen)))
+        if not rows:
+            return
         model, lengths = self.model, [len(self._seen[row]) - 1 for row in rows]
         # One state at least, for the keys before it; it is hidden where it is not yet to be seen.
         prefixes = pad_sequence([self._seen[row][: max(1, len(self._seen[row]) - 1)] for row in rows], batch_first=True)

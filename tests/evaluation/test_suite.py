@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.evaluate import equal_flops, evaluate_runs
 from ebwm_dist.evaluation.multiple_choice import read_questions
 from ebwm_dist.evaluation.suite import Options
-from ebwm_dist.inference.export import write_export
-from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.inference.export import export_run, write_export
 from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
+from tests.made_runs import finished_run
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
 
@@ -35,19 +33,8 @@ def options(folder: Path) -> Options:
 
 def export_random(folder: Path, kind: str, manifest: Manifest) -> Path:
     """Write a model with random weights, as if it had been trained."""
-    config = load_config(
-        write_config(folder), [f"model.kind={kind}", f"data.path={manifest.folder}", "mcmc.step_size=0.5"]
-    )
-    torch.manual_seed(0)
-    return write_export(
-        folder / kind,
-        config,
-        describe_format(manifest.sample_format),
-        build_model(config, manifest.token_format.pad_id).state_dict(),
-        files=[manifest.folder / manifest.token_format.tokenizer],
-        step=0,
-        source="random",
-    )
+    finished_run(write_config(folder), manifest, folder / f"{kind}_run", [f"model.kind={kind}"])
+    return export_run(Run(folder / f"{kind}_run"), folder / kind)
 
 
 @pytest.fixture(scope="module")

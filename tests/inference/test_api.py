@@ -11,53 +11,33 @@ import pytest
 import torch
 
 import ebwm_dist
-from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
-from ebwm_dist.data.format.sample_format import describe_format
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.sampling import Sampling
 from ebwm_dist.inference.thinking import Thinking
-from ebwm_dist.mcmc.build import build_model
 from launchers.generate import main
+from tests.made_runs import finished_run
+from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
 
-VOCAB, CONTEXT = 300, 16
+VOCAB = 320
 THINKING = Thinking(steps=4, candidates=2, energy_tolerance=1e-3)
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an energy model and an autoregressive one, of random weights."""
-    folder = tmp_path_factory.mktemp("exports")
-    manifest = make_tiny_data(folder / "text", vocab_size=VOCAB, documents=20)
+    folder = tmp_path_factory.mktemp("runs")
+    manifest = make_tiny_data(folder / "text", documents=20)
+    model = ["model.variant=time_embed", "model.num_landscapes=2", "mcmc.update=mirror", "mcmc.step_size=1"]
     for kind in ("ebt", "ar"):
-        config = Config(
-            model=ModelConfig(
-                kind=kind, variant="time_embed", num_landscapes=2, vocab_size=VOCAB, dim=16, num_heads=2, num_layers=2
-            ),
-            mcmc=MCMCConfig(num_steps=2, step_size=1.0, update="mirror"),
-            data=DataConfig(sequence_length=CONTEXT),
-        )
-        config.optimizer.warmup_steps = 1
-        torch.manual_seed(0)
-        state = build_model(config, 0).state_dict()
-        tokenizer = folder / "text" / "tokenizer.model"
-        write_export(
-            folder / kind,
-            config,
-            describe_format(manifest.sample_format),
-            state,
-            files=[tokenizer],
-            step=1,
-            source="a test",
-        )
+        finished_run(write_config(folder), manifest, folder / kind, [*model, f"model.kind={kind}"])
     return folder
 
 
 @pytest.fixture(scope="module")
-def predictor(exports: Path) -> Predictor:
-    return ebwm_dist.load(exports / "ebt", torch.device("cpu"))
+def predictor(runs: Path) -> Predictor:
+    return ebwm_dist.load(runs / "ebt", torch.device("cpu"))
 
 
 def test_predictions_are_those_of_generation(predictor: Predictor) -> None:
@@ -102,12 +82,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 
 
 def test_the_command_says_what_the_object_does(
-    exports: Path, predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path, predictor: Predictor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--tokens=6", "--think-steps=4", "--candidates=2", "--energy-tolerance=1e-3"]
     options += ["--temperature=0.8", "--top-k=50", "--seed=3"]
     code, out, err = run(
-        capsys, monkeypatch, "--checkpoint", exports / "ebt", "--prompt", "kalo", "miru", *options, "--json"
+        capsys, monkeypatch, "--checkpoint", runs / "ebt", "--prompt", "kalo", "miru", *options, "--json"
     )
     assert code == 0 and not err
     sampling = Sampling(temperature=0.8, top_k=50)
@@ -117,9 +97,9 @@ def test_the_command_says_what_the_object_does(
         assert record["steps"] == text.steps and record["finish"] == text.finish
         assert all(len(energies) == steps + 1 for energies, steps in zip(record["energies"], text.steps, strict=True))
 
-    code, out, err = run(capsys, monkeypatch, "--checkpoint", exports / "ebt", "--prompt", "kalo", *options)
+    code, out, err = run(capsys, monkeypatch, "--checkpoint", runs / "ebt", "--prompt", "kalo", *options)
     assert (code, err) == (0, "") and out == f"kalo{texts[0].text}\n"  # streamed
-    code, out, _ = run(capsys, monkeypatch, "--checkpoint", exports / "ar", "--tokens", 3, "--json")
+    code, out, _ = run(capsys, monkeypatch, "--checkpoint", runs / "ar", "--tokens", 3, "--json")
     assert code == 0 and json.loads(out)["prompt"] == "" and json.loads(out)["energies"] == []
     options = ["--prompt", "kalo", "--tokens=1", "--step-size=3e38", "--json"]
     code, out, _ = run(capsys, monkeypatch, "--checkpoint", exports / "ebt", *options)
@@ -142,29 +122,29 @@ def test_the_command_says_what_the_object_does(
 def test_bad_input_is_one_line(
     arguments: list[str],
     message: str,
-    exports: Path,
+    runs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    filled = [argument.format(ebt=exports / "ebt") for argument in arguments]
+    filled = [argument.format(ebt=runs / "ebt") for argument in arguments]
     code, out, err = run(capsys, monkeypatch, "--prompt", "ka", "--tokens", "2", *filled)
     assert code == 1 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_what_the_object_is_not_for_is_refused(exports: Path, predictor: Predictor) -> None:
+def test_what_the_object_is_not_for_is_refused(runs: Path, predictor: Predictor) -> None:
     with pytest.raises(UserError, match="landscape = 2: this model has 2, counted from 0"):
         predictor.energy("ka", "lo", landscape=2)
-    with pytest.raises(UserError, match="from 0 to 299"):
-        predictor.predict([[5, 300]])
+    with pytest.raises(UserError, match="from 0 to 319"):
+        predictor.predict([[5, VOCAB]])
     with pytest.raises(UserError, match="2 contexts, but 1 to follow them"):
         predictor.energy(["ka", "lo"], ["mi"])
     with pytest.raises(UserError, match="predicts text, not embeddings"):
         predictor.roll_out([torch.zeros(3, 4)], 2)
     with pytest.raises(UserError, match="an autoregressive model has no energy"):
-        ebwm_dist.load(exports / "ar").energy("ka", "lo")
+        ebwm_dist.load(runs / "ar").energy("ka", "lo")
     without = Predictor(predictor.model, predictor.config, None)
     with pytest.raises(UserError, match="came without a tokenizer: give token ids"):
         without.generate("ka")

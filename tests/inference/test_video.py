@@ -7,42 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
-from ebwm_dist.data.format.sample_format import describe_format
-from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
 from ebwm_dist.errors import UserError
-from ebwm_dist.files import write_json
-from ebwm_dist.inference.export import write_export
-from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.inference.export import export_run
+from ebwm_dist.run import Run
 from launchers.generate import main
 from tests.made_runs import finished_run
 from tests.runs import write_config
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents, tiny_frames
 
-
-def export(folder: Path, kind: str, model: str = "ebt") -> Path:
-    """Export a model of random weights for tiny video of that kind, with the statistics that a run keeps."""
-    manifest = (make_tiny_latents if kind == "latents" else lambda path: make_tiny_clips(path, "jpeg"))(folder / kind)
-    width = DIM if kind == "latents" else 12
-    config = Config(
-        model=ModelConfig(embedding_dim=width, dim=16, num_heads=2, num_layers=2, kind=model),
-        mcmc=MCMCConfig(num_steps=2, step_size=0.5, initial_state="most_recent_embedding"),
-        data=DataConfig(path=str(folder / kind), sequence_length=FRAMES - 1),
-    )
-    config.data.encoder = None if kind == "latents" else "pixels:2"
-    config.optimizer.warmup_steps = 1
-    torch.manual_seed(0)
-    state = build_model(config, None).state_dict()
-    out = write_export(
-        folder / "model", config, describe_format(manifest.sample_format), state, files=[], step=1, source="it"
-    )
-    if kind == "clips":
-        encoder = build_preprocessor(config, manifest.sample_format, torch.device("cpu")).encoder
-        write_json(out / STATISTICS_FILE, {"encoder": "pixels:2", "sha256": encoder.sha256, "mean": 0.5, "std": 0.25})
-    return out
+ON_VIDEO = ["mcmc.initial_state=most_recent_embedding", f"data.sequence_length={FRAMES - 1}"]
+ON_CLIPS = [*ON_VIDEO, "data.encoder=pixels:2", "model.embedding_dim=12"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -54,7 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_clips_are_continued_in_pictures(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = export(tmp_path, "clips", kind)
+    clips = make_tiny_clips(tmp_path / "clips", "jpeg")
+    finished_run(write_config(tmp_path), clips, tmp_path / "run", [*ON_CLIPS, f"model.kind={kind}"])
+    model = export_run(Run(tmp_path / "run"), tmp_path / "model")
     options = [] if kind == "ar" else ["--think-steps", 3, "--energy-tolerance", 1e-3]
     common = ["--checkpoint", model, "--samples", 2, "--observe", 1]
     run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options)
@@ -77,7 +55,8 @@ def test_clips_are_continued_in_pictures(
 def test_latents_are_continued(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = export(tmp_path, "latents")
+    latents, model = make_tiny_latents(tmp_path / "latents"), tmp_path / "run"
+    finished_run(write_config(tmp_path), latents, model, [*ON_VIDEO, f"model.embedding_dim={DIM}"])
     run(monkeypatch, "--checkpoint", model, "--samples", 2, "--observe", 2, "--json")
     assert len(json.loads(capsys.readouterr().out)[0]["squared_errors"]) == 1
     with pytest.raises(UserError, match="3 observed frames: the samples have 3, so at least 1 and at most 2"):
@@ -89,9 +68,8 @@ def test_a_checkpoint_and_a_mixture_are_continued(
 ) -> None:
     """Of a run on clips, by the name of its checkpoint; samples of both data sets, or of other data."""
     one, other = (make_tiny_clips(tmp_path / name, "jpeg", seed) for seed, name in enumerate("ab"))
-    overrides = [f"data.mixture={{{one.folder}: 1, {other.folder}: 1}}", "mcmc.initial_state=most_recent_embedding"]
-    overrides += [f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2", "model.embedding_dim=12"]
-    finished_run(write_config(tmp_path), one, tmp_path / "run", overrides)
+    mixture = f"data.mixture={{{one.folder}: 1, {other.folder}: 1}}"
+    finished_run(write_config(tmp_path), one, tmp_path / "run", [*ON_CLIPS, mixture])
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     run(monkeypatch, "--checkpoint", checkpoint, "--samples", 4, "--json")
     samples = [record["sample"] for record in json.loads(capsys.readouterr().out)]
