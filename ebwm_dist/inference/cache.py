@@ -129,7 +129,7 @@ class Sequences:
             cache.keep(rows)
 
     def _fill(self) -> None:
-        """Fill the caches with all but the newest state: of every sequence at first, then of those that are too long."""
+        """Cache all states but the newest: of every sequence at first, then of those that have grown too long."""
         rows = [row for row, seen in enumerate(self._seen) if len(seen) > self.max_context]
         for row in rows:
             self._seen[row] = self._seen[row][-max(1, self.max_context // 2) :]

@@ -102,7 +102,7 @@ def test_the_command_says_what_the_object_does(
     code, out, _ = run(capsys, monkeypatch, "--checkpoint", runs / "ar", "--tokens", 3, "--json")
     assert code == 0 and json.loads(out)["prompt"] == "" and json.loads(out)["energies"] == []
     options = ["--prompt", "kalo", "--tokens=1", "--step-size=3e38", "--json"]
-    code, out, _ = run(capsys, monkeypatch, "--checkpoint", exports / "ebt", *options)
+    code, out, _ = run(capsys, monkeypatch, "--checkpoint", runs / "ebt", *options)
     energies = json.loads(out, parse_constant=pytest.fail)["energies"][0]
     assert code == 0 and energies[-1] is None  # a number that JSON cannot hold
 
