@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,14 +29,23 @@ def number_of(frame: np.ndarray) -> int:
     return round(frame[..., 0].mean() / 8)
 
 
-def make_video(path: Path, codec: str = "libx264", b_frames: int = 2, pixel_aspect: Fraction | None = None) -> Path:
-    """Write `gradient` to a file with a key frame in every 6 frames and a start time that is not 0."""
+def make_video(
+    path: Path,
+    codec: str = "libx264",
+    b_frames: int = 2,
+    pixel_aspect: Fraction | None = None,
+    at: Sequence[int] = range(RATE),
+) -> Path:
+    """Write frames of `gradient` to a file with a key frame in every 6 frames and a start time that is not 0.
+
+    They are shown `at` these 25ths of a second.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=RATE, options={"g": "6", "bf": str(b_frames)})
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
         if pixel_aspect is not None:
             stream.codec_context.sample_aspect_ratio = pixel_aspect
-        for number, picture in enumerate(gradient()):
+        for number, picture in zip(at, gradient(len(at)), strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = number + (0 if path.suffix == ".avi" else 50)
             container.mux(stream.encode(frame))

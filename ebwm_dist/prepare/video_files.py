@@ -45,29 +45,42 @@ def probe(path: Path) -> VideoInfo:
     """Read the length of a video file from its packets; only the first frame is decoded."""
     with _named_errors(path), av.open(str(path)) as container:
         stream: Any = video_stream(container)
-        stored: list[int | None] = []
-        first = None
+        stored: list[tuple[int | None, int | None]] = []
+        first, needed = None, 0
         for packet in container.demux(stream):
             # Packets are marked to be discarded where a file was trimmed between two key frames.
             if packet.size and not packet.is_discard:
-                stored.append(packet.pts)
+                stored.append((packet.pts, packet.dts))
             if first is None:
-                first = next(iter(packet.decode()), None)
+                first, needed = next(iter(packet.decode()), None), len(stored)
         if first is None:
             raise ValueError("no frame can be decoded")
-        shown = [pts for pts in stored if pts is not None and first.pts is not None and pts >= first.pts]
-        # AVI numbers frames in the order of decoding, which differs from that of showing where there are B-frames.
-        # Some programs keep these numbers in other containers: then they ascend although the decoder reorders.
-        reordered = stream.codec_context.has_b_frames and (container.format.name == "avi" or shown == sorted(shown))
-        shown.sort()
-        if None in stored or first.pts is None:
+        if first.pts is None or any(pts is None for pts, _ in stored):
             times = [float(number / stream.guessed_rate) for number in range(len(stored))]
-        elif reordered or container.format.name == "mpeg":  # in which frames get wrong times after a seek
-            times = [float((pts - first.pts) * stream.time_base) for pts in shown]
-        else:
-            last = float((shown[-1] - first.pts) * stream.time_base)
-            return VideoInfo(len(shown), last, float(first.pts * stream.time_base))
-        return VideoInfo(len(times), times[-1], times=tuple(times))
+            return VideoInfo(len(times), times[-1], times=tuple(times))
+        kept: list[Any] = [(pts, dts) for pts, dts in stored if pts is not None and pts >= first.pts]
+        shown = [pts for pts, _ in kept]
+        # Some programs keep times of AVI in other containers: then they ascend although the decoder reorders.
+        avi = container.format.name == "avi"
+        reordered = stream.codec_context.has_b_frames and (avi or shown == sorted(shown))
+        own = [float((pts - first.pts) * stream.time_base) for pts in sorted(shown)]
+        times = own
+        if avi:
+            ticks = _shown_in_avi([dts for _, dts in kept], max(0, needed - 1 - (len(stored) - len(kept))))
+            times = [float((tick - ticks[0]) * stream.time_base) for tick in ticks]
+        # In MPEG program streams frames get wrong times after a seek.
+        if reordered or times != own or container.format.name == "mpeg":
+            return VideoInfo(len(times), times[-1], times=tuple(times))
+        return VideoInfo(len(times), times[-1], float(first.pts * stream.time_base))
+
+
+def _shown_in_avi(decoded: Sequence[int], delay: int) -> list[int]:
+    """Return when frames are shown that are decoded at `decoded`, the only times that AVI stores.
+
+    With B-frames the decoder returns its first frame after `delay` more packets, and all others as late. When the last
+    ones are shown is not stored: they follow at once.
+    """
+    return [*decoded[delay:], *range(decoded[-1] + 1, decoded[-1] + 1 + delay)]
 
 
 def frames_at(path: Path, times: Sequence[float], info: VideoInfo) -> Iterator[np.ndarray]:

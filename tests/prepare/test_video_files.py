@@ -54,16 +54,21 @@ def test_times_copied_from_avi_into_another_container_are_not_believed(tmp_path:
     assert numbers_at(video, [i / RATE for i in range(RATE)]) == list(range(RATE))
 
 
-def test_times_of_a_variable_rate_are_kept_where_the_decoder_might_reorder(tmp_path: Path) -> None:
-    video = tmp_path / "screen.mp4"
-    with av.open(str(video), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"bf": "2", "x264-params": "b-adapt=0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number, picture in enumerate(gradient(2)):  # too short for a frame in between
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = 20 * number
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+@pytest.mark.parametrize(
+    ("suffix", "codec", "b_frames"),
+    [("mp4", "libx264", 2), *(("avi", codec, b_frames) for codec in ("libx264", "mpeg4") for b_frames in (0, 2))],
+)
+def test_times_of_a_variable_rate_are_kept(tmp_path: Path, suffix: str, codec: str, b_frames: int) -> None:
+    at = [0, 1, 2, 6, 7, 8, 9, 15, 16, 21, 22, 23]
+    video = make_video(tmp_path / f"screen.{suffix}", codec, b_frames, at=at)
+    assert probe(video).last == pytest.approx(23 / RATE)
+    assert numbers_at(video, [number / RATE for number in at]) == list(range(len(at)))
+    assert numbers_at(video, [0.23, 0.24, 0.59, 0.83]) == [2, 3, 6, 8]
+
+
+def test_two_frames_far_apart_keep_their_times(tmp_path: Path) -> None:
+    """Too short for a frame in between, so that nothing tells whether the decoder reorders."""
+    video = make_video(tmp_path / "screen.mp4", at=[0, 20])
     assert probe(video).last == pytest.approx(0.8)
     assert numbers_at(video, [0.0, 0.79, 0.8, 1.5]) == [0, 0, 1, 1]
 
