@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ebwm_dist.data.format.manifest import SPLITS, Manifest, Split
+from ebwm_dist.data.format.manifest import SPLITS, Manifest
 from ebwm_dist.data.format.reader import ShardReader
-from ebwm_dist.data.format.sample_format import ClipFormat, SampleFormat, TokenFormat
+from ebwm_dist.data.format.sample_format import (
+    FIRST_DIFFICULTY,
+    MAX_DIFFICULTY,
+    TARGET,
+    ClipFormat,
+    SampleFormat,
+    TokenFormat,
+)
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import to_json
 from ebwm_dist.prepare.cutting import resize
@@ -24,9 +31,9 @@ from ebwm_dist.prepare.cutting import resize
 ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
 
 
-def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
+def split_figures(manifest: Manifest, name: str) -> dict[str, Any]:
     """Return the figures of a split."""
-    sample_format = manifest.sample_format
+    split, sample_format = manifest.splits[name], manifest.sample_format
     figures: dict[str, Any] = {
         "samples": split.samples,
         "groups": split.groups,
@@ -39,17 +46,37 @@ def split_figures(manifest: Manifest, split: Split) -> dict[str, Any]:
         predicted = split.samples * sample_format.sequence_length
         figures["tokens_per_document"] = split.totals["tokens"] / max(split.totals["documents"], 1)
         figures["bytes_per_token"] = split.totals["text_bytes"] / max(split.totals["tokens"], 1)
-        figures["padding"] = 1 - split.totals["tokens"] / max(predicted, 1)
+        if sample_format.labels:
+            figures |= label_figures(manifest, name)
+        else:
+            figures["padding"] = 1 - split.totals["tokens"] / max(predicted, 1)
     else:
         figures["seconds"] = split.totals["frames"] * sample_format.frame_interval
     figures["bytes_per_sample"] = figures["bytes"] / max(split.samples, 1)
     return figures
 
 
+def label_figures(manifest: Manifest, name: str) -> dict[str, Any]:
+    """Read a split; return its shares of targets and of padding, and its number of targets by difficulty."""
+    positions = padding = 0
+    labels = np.zeros(FIRST_DIFFICULTY + MAX_DIFFICULTY + 1, dtype=np.int64)
+    for block in ShardReader(manifest, name).blocks():
+        positions += block[:, 0, 1:].size
+        padding += np.count_nonzero(block[:, 0, 1:] == manifest.token_format.pad_id)
+        labels += np.bincount(block[:, 1, 1:].reshape(-1), minlength=len(labels))
+    found = np.flatnonzero(labels[FIRST_DIFFICULTY:])
+    return {
+        "targets": labels[TARGET:].sum().item() / max(positions, 1),
+        "padding": padding / max(positions, 1),
+        "targets_by_difficulty": {str(value): labels[FIRST_DIFFICULTY + value].item() for value in found},
+    }
+
+
 def describe_format(f: SampleFormat) -> str:
     """Return the sample format as a few lines for a person."""
     if isinstance(f, TokenFormat):
-        return f"tokens: {f.sequence_length} a sample, vocabulary of {f.vocab_size:,} ({f.dtype})"
+        kind = "tokens of prompts and completions" if f.labels else "tokens"
+        return f"{kind}: {f.sequence_length} a sample, vocabulary of {f.vocab_size:,} ({f.dtype})"
     frames = f"{f.kind}: {f.frames} frames of {f.height} x {f.width}, one every {f.frame_interval:g} s"
     if isinstance(f, ClipFormat):
         return f"{frames} ({f.storage})"
@@ -62,11 +89,15 @@ def describe_format(f: SampleFormat) -> str:
 def describe(manifest: Manifest) -> str:
     """Return everything as lines for a person."""
     lines = [describe_format(manifest.sample_format)]
-    for name, split in manifest.splits.items():
+    for name in manifest.splits:
         lines.append(f"{name}:")
-        for key, value in split_figures(manifest, split).items():
-            shown = " to ".join(map(str, value)) if isinstance(value, list) else f"{value:,.4g}"
-            shown = f"{value:,}" if isinstance(value, int) else shown
+        for key, value in split_figures(manifest, name).items():
+            if isinstance(value, dict):
+                shown = ", ".join(f"{of}: {count:,}" for of, count in value.items()) or "none has a difficulty"
+            elif isinstance(value, list):
+                shown = " to ".join(map(str, value))
+            else:
+                shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
             lines.append(f"  {key.replace('_', ' ')}: {shown}")
     if manifest.held_out_groups:
         lines.append(f"held out: {', '.join(manifest.held_out_groups[:8])}")
@@ -117,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     manifest = Manifest.load(options.path)
     if options.json:
-        print(to_json({name: split_figures(manifest, split) for name, split in manifest.splits.items()}))
+        print(to_json({name: split_figures(manifest, name) for name in manifest.splits}))
     else:
         print(describe(manifest))
     if options.contact_sheet is not None:

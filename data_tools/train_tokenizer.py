@@ -3,7 +3,8 @@
     python data_tools/train_tokenizer.py --input data/raw/sample.jsonl --vocab-size 1000 \\
         --exclude-group Ruth Jonah Mark --out data/text/tokenizer.model
 
-Exclude the groups that tokenize_text.py will hold out, so that nothing is learned from the text a model is judged on.
+Prompts and completions are learned from like other text. Exclude the groups that tokenize_text.py will hold out, so
+that nothing is learned from the text a model is judged on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def is_up_to_date(out: Path, sidecar: Path, source: dict[str, object]) -> bool:
         return False
 
 
+def _fields(fields: Fields) -> list[str]:
+    """Return the names of fields for the record; those of prompts and completions only where they were chosen."""
+    text, name, group, *chosen = fields.describe().items()
+    return [text[1], name[1], group[1], *(f"{key}={value}" for key, value in chosen)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     sidecar = options.out.with_name(options.out.name + ".json")
@@ -60,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     excluded = frozenset(options.exclude_group)
     source: dict[str, object] = {
         "inputs": describe_inputs(files),
-        "fields": [fields.text, fields.id, fields.group],
+        "fields": _fields(fields),
         "on_error": options.on_error,
         "vocab_size": options.vocab_size,
         "model_type": options.model_type,
@@ -79,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         for document in reader:
             groups.add(document.group)
             if not is_held_out(document.group, excluded, options.exclude_fraction):
-                yield document.text
+                yield from document.texts
 
     sidecar.unlink(missing_ok=True)
     tokenizer = train_tokenizer(texts(), options.out, vocab_size=options.vocab_size, model_type=options.model_type)

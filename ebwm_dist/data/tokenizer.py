@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ PROBES = {
 """Texts that a lossy tokenizer changes, by what it loses."""
 
 _LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves out sentences beyond its limit without saying so
+_COVERAGE = 0.9995  # share of the characters that get a piece of their own
 _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memory
 
 
@@ -104,13 +107,18 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
     failures: list[BaseException] = []  # of `texts`, which sentencepiece would report as its own
 
     def lines() -> Iterator[str]:
+        characters = spaces = 0
         try:
             for text in texts:
                 for line in text.splitlines():
+                    characters, spaces = characters + len(line), spaces + line.count(" ")
                     yield from (line[start : start + _LONGEST_LINE] for start in range(0, len(line), _LONGEST_LINE))
         except BaseException as error:
             failures.append(error)
             raise
+        if spaces < characters * (1 - _COVERAGE):
+            # A character without a piece becomes bytes, and those of the space's stand-in do not become a space again.
+            yield from itertools.repeat(" ", 1 + math.ceil(2 * characters * (1 - _COVERAGE)))
 
     sentencepiece.set_random_generator_seed(0)
     try:
@@ -126,7 +134,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
             byte_fallback=True,
-            character_coverage=0.9995,
+            character_coverage=_COVERAGE,
             pad_id=0,
             unk_id=1,
             bos_id=2,

@@ -100,7 +100,7 @@ class Sums(NamedTuple):
 
 
 def accumulate(
-    evaluate: Callable[[Tensor, Tensor, int], Evaluation],
+    evaluate: Callable[[Tensor, Tensor, int, Tensor | None], Evaluation],
     batches: Iterable[Batch],
     num_steps: int,
     preprocess: Callable[[Tensor], Tensor],
@@ -120,7 +120,7 @@ def accumulate(
         if not proceed():
             return None
         observed = preprocess(batch.observed)
-        sums = _sums(evaluate(observed, batch.sample_ids, num_steps), observed, batch.sample_mask)
+        sums = _sums(evaluate(observed, batch.sample_ids, num_steps, batch.targets), observed, batch.sample_mask)
         total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"
     return total

@@ -46,7 +46,10 @@ def shuffled(batches: Batches, pad_id: int | None) -> Iterator[Batch]:
         for row, number in zip(observed, batch.sample_ids.tolist(), strict=True):
             length = len(row) if pad_id is None else int((row != pad_id).sum())
             row[:length] = row[torch.from_numpy(permutation(length, number))]
-        yield replace(batch, observed=observed)
+        targets = batch.targets
+        if targets is not None and pad_id is not None:  # at the same places
+            targets = observed[:, 1:].masked_fill(targets == pad_id, pad_id)
+        yield replace(batch, observed=observed, targets=targets)
 
 
 def encode_sequences(text: str, tokenizer: Tokenizer, length: int) -> NDArray[np.int64]:

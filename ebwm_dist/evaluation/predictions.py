@@ -72,7 +72,7 @@ def tabulate(
     own = []
     for batch in batches:
         observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
-        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking, None)
+        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking, batch.targets)
         own.append({name: values.cpu()[batch.sample_mask] for name, values in rows.items()})
     parts = [part for of_rank in world.gather_objects(own) for part in of_rank]
     columns: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -29,6 +29,6 @@ def target_counts(manifest: Manifest, split: str) -> np.ndarray:
     token_format = manifest.token_format
     counts = np.zeros(token_format.vocab_size, dtype=np.int64)
     for block in ShardReader(manifest, split).blocks():
-        counts += np.bincount(block[:, 1:].reshape(-1), minlength=token_format.vocab_size)
+        counts += np.bincount(token_format.targets(block).reshape(-1), minlength=token_format.vocab_size)
     counts[token_format.pad_id] = 0
     return counts

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ebwm_dist.data.format.sample_format import CONTEXT, FIRST_DIFFICULTY, TARGET
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError
 from ebwm_dist.files import printable
-from ebwm_dist.prepare.documents import Document
+from ebwm_dist.prepare.documents import Document, Turn
 from ebwm_dist.workers.executors import Work, run_in_order
 
 _BATCH = 64  # documents handed to a worker at a time
+_Task = tuple[Path, str, list[str | tuple[Turn, ...]]]
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -27,27 +29,43 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.uint32)
 
 
+def encode_turns(tokenizer: Tokenizer, turns: Iterable[Turn]) -> np.ndarray:
+    """Return the tokens of prompts and completions, the end token included, and their labels, as `[2, n]` uint32.
+
+    Every prompt and every completion is encoded by itself, so that no token lies across their border.
+    """
+    tokens: list[int] = []
+    labels: list[int] = []
+    for turn in turns:
+        of_completion = TARGET if turn.difficulty is None else FIRST_DIFFICULTY + turn.difficulty
+        for text, label in ((turn.prompt, CONTEXT), (turn.completion, of_completion)):
+            encoded = tokenizer.encode(text)
+            tokens += encoded
+            labels += [label] * len(encoded)
+    return np.array([[*tokens, tokenizer.eos_id], [*labels, TARGET]], dtype=np.uint32)
+
+
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, work: Work
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Yield every document with its tokens, in order."""
+    """Yield every document in order with its tokens `[n]`; of prompts and completions tokens and labels `[2, n]`."""
     pending: deque[list[Document]] = deque()
     path = tokenizer.path.resolve()
 
-    def tasks() -> Iterator[tuple[Path, str, list[str]]]:
+    def tasks() -> Iterator[_Task]:
         source = iter(documents)
         while batch := list(itertools.islice(source, _BATCH)):
             pending.append(batch)
-            yield path, tokenizer.sha256, [document.text for document in batch]
+            yield path, tokenizer.sha256, [document.turns or document.text for document in batch]
 
     for tokens in run_in_order(_encode_batch, tasks(), work):
         yield from zip(pending.popleft(), tokens, strict=True)
 
 
-def _encode_batch(task: tuple[Path, str, list[str]]) -> list[np.ndarray]:
-    path, sha256, texts = task
+def _encode_batch(task: _Task) -> list[np.ndarray]:
+    path, sha256, contents = task
     tokenizer = _load(path, sha256)
-    return [encode_text(tokenizer, text) for text in texts]
+    return [encode_text(tokenizer, c) if isinstance(c, str) else encode_turns(tokenizer, c) for c in contents]
 
 
 @lru_cache(maxsize=1)

@@ -197,6 +197,7 @@ class Trainer:
                 self.preprocess.augment(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
                 batch.sample_ids,
                 plan,
+                targets=batch.targets,
                 num_targets=num_targets,
                 forward=engine,
                 backward=engine.backward,
@@ -237,8 +238,8 @@ class Trainer:
     def _micro_batches(self, step: int) -> tuple[Iterable[Batch], float | Tensor]:
         """Return this rank's micro-batches of a step, and the number of targets that its summed losses are divided by.
 
-        Only text has padding, which has to be counted on all ranks before the first backward: so its micro-batches are
-        read first. Those of video are large, and are read one after the other.
+        Only text has padding and context without a loss. Its targets have to be counted on all ranks before the first
+        backward, so its micro-batches are read first. Those of video are large, and are read one after the other.
         """
         accumulation = micro_steps(self.config, self.world.world_size)
 
@@ -254,7 +255,7 @@ class Trainer:
             return read(), accumulation * self.config.training.micro_batch_size * self.config.data.sequence_length
         batches = list(read())
         self.watchdog.beat(step, "forward/backward")
-        count = sum(int(self.model.target_mask(batch.observed[:, 1:]).sum()) for batch in batches)
+        count = sum(int(self.model.target_mask(batch.next_states).sum()) for batch in batches)
         return batches, targets_per_rank(count, self.world)
 
     def _warn(self, applied: bool, nonfinite: str | None, damage: list[str]) -> None:
@@ -303,8 +304,8 @@ class Trainer:
             self.watchdog.beat(step, "validation")
             return not self.world.any_rank(self.stop.poll() is not None)
 
-        def forward(observed: Tensor, sample_ids: Tensor, num_steps: int) -> Evaluation:
-            return self.engine(self.model.evaluate, observed, sample_ids, num_steps)
+        def forward(observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None) -> Evaluation:
+            return self.engine(self.model.evaluate, observed, sample_ids, num_steps, targets)
 
         sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, self.preprocess, proceed)
         if sums is None:

@@ -17,6 +17,14 @@ from tests.tiny_data import lossy_tokenizer, tiny_documents
 text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
 
 
+@pytest.mark.parametrize("spaces", [0, 1])
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_text_with_hardly_a_space_gives_a_lossless_tokenizer(tmp_path: Path, model_type: str, spaces: int) -> None:
+    texts = [f"{number}<{number * 7 % 90}" for number in range(2000)] + [" "] * spaces
+    tokenizer = train_tokenizer(texts, tmp_path / "t.model", vocab_size=300, model_type=model_type)
+    assert tokenizer.losses() == []
+
+
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_round_trip_of_both_model_types(tmp_path: Path, model_type: str) -> None:
     texts = [document["text"] for document in tiny_documents(20)]

@@ -31,7 +31,7 @@ def test_errors_of_the_difference_are_those_over_sequences() -> None:
     losses, tokens = torch.rand(3, 10, generator=generator) * 20, torch.randint(1, 9, (10,), generator=generator)
     losses[2] += 1e5
 
-    def fixed(batch: torch.Tensor, ids: torch.Tensor, num_steps: int) -> Evaluation:
+    def fixed(batch: torch.Tensor, ids: torch.Tensor, num_steps: int, targets: torch.Tensor | None) -> Evaluation:
         return Evaluation(losses[:, ids], losses.sum(0, keepdim=True)[:, ids].repeat(4, 1), tokens[ids])
 
     sums = accumulate(fixed, batches(), 3, as_they_are)

@@ -17,6 +17,11 @@ import numpy as np
 
 from ebwm_dist.errors import DataError
 
+CONTEXT, TARGET, FIRST_DIFFICULTY = 0, 1, 2
+"""Labels of tokens: not a target, a target, and from the last on targets of difficulty 0, 1, ..."""
+MAX_DIFFICULTY = 65_000
+"""Its label fits into 16 bits."""
+
 
 class _Arrays:
     """Samples that are stored as rows of npy arrays of `dtype`."""
@@ -52,7 +57,11 @@ class _Video:
 
 @dataclass(frozen=True)
 class TokenFormat(_Arrays):
-    """Rows of `sequence_length` + 1 tokens, packed so that every token is predicted once."""
+    """Rows of `sequence_length` + 1 tokens, packed so that every token is predicted once.
+
+    With `labels` a sample is `[2, S+1]`: tokens of whole documents, of which only completions and the end token after
+    them are targets, and a label for every token.
+    """
 
     kind: ClassVar[str] = "tokens"
     tool: ClassVar[str] = "data_tools/tokenize_text.py"
@@ -66,6 +75,7 @@ class TokenFormat(_Arrays):
     eos_id: int
     tokenizer: str
     tokenizer_sha256: str
+    labels: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self, may_be_negative=("bos_id",))
@@ -74,8 +84,8 @@ class TokenFormat(_Arrays):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of a sample, `[S+1]`."""
-        return (self.sequence_length + 1,)
+        """Return the shape of a sample, `[S+1]`, or `[2, S+1]` with labels."""
+        return (2, self.sequence_length + 1) if self.labels else (self.sequence_length + 1,)
 
     @property
     def sample_dtype(self) -> np.dtype:
@@ -84,13 +94,25 @@ class TokenFormat(_Arrays):
 
     def validate(self, rows: np.ndarray) -> np.ndarray:
         """Return stored rows as readers return them; raises ValueError where a value is invalid."""
-        if rows.size and (largest := int(rows.max())) >= self.vocab_size:
+        tokens = rows[:, 0] if self.labels else rows
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
             raise ValueError(f"token id {largest} is beyond the vocabulary of {self.vocab_size}")
+        if self.labels and rows.size:
+            if (label := int(rows[:, 1].max())) > FIRST_DIFFICULTY + MAX_DIFFICULTY:
+                raise ValueError(f"label {label} is beyond that of difficulty {MAX_DIFFICULTY}")
+            if (rows[:, 1] > CONTEXT)[tokens == self.pad_id].any() or (rows[:, 1, 0] > CONTEXT).any():
+                raise ValueError("padding or the first token of a row is labelled as a target")
         return rows
+
+    def targets(self, samples: np.ndarray) -> np.ndarray:
+        """Return the true next tokens `[n, S]` of samples, the pad token where there is no target."""
+        if not self.labels:
+            return samples[:, 1:]
+        return np.where(samples[:, 1, 1:] > CONTEXT, samples[:, 0, 1:], samples.dtype.type(self.pad_id))
 
     def count(self, samples: np.ndarray) -> dict[str, int]:
         """Return those totals of a split that can be counted in its samples: the tokens that are predicted."""
-        return {"tokens": int(np.count_nonzero(samples[:, 1:] != self.pad_id))}
+        return {"tokens": int(np.count_nonzero(self.targets(samples) != self.pad_id))}
 
 
 @dataclass(frozen=True)
@@ -182,7 +204,10 @@ KINDS: dict[str, type[SampleFormat]] = {format_.kind: format_ for format_ in (To
 
 def describe_format(sample_format: SampleFormat) -> dict[str, Any]:
     """Return a format as it stands in a manifest, for `parse_format`."""
-    return {"kind": sample_format.kind, **asdict(sample_format)}
+    described = {"kind": sample_format.kind, **asdict(sample_format)}
+    if not described.get("labels", True):
+        del described["labels"]  # manifests and fingerprints of plain text stay what they were without this field
+    return described
 
 
 def parse_format(description: dict[str, Any]) -> SampleFormat:
@@ -211,8 +236,8 @@ def _check_fields(description: SampleFormat, may_be_negative: tuple[str, ...] = 
     """Check every field against its type; numbers are finite, and none is negative unless it is listed."""
     for field in fields(description):
         value = getattr(description, field.name)
-        allowed = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
-        if not isinstance(value, allowed) or isinstance(value, bool):
+        allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[str(field.type)]
+        if not isinstance(value, allowed) or isinstance(value, bool) is not (field.type == "bool"):
             raise ValueError(f"{field.name} = {value!r} is not a value of type {field.type}")
         if not isinstance(value, str) and field.name not in may_be_negative and value < 0:
             raise ValueError(f"{field.name} = {value!r} is negative")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import SPLITS, Manifest
-from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat, describe_format
+from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat, TokenFormat, describe_format
 from ebwm_dist.data.loading.order import BLOCK, EndlessOrder, Location, MixtureOrder, source_key
 from ebwm_dist.data.remote import Cache
 from ebwm_dist.errors import ConfigError, DataError
@@ -23,8 +23,9 @@ from ebwm_dist.errors import ConfigError, DataError
 ORDER_VERSION = 2
 """Version of `Mixture.order`; a run that began with an earlier one continues with it."""
 
-_MAY_DIFFER = ("tokenizer", "dtype", "storage", "mean", "std")
-"""Fields of sample formats that may differ between data sets: names of files, and how values are stored."""
+_MAY_DIFFER = ("tokenizer", "dtype", "storage", "mean", "std", "labels")
+"""Fields of sample formats that may differ between data sets: names of files, how values are stored, and whether only
+labelled tokens are targets; without labels all are."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,10 @@ class Mixture:
 
     @property
     def sample_format(self) -> SampleFormat:
-        """Return the format of the samples, the same for all data sets."""
-        return self.manifest.sample_format
+        """Return the format of the samples, the same for all data sets: with labels where one of them has any."""
+        formats = [source.manifest.sample_format for source in self.sources]
+        labelled = [f for f in formats if isinstance(f, TokenFormat) and f.labels]
+        return (labelled or formats)[0]
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from ebwm_dist.data.format.reader import ShardReader
+from ebwm_dist.data.format.sample_format import TARGET
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.order import MixtureOrder
 
@@ -36,7 +37,10 @@ class MixtureReader:
         keys = [""] * len(rows)
         for number in np.unique(sources):
             chosen = np.flatnonzero(sources == number)
-            samples[chosen], names = self._readers[number].read(shards[chosen], rows[chosen])
+            found, names = self._readers[number].read(shards[chosen], rows[chosen])
+            if found.shape[1:] != self._format.shape:  # tokens without labels: all of them are targets
+                found = np.stack((found, np.full_like(found, TARGET)), axis=1)
+            samples[chosen] = found
             for i, name in zip(chosen, names, strict=True):
                 keys[i] = f"{self._sources[number].name}/{name}"
         return samples, keys

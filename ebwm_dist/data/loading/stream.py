@@ -22,7 +22,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import FIRST_DIFFICULTY, SampleFormat, TokenFormat
 from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.mixture import ORDER_VERSION, Mixture, as_mixture
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
@@ -49,7 +50,7 @@ RawBatch = tuple[np.ndarray, list[str], list[str]]
 
 @dataclass
 class Batch:
-    """A micro-batch; inputs are `observed[:, :-1]`, targets `observed[:, 1:]`."""
+    """A micro-batch; inputs are `observed[:, :-1]`."""
 
     observed: torch.Tensor
     """Tokens `[B, S+1]` int64 (targets equal to the pad token do not count), latents `[B, S+1, E]` float32, or frames
@@ -62,6 +63,16 @@ class Batch:
     """False `[B]` for a row of validation that only fills the batch up."""
     damaged: list[str] = field(default_factory=list)
     """A reason for each damaged sample that was replaced (`data.on_error=skip`)."""
+    targets: torch.Tensor | None = None
+    """The true next tokens `[B, S]` int64 on the CPU, the pad token where no loss is wanted; None: all that follow,
+    `observed[:, 1:]`."""
+    difficulty: torch.Tensor | None = None
+    """Difficulty of each target `[B, S]` int64 on the CPU, -1 where it has none."""
+
+    @property
+    def next_states(self) -> torch.Tensor:
+        """Return the targets, or the observed states `[B, S, ...]` that follow each other where all are targets."""
+        return self.observed[:, 1:] if self.targets is None else self.targets
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,8 @@ class SampleStream:
         rows, keys, damaged = item
         sample_ids = torch.from_numpy(self._layout.numbers(self._micro))
         self._micro += 1
-        return Batch(_to_tensor(rows), sample_ids, keys, torch.ones(len(rows), dtype=torch.bool), damaged)
+        whole = torch.ones(len(rows), dtype=torch.bool)
+        return _batch(self._mixture.sample_format, rows, sample_ids, keys, whole, damaged)
 
     def _loader(self) -> DataLoader[RawBatch | UserError]:
         dataset = _MicroBatches(self._mixture, self._order, self._layout, 2 * self._window, self._skip, self._micro)
@@ -296,9 +308,25 @@ def validation_batches(
         slots = start + dp_rank * batch_size + np.arange(batch_size)
         chosen = slots % len(ids)
         samples, keys = reader.read(*(part[chosen] for part in location))
-        yield Batch(_to_tensor(samples), torch.from_numpy(ids[chosen]), keys, torch.from_numpy(slots < len(ids)))
+        sample_mask = torch.from_numpy(slots < len(ids))
+        yield _batch(mixture.sample_format, samples, torch.from_numpy(ids[chosen]), keys, sample_mask)
 
 
-def _to_tensor(samples: np.ndarray) -> torch.Tensor:
-    """Return samples as a tensor; tokens of every stored dtype become int64."""
-    return torch.from_numpy(samples.astype(np.int64) if samples.dtype in (np.uint16, np.uint32) else samples)
+def _batch(
+    sample_format: SampleFormat,
+    samples: np.ndarray,
+    sample_ids: torch.Tensor,
+    keys: list[str],
+    sample_mask: torch.Tensor,
+    damaged: Sequence[str] = (),
+) -> Batch:
+    """Return samples as a batch of tensors; tokens of every stored dtype become int64."""
+    if not isinstance(sample_format, TokenFormat):
+        return Batch(torch.from_numpy(samples), sample_ids, keys, sample_mask, list(damaged))
+    samples = samples.astype(np.int64)
+    if not sample_format.labels:
+        return Batch(torch.from_numpy(samples), sample_ids, keys, sample_mask, list(damaged))
+    targets = torch.from_numpy(sample_format.targets(samples))
+    difficulty = torch.from_numpy(np.maximum(samples[:, 1, 1:] - FIRST_DIFFICULTY, -1))
+    observed = torch.from_numpy(np.ascontiguousarray(samples[:, 0]))
+    return Batch(observed, sample_ids, keys, sample_mask, list(damaged), targets, difficulty)
