@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,48 @@ from ebwm_dist.errors import DataError, UserError
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the channels of ImageNet's images, which DINOv2 expects frames to be normalised by."""
 
-_FOLDER = "a local folder with config.json and safetensors files, as on the hub"
-_STATE_DICT = "a local file of its state dict, .pth or .safetensors"
+
+class _FromHub(Encoder):
+    """A model of another library, in a folder as the hub has it; the library would make up weights that are missing."""
+
+    def __init__(
+        self, kind: str, library: str, name: str, argument: str, weights: Path | None, precision: str, **options: Any
+    ) -> None:
+        if argument:
+            raise UserError(
+                f"encoder '{kind}:{argument}': {kind} takes nothing after a colon; weights are a path of their own"
+            )
+        files = [] if weights is None else sorted(weights.glob("*.safetensors"))
+        if weights is None or not files or not (weights / "config.json").is_file():
+            raise _no_weights(kind, weights, "a local folder with config.json and safetensors files, as on the hub")
+        super().__init__(kind, precision, [weights / "config.json", *files])
+        try:
+            module = importlib.import_module(library)
+        except ImportError as error:
+            raise UserError(f"encoder {kind} needs {library} ({error}): pip install 'ebwm_dist[encoders]'") from None
+        logging.getLogger(library).setLevel(logging.ERROR)
+        try:
+            model, report = getattr(module, name).from_pretrained(
+                weights, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
+        except Exception as error:
+            raise DataError(
+                f"{weights} does not hold a {name} that {library} can load: {' '.join(str(error).split())}"
+            ) from None
+        if lacking := sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", []))):
+            raise DataError(f"{weights} does not hold all weights of {name}: {', '.join(lacking[:4])}, ... are missing")
+        self.model = self.frozen(model)
+
+    def check_multiple(self, factor: int, height: int, width: int) -> None:
+        """Refuse frames whose height or width is not a multiple of `factor`."""
+        if height % factor or width % factor:
+            raise UserError(
+                f"encoder {self.spec} takes frames whose height and width are multiples of {factor}, not {height} x "
+                f"{width}"
+            )
 
 
-class StableDiffusionVAE(Encoder):
+class StableDiffusionVAE(_FromHub):
     """Posterior mean of the autoencoder `[C, H/8, W/8]`, flattened and scaled as its configuration says.
 
     At 224 x 224 that is E = 4 x 28 x 28 = 3136.
@@ -34,35 +72,28 @@ class StableDiffusionVAE(Encoder):
     decodable = True
 
     def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
-        _no_argument("sd_vae", argument)
-        folder, files = _folder("sd_vae", weights)
-        super().__init__("sd_vae", precision, files)
-        self.vae = self.frozen(
-            _from_pretrained("sd_vae", "diffusers", "AutoencoderKL", folder, low_cpu_mem_usage=False)
-        )
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        _check_multiple("sd_vae", factor, height, width)
-        self.shape = (self.vae.config.latent_channels, height // factor, width // factor)
-        self.embedding_dim = self.shape[0] * self.shape[1] * self.shape[2]
+        options = {"low_cpu_mem_usage": False}
+        super().__init__("sd_vae", "diffusers", "AutoencoderKL", argument, weights, precision, **options)
+        factor = 2 ** (len(self.model.config.block_out_channels) - 1)
+        self.check_multiple(factor, height, width)
+        self.shape = (self.model.config.latent_channels, height // factor, width // factor)
+        self.embedding_dim = math.prod(self.shape)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode((2 * images - 1).to(self.dtype)).latent_dist
-        return (posterior.mean * self.vae.config.scaling_factor).flatten(1)
+        posterior = self.model.encode((2 * images - 1).to(self.dtype)).latent_dist
+        return (posterior.mean * self.model.config.scaling_factor).flatten(1)
 
     def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        latents = embeddings.view(-1, *self.shape) / self.vae.config.scaling_factor
-        return (self.vae.decode(latents.to(self.dtype)).sample.float() + 1) / 2
+        latents = embeddings.view(-1, *self.shape) / self.model.config.scaling_factor
+        return (self.model.decode(latents.to(self.dtype)).sample.float() + 1) / 2
 
 
-class DinoV2(Encoder):
+class DinoV2(_FromHub):
     """The embedding of DINOv2's class token, after its last norm; E = 768 for the base model."""
 
     def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
-        _no_argument("dinov2", argument)
-        folder, files = _folder("dinov2", weights)
-        super().__init__("dinov2", precision, files)
-        self.model = self.frozen(_from_pretrained("dinov2", "transformers", "Dinov2Model", folder))
-        _check_multiple("dinov2", self.model.config.patch_size, height, width)
+        super().__init__("dinov2", "transformers", "Dinov2Model", argument, weights, precision)
+        self.check_multiple(self.model.config.patch_size, height, width)
         self.embedding_dim = self.model.config.hidden_size
         self.normalise = _Normalise(*IMAGENET)
 
@@ -81,7 +112,7 @@ class TorchvisionModel(Encoder):
             near = [name for name in known if name[:3] == argument[:3]] or known
             raise UserError(f"encoder {spec!r}: torchvision has no such classifier; it has {', '.join(near[:12])}, ...")
         if weights is None or not weights.is_file():
-            raise _no_weights(spec, weights, _STATE_DICT)
+            raise _no_weights(spec, weights, "a local file of its state dict, .pth or .safetensors")
         super().__init__(spec, precision, [weights])
         model = models.get_model(argument, weights=None)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -128,51 +159,9 @@ class _Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _no_argument(kind: str, argument: str) -> None:
-    if argument:
-        raise UserError(
-            f"encoder '{kind}:{argument}': {kind} takes nothing after a colon; weights are a path of their own"
-        )
-
-
 def _no_weights(spec: str, weights: Path | None, expected: str) -> UserError:
     found = "none were given" if weights is None else f"{weights} is not that"
     return UserError(f"encoder {spec} needs weights: {expected}; {found} (nothing is downloaded)")
-
-
-def _folder(kind: str, weights: Path | None) -> tuple[Path, list[Path]]:
-    """Return the folder of the weights, and its files that the encoder depends on."""
-    files = [] if weights is None else sorted(weights.glob("*.safetensors"))
-    if weights is None or not files or not (weights / "config.json").is_file():
-        raise _no_weights(kind, weights, _FOLDER)
-    return weights, [weights / "config.json", *files]
-
-
-def _from_pretrained(kind: str, library: str, name: str, folder: Path, **options: Any) -> nn.Module:
-    """Load a model; weights that are missing or misshapen are an error, where the libraries would make some up."""
-    try:
-        module = importlib.import_module(library)
-    except ImportError as error:
-        raise UserError(f"encoder {kind} needs {library} ({error}): pip install 'ebwm_dist[encoders]'") from None
-    logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        model, report = getattr(module, name).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:
-        raise DataError(
-            f"{folder} does not hold a {name} that {library} can load: {' '.join(str(error).split())}"
-        ) from None
-    if lacking := sorted(report["missing_keys"]) or sorted(map(str, report.get("mismatched_keys", []))):
-        raise DataError(f"{folder} does not hold all weights of {name}: {', '.join(lacking[:4])}, ... are missing")
-    return model
-
-
-def _check_multiple(kind: str, factor: int, height: int, width: int) -> None:
-    if height % factor or width % factor:
-        raise UserError(
-            f"encoder {kind} takes frames whose height and width are multiples of {factor}, not {height} x {width}"
-        )
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
