@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.schema import Config, ZeroConfig
@@ -115,34 +116,36 @@ def _live_bytes(config: Config, layers: int) -> int:
         length, width = config.data.sequence_length + 1, config.model.embedding_dim
         observed = torch.zeros(rows, length, dtype=torch.long) if width is None else torch.zeros(rows, length, width)
         plan: Any = StepPlan(mcmc.max_mcmc_steps)
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             model.training_step(observed, torch.arange(rows, device="cpu"), plan)
-    return live.most
+    return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it that are alive."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside it that are alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}  # a view of it is not new
-        for x in output if isinstance(output, (tuple, list)) else (output,):
-            if not isinstance(x, torch.Tensor):
-                continue
-            storage = x.untyped_storage()
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of it is not new
+        for storage in _storages(output):
             key, size = storage._cdata, storage.nbytes()
             if key not in self.seen and key not in given:
                 self.seen.add(key)
                 self.now += size
                 weakref.finalize(storage, self._freed, key, size)
-        self.most = max(self.most, self.now)
+        self.peak = max(self.peak, self.now)
         return output
 
     def _freed(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.now -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Return the storage of every tensor in nested containers."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

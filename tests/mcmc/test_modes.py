@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
-import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ebwm_dist.mcmc import vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from tests.mcmc.test_second_order import (
-    DIM,
     LENGTH,
     PAD,
     UPDATES,
@@ -265,87 +258,3 @@ def test_weights_are_used_only_inside_the_passes(gradient: str, loss: str) -> No
     through_forward = gradients(model)
     model.training_step(*batch(), StepPlan(2))
     compare_gradients(model, through_forward, tolerance=1e-12)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of the storages that operations make and that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known | self.storages.keys():
-                self._follow(leaf.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def dies(_: Any) -> None:
-            del self.storages[key]
-            self.now -= size
-
-        self.storages[key] = weakref.ref(storage, dies)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Keep Python from collecting cycles: what they hold counts as kept alive."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def memory_of(work: Callable[[], Any]) -> LiveBytes:
-    with without_collector(), LiveBytes() as memory:
-        work()
-    return memory
-
-
-def longer_batch() -> tuple[Tensor, Tensor]:
-    return batch(size=3, length=16)
-
-
-@in_every_mode
-def test_memory_does_not_grow_with_the_steps(gradient: str, loss: str) -> None:
-    """At its peak, eight steps hold what one holds; the chain also keeps a slice's states, embeddings and gradients."""
-    mcmc = settings(gradient=gradient, loss=loss)
-    model = build(mcmc, position_chunk=8)
-    model.training_step(*longer_batch(), StepPlan(1))  # makes the gradients
-    one, eight = (memory_of(lambda k=k: model.training_step(*longer_batch(), StepPlan(k))).peak for k in (1, 8))
-    visited = 3 * 8 * (VOCAB + 2 * DIM) * 8
-    assert eight <= 1.05 * one + (7 * visited if gradient == "full" else 0)
-
-
-def test_a_double_backward_needs_memory_for_every_step() -> None:
-    """Guard the test above: the count sees the graph that a chain of steps keeps otherwise."""
-    mcmc = settings(gradient="full")
-    model = build(mcmc)
-    oracle = oracle_of(model)
-    one, eight = (
-        memory_of(lambda k=k: expect(oracle, model, mcmc, *longer_batch(), StepPlan(k)).loss.backward()).peak
-        for k in (1, 8)
-    )
-    assert eight > 4 * one
-
-
-@pytest.mark.parametrize("gradient", ["truncated", "full"])
-def test_nothing_is_kept_alive(gradient: str) -> None:
-    """After a step no memory is left but gradients and results, even before Python collects its cycles."""
-    model = build(settings(gradient=gradient), "time_embed", position_chunk=8)
-    outputs = []
-    with without_collector(), LiveBytes() as memory:
-        outputs.append(model.training_step(*longer_batch(), StepPlan(2)))
-    results = sum(value.nbytes for value in outputs[0] if isinstance(value, Tensor))
-    assert memory.now <= sum(p.nbytes for p in model.parameters()) + 2 * results + 256 < memory.peak
-    assert all(value.grad_fn is None for value in outputs[0] if isinstance(value, Tensor))

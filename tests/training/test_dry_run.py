@@ -13,7 +13,7 @@ from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.training.dry_run import _live_bytes, _LiveBytes, activation_bytes, describe, parameter_count, state_bytes
+from ebwm_dist.training.dry_run import LiveBytes, _live_bytes, activation_bytes, describe, parameter_count, state_bytes
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -53,10 +53,10 @@ def test_memory_is_that_of_a_real_step(checkpointing: str) -> None:
     model = build_model(config, pad_id=0)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         model.training_step(torch.randint(1, 50, (3, 41)), torch.arange(3), StepPlan(2))
     assert live.now == 0  # nothing outlives the step
-    assert activation_bytes(config) == pytest.approx(live.most, rel=0.1)
+    assert activation_bytes(config) == pytest.approx(live.peak, rel=0.1)
     more_steps = dataclasses.replace(config, mcmc=dataclasses.replace(config.mcmc, num_steps=6))
     assert activation_bytes(more_steps) == pytest.approx(activation_bytes(config), rel=0.01)
 
