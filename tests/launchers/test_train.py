@@ -73,20 +73,30 @@ def test_torchrun_trains_as_python_does(one_rank: tuple[Path, str], two_ranks: t
     assert {path.name for path in (two_ranks[0] / "logs").iterdir()} == {"rank_00000.log", "rank_00001.log"}
 
 
-def test_deepspeed_stops_when_one_rank_is_asked_to_and_continues(
-    start: Start, launch_arguments: list[str], two_ranks: tuple[Path, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("launcher", "rank", "reason"),
+    [("deepspeed", 1, "another rank"), pytest.param("torchrun", 0, "SIGTERM", marks=pytest.mark.slow)],
+)
+def test_a_launcher_stops_when_one_rank_is_asked_to_and_continues(
+    start: Start,
+    launch_arguments: list[str],
+    two_ranks: tuple[Path, str],
+    tmp_path: Path,
+    launcher: str,
+    rank: int,
+    reason: str,
 ) -> None:
     """The result equals torchrun's undisturbed run."""
     shared_memory = set(os.listdir("/dev/shm"))
     arguments = [*launch_arguments, f"run_dir={tmp_path / 'run'}"]
-    job = start("deepspeed", arguments)
+    job = start(launcher, arguments)
     job.wait_until(lambda: steps_done(tmp_path / "run") >= 3, "step 3")
-    os.kill(job.rank(1), signal.SIGTERM)
+    os.kill(job.rank(rank), signal.SIGTERM)
     assert job.end() == 0, job.text
     step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 60 and f"asked to stop (another rank): saved step {step}, leaving" in job.text
+    assert 3 <= step < 60 and f"asked to stop ({reason}): saved step {step}, leaving" in job.text
 
-    job = start("deepspeed", arguments)
+    job = start(launcher, arguments)
     assert job.end() == 0, job.text
     assert f"continuing from {tmp_path / 'run' / 'checkpoints'}/step-{step:06d}\n" in job.text
     assert_equal_runs(tmp_path / "run", two_ranks[0])
@@ -111,21 +121,6 @@ def test_python_stops_on_a_signal_to_its_group_and_continues(
     assert job.end() == 0, job.text
     assert f"continuing from {tmp_path / 'run' / 'checkpoints'}/step-{step:06d}\n" in job.text
     assert_equal_runs(tmp_path / "run", one_rank[0])
-
-
-@pytest.mark.slow
-def test_torchrun_stops_when_one_rank_is_asked_to_and_continues(
-    start: Start, launch_arguments: list[str], two_ranks: tuple[Path, str], tmp_path: Path
-) -> None:
-    arguments = [*launch_arguments, f"run_dir={tmp_path / 'run'}"]
-    job = start("torchrun", arguments)
-    job.wait_until(lambda: steps_done(tmp_path / "run") >= 3, "step 3")
-    os.kill(job.rank(0), signal.SIGTERM)
-    assert job.end() == 0, job.text
-    step = only_saved_step(tmp_path / "run")
-    assert 3 <= step < 60 and f"asked to stop (SIGTERM): saved step {step}, leaving" in job.text
-    assert start("torchrun", arguments).end() == 0
-    assert_equal_runs(tmp_path / "run", two_ranks[0])
 
 
 @pytest.mark.slow
