@@ -269,8 +269,8 @@ class ValidationData:
         tokens = size = 0.0
         for source, count in zip(self.mixture.sources, self.counts(max_sequences), strict=True):
             split = source.manifest.val
-            tokens += split.totals.get("tokens", 0) * count / split.samples
-            size += split.totals.get("text_bytes", 0) * count / split.samples
+            tokens += split.totals.get("tokens", 0) * count / max(split.samples, 1)
+            size += split.totals.get("text_bytes", 0) * count / max(split.samples, 1)
         return tokens / size if size else None
 
     @property
@@ -279,14 +279,14 @@ class ValidationData:
         return sum(source.manifest.val.samples for source in self.mixture.sources)
 
 
-def save_sample_format(manifest: Manifest, folder: Path) -> None:
-    """Write the description of a data folder's samples into `folder`, and a copy of their tokenizer."""
+def save_sample_format(manifest: Manifest, folder: Path, target_share: float = 1.0) -> None:
+    """Write a description of samples and of how many positions are targets into `folder`, and a copy of a tokenizer."""
     from ebwm_dist.data.format.sample_format import describe_format
 
     described = describe_format(manifest.sample_format)
     if "tokenizer" in described:
         write_atomically(folder / TOKENIZER_FILE, manifest.read_tokenizer())
-    write_json(folder / FORMAT_FILE, described)
+    write_json(folder / FORMAT_FILE, described | ({"target_share": target_share} if target_share < 1 else {}))
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.config.values import locate
@@ -19,7 +20,7 @@ def check_config(config: Config) -> None:
     """Refuse a configuration whose keys do not agree; the error names the first one and its value."""
     # The autoregressive twin has no MCMC steps; their settings stay as they are.
     of_mcmc = (_mcmc, _landscapes, _replay) if config.model.kind == "ebt" else ()
-    for problems in (_model, *of_mcmc, _training, _data, _zero, _cluster):
+    for problems in (_model, *of_mcmc, _training, _data, _mixture, _zero, _cluster):
         for key, reason in problems(config):
             raise ConfigError(f"{key} = {getattr(*locate(config, key))!r}: {reason}")
 
@@ -137,6 +138,34 @@ def _data(config: Config) -> Problems:
         yield "data.fetch_timeout", f"must be less than {limit}"
     if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
         yield "checkpoint.remote", "must begin with s3://, gs:// or file://, or be null for no copy"
+
+
+def _mixture(config: Config) -> Problems:
+    mixture, samples = config.data.mixture, set()
+    for address, weight in mixture.items():
+        points = [(0, weight)] if isinstance(weight, float) else weight
+        if not any(value for _, value in points):
+            yield (
+                "data.mixture",
+                f"the weight of {address} must be more than 0 somewhere; leave it out to read none of it",
+            )
+        if any(after[0] <= before[0] for before, after in pairwise(points)):
+            yield "data.mixture", f"the points [sample, weight] of {address} must be in the order of increasing samples"
+        samples |= {sample for sample, _ in points}
+    for sample in sorted(samples):
+        if all(_is_zero(weight, sample) for weight in mixture.values()):
+            yield (
+                "data.mixture",
+                f"all weights are 0 at sample {sample:,} of the run; one must be more than 0 everywhere",
+            )
+
+
+def _is_zero(weight: float | list[tuple[int, float]], sample: int) -> bool:
+    if isinstance(weight, float):
+        return weight == 0
+    before = [value for point, value in weight if point <= sample]
+    after = [value for point, value in weight if point >= sample]
+    return not any([*before[-1:], *after[:1]])
 
 
 def _zero(config: Config) -> Problems:

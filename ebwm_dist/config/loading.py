@@ -93,9 +93,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), sto
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     """Write the whole tree as YAML that `load_config` reads back; readers see the old file or the new, never a part."""
+    write_atomically(Path(path), to_yaml(config).encode("utf-8"))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole tree as YAML."""
     values = dataclasses.asdict(config)
-    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
-    write_atomically(Path(path), text.encode("utf-8"))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
 
 
 def override_keys(text: str) -> set[str]:
@@ -153,7 +157,7 @@ def _changed(key: str, before: _Given | None, name: str, value: Any) -> dict[str
     type_ = KEYS[key].type
     mapping: dict[str, Any] = deepcopy(before.value) if before is not None and get_origin(type_) is dict else {}
     # Names in data.mixture are those of folders and may have dots.
-    *sections, last = [name] if float in get_args(type_) else name.split(".")
+    *sections, last = name.split(".") if Any in get_args(type_) else [name]
     inner = mapping
     for section in sections:
         if not isinstance(inner.get(section), dict):

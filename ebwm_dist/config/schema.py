@@ -182,8 +182,12 @@ class DataConfig:
     path: str = location("data/text")
     """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
     or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
-    mixture: dict[str, float] = field(default_factory=dict, metadata={"limits": {"above": 0}, "location": True})
-    """Several such folders and their weights instead of `path`; the shares are exact over every 10,000 samples."""
+    mixture: dict[str, float | list[tuple[int, float]]] = field(
+        default_factory=dict, metadata={"limits": {"at_least": 0}, "location": True}
+    )
+    """Several such folders and their weights instead of `path`; the shares are exact over every 10,000 samples.
+
+    A weight is a number, or points [[sample of the run, weight], ...]: linear between them, constant outside."""
     cache_dir: str = location(".cache/shards")
     """Where copies of remote files are kept; all processes of a machine may share it."""
     cache_gib: float = number(64.0, above=0)

@@ -8,6 +8,7 @@ import operator
 import re
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
@@ -93,9 +94,12 @@ def typed(name: str, value: Any) -> Any:
         if isinstance(value, str) and value in RENAMED_VALUES.get(name, ()):
             expected = f"this value is now {RENAMED_VALUES[name][value]!r}"
         raise ConfigError(f"{name} = {value!r}: {expected}") from None
-    numbers = list(converted.values()) if isinstance(converted, dict) else converted
-    for number in numbers if isinstance(numbers, (list, tuple)) else [numbers]:
-        if number is not None and not all(_LIMITS[limit][0](number, bound) for limit, bound in limits.items()):
+    for number in _leaves(converted):
+        if (
+            limits
+            and number is not None
+            and not all(_LIMITS[limit][0](number, bound) for limit, bound in limits.items())
+        ):
             allowed = " and ".join(f"{_LIMITS[limit][1]} {bound:g}" for limit, bound in limits.items())
             raise ConfigError(f"{name} = {value!r}: must be {allowed}")
     if name == "deepspeed":
@@ -105,6 +109,11 @@ def typed(name: str, value: Any) -> Any:
 
 def _converted(value: Any, type_: Any) -> Any:
     """Convert `value`, where nothing is lost by it; raise TypeError otherwise."""
+    if get_origin(type_) in (Union, types.UnionType):
+        for option in get_args(type_):
+            with suppress(TypeError):
+                return _converted(value, option)
+        raise TypeError
     if type_ is str:
         if isinstance(value, str) and value:
             return str(value)
@@ -118,6 +127,9 @@ def _converted(value: Any, type_: Any) -> Any:
     elif get_origin(type_) is dict:
         if isinstance(value, Mapping):
             return {str(name): _converted(item, get_args(type_)[1]) for name, item in value.items()}
+    elif get_origin(type_) is list:
+        if isinstance(value, (list, tuple)):
+            return [_converted(item, get_args(type_)[0]) for item in value]
     elif get_origin(type_) is tuple:
         items = get_args(type_)
         if isinstance(value, (list, tuple)) and len(value) == len(items):
@@ -134,6 +146,13 @@ def _converted(value: Any, type_: Any) -> Any:
     raise TypeError
 
 
+def _leaves(value: Any) -> list[Any]:
+    """Return the values in nested mappings and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, (list, tuple)) else [value]
+
+
 def _scalar(text: str) -> Any:
     """Return the meaning of a plain scalar where no string is declared. Octals, base 60 and dates have none."""
     if text.lower() in _WORDS:
@@ -144,6 +163,10 @@ def _scalar(text: str) -> Any:
 
 
 def _expectation(type_: Any) -> str:
+    if get_origin(type_) in (Union, types.UnionType):
+        return " or ".join(map(_expectation, get_args(type_)))
+    if get_origin(type_) is list:
+        return "points [[sample, weight], ...]"  # of a schedule
     if get_origin(type_) is tuple:
         return f"a list of {len(get_args(type_))} numbers"
     if get_origin(type_) is dict:

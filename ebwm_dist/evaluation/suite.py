@@ -106,7 +106,8 @@ class Suite:
 
     def describe(self) -> dict[str, Any]:
         """Describe the model and its training, of which an export has no record."""
-        flops = training_flops_per_token(self.config.model, self.config.mcmc, self.config.data.sequence_length)
+        config, share = self.config, self.trained.sample_format.get("target_share", 1.0)
+        flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length, share)
         records = self.trained.records
         tokens = max((record["tokens"] for record in records), default=None)
         return {

@@ -17,6 +17,8 @@ def unigram_perplexity(data: ValidationData, max_sequences: int) -> float:
     size = data.mixture.manifest.token_format.vocab_size
     train, val = np.zeros(size), np.zeros(size)
     for source, held_out in zip(data.mixture.sources, data.counts(max_sequences), strict=True):
+        if not held_out:
+            continue  # its weight has become 0
         counts = target_counts(source.manifest, "train") + 1
         train += source.quota * counts / counts.sum()
         val += target_counts(source.manifest, "val") * held_out / source.manifest.val.samples

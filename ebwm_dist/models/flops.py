@@ -11,8 +11,10 @@ from typing import NamedTuple
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 
 
-def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_length: int) -> float:
-    """Return the FLOPs of a training step per predicted token.
+def training_flops_per_token(
+    config: ModelConfig, mcmc: MCMCConfig, sequence_length: int, target_share: float = 1.0
+) -> float:
+    """Return the FLOPs of a training step per observed token, of which `target_share` are followed by a target.
 
     With F one forward of a stream and M = 2VD one product with the vocabulary matrix, or, for embeddings, 2ED one with
     the projection (none, where E = D):
@@ -22,6 +24,7 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
       step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products;
       and for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings
       that are projected 2 M. A random number of steps counts by its mean, replayed sequences as so many more tokens.
+      Only targets are refined, or with replay all positions.
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
@@ -31,7 +34,8 @@ def training_flops_per_token(config: ModelConfig, mcmc: MCMCConfig, sequence_len
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
-    return rows * (refinement + contexts * (3 * costs.context + 2 * costs.projection))
+    refined = 1.0 if mcmc.replay_size else target_share
+    return rows * (refined * refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
 
 def prediction_flops(

@@ -7,12 +7,16 @@ import weakref
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
+from ebwm_dist.config.loading import to_yaml
 from ebwm_dist.config.schema import Config, ZeroConfig
+from ebwm_dist.data.loading.mixture import Mixture, describe_weights
+from ebwm_dist.data.loading.quotas import BLOCK
+from ebwm_dist.data.remote import is_remote
+from ebwm_dist.errors import UserError
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.models.flops import training_flops_per_token
@@ -29,14 +33,15 @@ LAYOUTS = {
 def describe(config: Config) -> str:
     """Return the resolved configuration, parameters, FLOPs per token or frame and memory per GPU by ZeRO stage."""
     parameters = parameter_count(config)
-    flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
+    share = target_share(config)
+    flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length, share)
     training = config.training
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     tokens = tokens_per_step * training.max_steps
     activations = activation_bytes(config)
     unit = "token" if config.model.embedding_dim is None else "frame"
     lines = [
-        OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(),
+        to_yaml(config).rstrip(),
         "---",
         f"parameters: {parameters:,}",
         f"training FLOPs per {unit}: {flops:.4g} ({flops / parameters:.1f} per parameter)",
@@ -48,6 +53,10 @@ def describe(config: Config) -> str:
     for world_size in WORLD_SIZES:
         row = [state_bytes(parameters, zero, world_size, training.precision)[0] for zero in LAYOUTS.values()]
         lines.append(f"  {world_size:4}  " + "".join(f"{(size + activations) / GIB:14.2f}" for size in row))
+    if config.data.mixture:
+        lines.insert(2, f"mixture: of every {BLOCK:,} training sequences, {describe_weights(config.data.mixture)}")
+    if share < 1:
+        lines.insert(2, f"targets: {100 * share:.1f} % of the positions, which alone are refined")
     zero = config.zero
     offloaded = [key for key in ("offload_optimizer", "offload_parameters") if getattr(zero, key)]
     lines.append(
@@ -58,6 +67,16 @@ def describe(config: Config) -> str:
         on_cpu = state_bytes(parameters, zero, world_size, training.precision)[1]
         lines.append(f"  memory of the CPU per GPU, with {world_size:2} GPUs: {on_cpu / GIB:.2f}")
     return "\n".join(lines)
+
+
+def target_share(config: Config) -> float:
+    """Return the share of positions that are targets in data on this machine; 1 where they are not made yet."""
+    if any(is_remote(address) for address in config.data.mixture or [config.data.path]):
+        return 1.0
+    try:
+        return Mixture.load(config.data).target_share
+    except UserError:
+        return 1.0
 
 
 def parameter_count(config: Config) -> int:

@@ -74,7 +74,7 @@ class Trainer:
         checkpoint = self.checkpointer.find(self.log.warn)
         if world.rank == 0:
             save_config(config, self.run_dir / CONFIG_FILE)
-            save_sample_format(data.manifest, self.run_dir)
+            save_sample_format(data.manifest, self.run_dir, data.target_share)
         self.preprocess = self._build_preprocessor()
         self._build_model()
         self.state = TrainingState()
@@ -123,7 +123,8 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         peak = peak_flops(name)
         self.peak_flops = None if peak is None else peak * self.world.world_size
-        self.flops_per_token = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length)
+        length, share = config.data.sequence_length, self.data.target_share
+        self.flops_per_token = training_flops_per_token(config.model, config.mcmc, length, share)
         unit = "token" if config.model.embedding_dim is None else "frame"
         self.log.log(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {self.world.world_size} x {name}, "

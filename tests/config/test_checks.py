@@ -32,6 +32,16 @@ def changed(**values: Any) -> Config:
             {"data__path": "s3://bucket/text", "data__fetch_timeout": 600.0},
             "data.fetch_timeout = 600.0: must be less than training.step_timeout = 600",
         ),
+        ({"data__mixture": {"a": 1.0, "b": 0.0}}, "data.mixture = .*: the weight of b must be more than 0 somewhere"),
+        ({"data__mixture": {"a": 1.0, "b": [(0, 0.0), (9, 0.0)]}}, "data.mixture = .*: the weight of b must be"),
+        (
+            {"data__mixture": {"a": [(5, 1.0), (5, 2.0)], "b": 1.0}},
+            r"data.mixture = .*: the points \[sample, weight\] of a must be in the order of increasing samples",
+        ),
+        (
+            {"data__mixture": {"a": [(0, 1.0), (5000, 0.0)], "b": [(6000, 0.0), (7000, 1.0)]}},
+            "data.mixture = .*: all weights are 0 at sample 5,000 of the run; one must be more than 0",
+        ),
         ({"model__dim": 6, "model__num_heads": 2}, "model.num_heads = 2: .* allowed are 1 or 3"),
         ({"model__dim": 7, "model__num_heads": 7}, "model.num_heads = 7: .* model.dim must be even"),
         (

@@ -223,6 +223,20 @@ def test_a_name_inside_a_mapping_keeps_the_others(tmp_path: Path) -> None:
     assert load_config(base).data.mixture == {"a": 1.0, "b": 2.0}
 
 
+def test_a_weight_may_be_a_schedule(tmp_path: Path) -> None:
+    base = write(tmp_path, "data: {mixture: {a: [[0, 1], [1e5, 0]], b: 2}}\n", "base.yaml")
+    config = load_config(base, ["data.mixture.c/v1.2=[[1000, 0], [2000, .5]]"])
+    assert config.data.mixture == {"a": [(0, 1.0), (100_000, 0.0)], "b": 2.0, "c/v1.2": [(1000, 0.0), (2000, 0.5)]}
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    expected = "names, and a finite number or points [[sample, weight], ...] for each"
+    for wrong in ("[0, 1]", "[[0, 1, 2]]", "[[1.5, 1]]", "high", "[[0, nan]]"):
+        assert error_of(base, f"data.mixture={{a: {wrong}}}").endswith(expected)
+    for wrong in ("-1", "[[0, -1], [9, 2]]", "[[-5, 1]]"):
+        assert error_of(base, f"data.mixture={{a: {wrong}}}").endswith("must be at least 0")
+    assert "the weight of a must be more than 0 somewhere" in error_of(base, "data.mixture.a=[]")
+
+
 def test_a_path_that_a_mixture_would_hide_is_refused(tmp_path: Path) -> None:
     base = write(tmp_path, MIXTURE, "base.yaml")
     hidden = "to train on data.path alone, set data.mixture={} too"

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest, Shard, Split
 from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat
-from ebwm_dist.data.loading.mixture import Mixture, quotas
+from ebwm_dist.data.loading.mixture import Mixture, final_quotas
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
-from ebwm_dist.data.loading.order import BLOCK, EndlessOrder, MixtureOrder
+from ebwm_dist.data.loading.order import EndlessOrder, MixtureOrder
+from ebwm_dist.data.loading.quotas import BLOCK, Quotas, Weight
 from ebwm_dist.data.loading.stream import BatchLayout, SampleStream, validation_batches
 from ebwm_dist.errors import ConfigError, DataError
 from tests.tiny_data import make_tiny_data
@@ -29,12 +30,12 @@ G = 48  # divisible by 1, 2, 3, 4, 6 and 8 ranks
 WORLDS = (1, 2, 3, 4, 8)
 
 
-def order_of(counts: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window: int) -> MixtureOrder:
+def order_of(counts: Sequence[Sequence[int]], weights: Sequence[Weight], seed: int, window: int) -> MixtureOrder:
     """Return the order that a stream with batches of `G` follows."""
     lengths = [sum(c) - (sum(c) % G if len(counts) == 1 else 0) for c in counts]
     orders = [EndlessOrder(c, seed, window, length) for c, length in zip(counts, lengths, strict=True)]
-    shares = quotas({str(number): weight for number, weight in enumerate(weights)})
-    return MixtureOrder(orders, list(shares.values()), seed)
+    by_name = {str(number): weight for number, weight in enumerate(weights)}
+    return MixtureOrder(orders, Quotas(by_name, list(final_quotas(by_name).values())), seed)
 
 
 def places(order: MixtureOrder, numbers: np.ndarray) -> list[tuple[int, ...]]:
@@ -93,7 +94,7 @@ def test_shares_are_exact_and_every_data_set_goes_through_its_own_epochs(
 ) -> None:
     counts, weights = [c for c, _ in data], [w for _, w in data]
     order = order_of(counts, weights, seed, 2)
-    shares = list(quotas({str(i): w for i, w in enumerate(weights)}).values())
+    shares = list(final_quotas({str(i): w for i, w in enumerate(weights)}).values())
     found = places(order, np.arange(2 * BLOCK))
     assert (
         sum(shares) == BLOCK
@@ -141,9 +142,9 @@ def test_data_sets_of_equal_shards_are_shuffled_differently(tiny: Manifest) -> N
 
 
 def test_weights_that_mean_nothing_are_refused() -> None:
-    assert quotas({"a": 1, "b": 1, "c": 1}) == {"a": 3334, "b": 3333, "c": 3333}
+    assert final_quotas({"a": 1, "b": 1, "c": 1}) == {"a": 3334, "b": 3333, "c": 3333}
     with pytest.raises(ConfigError, match="the weight 1e-05 of b is less than one in 10,000 samples"):
-        quotas({"a": 1.0, "b": 1e-5})
+        final_quotas({"a": 1.0, "b": 1e-5})
 
 
 def test_what_is_needed_next_is_known_ahead() -> None:

@@ -54,6 +54,24 @@ def test_formula_counts_what_a_step_needs(kind: str, loss: str, embedding_dim: i
     assert 0.98 * formula <= executed <= 1.05 * formula
 
 
+@pytest.mark.parametrize(("kind", "gradient"), [("ebt", "truncated"), ("ebt", "full"), ("ar", "full")])
+def test_only_targets_are_refined(kind: str, gradient: str) -> None:
+    """A quarter of the positions are targets: the context and an autoregressive twin still cost all of them."""
+    model_config = ModelConfig(kind=kind, vocab_size=400, dim=128, num_heads=2, num_layers=3)
+    config = Config(model=model_config, mcmc=MCMCConfig(num_steps=2, step_size=1.0, gradient=gradient))
+    model, executed = build_model(config, pad_id=0), []
+    observed = torch.randint(1, 400, (4, 9))
+    few = observed[:, 1:].clone()
+    few[:, 2:] = 0
+    for targets in (None, few):
+        with FlopCounter() as counter:
+            model.training_step(observed, torch.arange(4), model.plan(1, 0), targets=targets)
+        executed.append(counter.total / (4 * 8))
+    whole, quarter = (training_flops_per_token(config.model, config.mcmc, 8, share) for share in (1.0, 0.25))
+    assert executed[1] / executed[0] == pytest.approx(quarter / whole, rel=0.05)
+    assert (quarter == whole) == (kind == "ar")
+
+
 def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -11,9 +11,13 @@ import torch
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.models.flops import training_flops_per_token
 from ebwm_dist.training.dry_run import LiveBytes, _live_bytes, activation_bytes, describe, parameter_count, state_bytes
+from tests.tiny_prompts import make_tiny_prompts
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -59,6 +63,19 @@ def test_memory_is_that_of_a_real_step(checkpointing: str) -> None:
     assert activation_bytes(config) == pytest.approx(live.peak, rel=0.1)
     more_steps = dataclasses.replace(config, mcmc=dataclasses.replace(config.mcmc, num_steps=6))
     assert activation_bytes(more_steps) == pytest.approx(activation_bytes(config), rel=0.01)
+
+
+def test_shares_of_targets_and_of_data_sets_are_described(tiny: Manifest, tmp_path: Path) -> None:
+    prompts = make_tiny_prompts(tmp_path / "words", load_tokenizer(tiny), sequence_length=40)
+    model = ModelConfig(vocab_size=320, dim=16, num_heads=2, num_layers=1)
+    config = Config(model=model, data=DataConfig(path=str(prompts.folder), sequence_length=40))
+    share = prompts.train.totals["tokens"] / (prompts.train.samples * 40)
+    flops = training_flops_per_token(model, config.mcmc, 40, share)
+    text = describe(config)
+    assert f"targets: {100 * share:.1f} % of the positions" in text and f"FLOPs per token: {flops:.4g}" in text
+    config.data.mixture = {"a": [(0, 1.0), (30_000, 0.0)], "b": 1.0}
+    text = describe(config)
+    assert "at sample 30,000 of the run 0 are of a, 10,000 are of b" in text and "targets" not in text.split("---")[1]
 
 
 def test_depth_is_extrapolated() -> None:

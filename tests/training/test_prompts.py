@@ -8,6 +8,7 @@ import pytest
 
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
@@ -33,6 +34,8 @@ def test_any_cut_of_a_batch_has_the_same_means(tiny: Manifest, tiny_config: Path
     one = [run(kind, name, micro) for kind in ("ebt", "ar") for name, micro in (("whole", 12), ("cut", 6))]
     run_distributed_test(train_in_turn, 1, tiny_config, one)
     run_distributed_test(train_in_turn, 2, tiny_config, [run(kind, "ranks", 3) for kind in ("ebt", "ar")])
+    share = prompts.train.totals["tokens"] / (prompts.train.samples * 40)
+    assert Run(tmp_path / "ebt" / "whole").sample_format["target_share"] == pytest.approx(share)
     for kind in ("ebt", "ar"):
         expected = metrics(tmp_path / kind / "whole")
         assert len(expected) == 3

@@ -16,7 +16,8 @@ import numpy as np
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import SPLITS, Manifest
 from ebwm_dist.data.format.sample_format import LatentFormat, SampleFormat, TokenFormat, describe_format
-from ebwm_dist.data.loading.order import BLOCK, EndlessOrder, Location, MixtureOrder, source_key
+from ebwm_dist.data.loading.order import EndlessOrder, Location, MixtureOrder, source_key
+from ebwm_dist.data.loading.quotas import BLOCK, Quotas, Weight, points_of, quotas_at, weight_at
 from ebwm_dist.data.remote import Cache
 from ebwm_dist.errors import ConfigError, DataError
 
@@ -30,12 +31,16 @@ labelled tokens are targets; without labels all are."""
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in a mixture: its name in the configuration, and its samples in every block of `BLOCK`."""
+    """A data set in a mixture: its name and weight in the configuration, and its samples in a block of `BLOCK`.
+
+    Where weights change, `quota` is that of blocks after the last change.
+    """
 
     name: str
     manifest: Manifest
     fingerprint: str
     quota: int
+    weight: Weight = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,15 @@ class Mixture:
         Raises:
             UserError: a manifest cannot be read, or the data sets do not fit together.
         """
-        weights = data.mixture or {data.path: 1.0}
+        weights: Mapping[str, Weight] = data.mixture or {data.path: 1.0}
         cache = Cache(Path(data.cache_dir), int(data.cache_gib * 2**30), data.fetch_timeout)
         return Mixture.of({name: Manifest.load(name, cache) for name in weights}, weights)
 
     @staticmethod
-    def of(manifests: Mapping[str, Manifest], weights: Mapping[str, float]) -> Mixture:
+    def of(manifests: Mapping[str, Manifest], weights: Mapping[str, Weight]) -> Mixture:
         """Mix data sets by their names, in proportion to `weights`."""
-        shares = quotas(weights)
-        sources = [Source(name, m, m.fingerprint, shares[name]) for name, m in manifests.items()]
+        shares = final_quotas(weights)
+        sources = [Source(name, m, m.fingerprint, shares[name], weights[name]) for name, m in manifests.items()]
         for source in sources:
             if not source.manifest.train.samples:
                 raise DataError(f"the train split of {source.name} has no samples: make its shards of more data")
@@ -109,8 +114,29 @@ class Mixture:
         """Hash everything that determines content and shares of the samples; that of a single data set is its own."""
         if len(self.sources) == 1:
             return self.sources[0].fingerprint
-        parts = [[source.fingerprint, source.quota] for source in self.sources]
+        parts = [[source.fingerprint, source.quota, *self._points(source)] for source in self.sources]
         return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+
+    @property
+    def _weights(self) -> dict[str, Weight]:
+        return {source.name: source.weight for source in self.sources}
+
+    def _points(self, source: Source) -> list[list[list[float]]]:
+        """Return the points of a source's weight in a list, where any weight changes; otherwise an empty one."""
+        if not points_of(self._weights.values()):
+            return []
+        weight = [(0, source.weight)] if isinstance(source.weight, (int, float)) else source.weight
+        return [[[sample, value] for sample, value in weight]]
+
+    @property
+    def target_share(self) -> float:
+        """Return the share of positions that are targets, where samples have labels; 1 where they have none."""
+        sample_format = self.sample_format
+        if not isinstance(sample_format, TokenFormat) or not sample_format.labels:
+            return 1.0
+        splits = [(source.quota, source.manifest.train) for source in self.sources]
+        per_sample = sum(quota * split.totals["tokens"] / split.samples for quota, split in splits) / BLOCK
+        return per_sample / sample_format.sequence_length
 
     @property
     def train_samples(self) -> int:
@@ -119,10 +145,9 @@ class Mixture:
 
     def describe_shares(self, path: str) -> str:
         """Return the shares in words; `path` is `data.path`, which a mixture replaces."""
-        parts = sorted((s.name, s.quota, s.manifest.train.samples) for s in self.sources)
-        shares = ", ".join(f"{quota:,} are of {name} (it has {samples:,})" for name, quota, samples in parts)
+        sizes = {source.name: source.manifest.train.samples for source in self.sources}
         unread = "" if path in ("", DataConfig.path) else f"; data.path = {path} is not read, data.mixture replaces it"
-        return f"of every {BLOCK:,} training sequences, {shares}{unread}"
+        return f"of every {BLOCK:,} training sequences, {describe_weights(self._weights, sizes)}{unread}"
 
     def check_files(self, splits: Iterable[str] = SPLITS) -> None:
         """Check that every shard of every data set exists."""
@@ -164,18 +189,22 @@ class Mixture:
             length = samples - samples % batch_size if alone else samples
             key = () if alone or version == 1 else source_key(source.fingerprint)
             orders.append(EndlessOrder(counts, seed, window, length, key))
-        return MixtureOrder(orders, [source.quota for source in self.sources], seed)
+        return MixtureOrder(orders, Quotas(self._weights, [source.quota for source in self.sources]), seed)
 
     def held_out(self, limit: int) -> tuple[np.ndarray, Location]:
         """Choose about `limit` held-out samples; return their numbers `[n]` and locations.
 
-        A data set has its share of `limit`, at least one and at most all of its own, spread evenly over its split.
+        A data set has its share of `limit`, at least one and at most all of its own, spread evenly over its split; one
+        whose weight has become 0 has none.
         Numbers count the samples of all splits, one after the other.
         """
         numbers, locations, before = [], [], 0
         for index, source in enumerate(self.sources):
             counts = source.manifest.val.counts
             ends, total = np.cumsum(counts), sum(counts)
+            if not source.quota:
+                before += total
+                continue
             if not total:
                 raise DataError(f"the val split of {source.name} has no samples; hold out more with --holdout")
             chosen = min(max(1, limit * source.quota // BLOCK), total)
@@ -187,20 +216,23 @@ class Mixture:
         return np.concatenate(numbers), tuple(np.concatenate(locations, axis=1))
 
     def identity(self) -> dict[str, list[Any]]:
-        """Return name and share of every data set by its fingerprint, for `check_same_data`."""
-        return {source.fingerprint: [source.name, source.quota / BLOCK] for source in self.sources}
+        """Return name, share and changing weights of every data set by its fingerprint, for `check_same_data`."""
+        return {s.fingerprint: [s.name, s.quota / BLOCK, *self._points(s)] for s in self.sources}
 
     def check_same_data(self, saved: Mapping[str, Sequence[Any]]) -> None:
         """Refuse other data sets or shares than those of the `identity` saved by a run, naming what has changed."""
         now = self.identity()
-        gone = {name for key, (name, _) in saved.items() if key not in now}
-        new = {name for key, (name, _) in now.items() if key not in saved}
+        gone = {name for key, (name, *_) in saved.items() if key not in now}
+        new = {name for key, (name, *_) in now.items() if key not in saved}
         changes = [f"{name} holds other samples" for name in gone & new]
         changes += [f"{name} is missing" for name in gone - new] + [f"{name} was not there" for name in new - gone]
         for key in saved.keys() & now.keys():
-            (name, share), (_, before) = now[key], saved[key]
+            (name, share, *points), (_, before, *points_before) = now[key], saved[key]
             if share != before:
                 changes.append(f"{name} had a share of {before:g}, now {share:g}")
+            if points != points_before:
+                was, is_now = ((found or ["a constant weight"])[0] for found in (points_before, points))
+                changes.append(f"the weight of {name} was {was}, now it is {is_now}")
         if changes:
             raise DataError(
                 f"cannot resume the data stream, its data have changed: {'; '.join(sorted(changes))}; "
@@ -213,21 +245,30 @@ def as_mixture(data: Manifest | Mixture) -> Mixture:
     return data if isinstance(data, Mixture) else Mixture.of({data.name: data}, {data.name: 1.0})
 
 
-def quotas(weights: Mapping[str, float]) -> dict[str, int]:
-    """Divide `BLOCK` samples in proportion to `weights`; what rounding leaves goes to the largest remainders."""
-    total = sum(weights.values())
-    exact = {name: BLOCK * weight / total for name, weight in weights.items()}
-    result = {name: math.floor(share) for name, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (result[name] - exact[name], name))
-    for name in by_remainder[: BLOCK - sum(result.values())]:
-        result[name] += 1
-    for name, quota in result.items():
-        if not quota:
+def final_quotas(weights: Mapping[str, Weight]) -> dict[str, int]:
+    """Divide `BLOCK` samples in proportion to the last weights, of which none may be too small at all of its points."""
+    points = points_of(weights.values()) or [0]
+    found = quotas_at(weights, points)
+    for name, quotas in zip(weights, found.T, strict=True):
+        if not quotas.any():
+            highest = weight_at(weights[name], np.array(points)).max()
             raise ConfigError(
-                f"data.mixture: the weight {weights[name]:g} of {name} is less than one in {BLOCK:,} samples; "
+                f"data.mixture: the weight {highest:g} of {name} is less than one in {BLOCK:,} samples; "
                 "raise it or leave the data set out"
             )
-    return result
+    return dict(zip(weights, found[-1].tolist(), strict=True))
+
+
+def describe_weights(weights: Mapping[str, Weight], sizes: Mapping[str, int] | None = None) -> str:
+    """Return how many samples of a block are of each data set, at every point where weights change."""
+    points = points_of(weights.values())
+    named = {name: f"{name} (it has {sizes[name]:,})" if sizes else name for name in weights}
+    parts = []
+    for number, quotas in enumerate(quotas_at(weights, points or [0]).tolist()):
+        of_each = sorted((name, quota) for name, quota in zip(weights, quotas, strict=True))
+        shares = ", ".join(f"{quota:,} are of {name if number else named[name]}" for name, quota in of_each)
+        parts.append(f"at sample {points[number]:,} of the run {shares}" if points else shares)
+    return "; ".join(parts) + ("; in between in proportion" if len(points) > 1 else "")
 
 
 def pooled(sources: Sequence[Source], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:

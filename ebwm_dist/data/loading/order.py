@@ -2,7 +2,7 @@
 
 In an epoch of a data set (`EpochOrder`) shards are permuted, then samples within windows of consecutive shards. A data
 set goes through one epoch after another (`EndlessOrder`). A mixture (`MixtureOrder`) takes its samples in blocks of
-`BLOCK`: each holds a fixed number of samples of every data set, its quota, in a permuted order, and every data set
+`BLOCK`: each holds a given number of samples of every data set, its quota, in a permuted order, and every data set
 continues from block to block. So the shares are exact over every block, whatever the sizes of the data sets.
 """
 
@@ -14,8 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-BLOCK = 10_000
-"""Samples over which the shares of a mixture are exact; a weight can be no finer than one of them."""
+from ebwm_dist.data.loading.quotas import BLOCK, Quotas
 
 Location = tuple[np.ndarray, ...]
 """Where samples are: shard and row of each, after its source if there are several data sets; all `[n]` int64."""
@@ -137,10 +136,8 @@ class MixtureOrder:
     Sample n of a single data set is its sample n; there are no blocks then.
     """
 
-    def __init__(self, orders: Sequence[EndlessOrder], quotas: Sequence[int], seed: int) -> None:
-        self._orders = orders
-        self._quotas = np.asarray(quotas, dtype=np.int64)
-        self._seed = seed
+    def __init__(self, orders: Sequence[EndlessOrder], quotas: Quotas, seed: int) -> None:
+        self._orders, self._quotas, self._seed = orders, quotas, seed
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __getitem__(self, numbers: np.ndarray) -> Location:
@@ -164,7 +161,7 @@ class MixtureOrder:
             return [number]
         block, slot = divmod(number, BLOCK)
         sources, _ = _recent(self._blocks, block, self._block)
-        counts = block * self._quotas + np.bincount(sources[:slot], minlength=len(self._quotas))
+        counts = self._quotas.before(block) + np.bincount(sources[:slot], minlength=len(self._orders))
         return [int(count) for count in counts]
 
     def epoch(self, number: int) -> int:
@@ -172,9 +169,18 @@ class MixtureOrder:
         return min(n // order.length for n, order in zip(self.counts_before(number), self._orders, strict=True))
 
     def next_shards(self, number: int) -> list[tuple[int, int]]:
-        """Return (source, shard) of the two windows of each source that are read next from sample `number` on."""
-        counts = self.counts_before(number)
-        return [(source, shard) for source, n in enumerate(counts) for shard in self._orders[source].next_shards(n)]
+        """Return (source, shard) of the two windows of each source that are read next from sample `number` on.
+
+        A source that neither this block nor the next one reads has none.
+        """
+        counts, block = self.counts_before(number), number // BLOCK
+        read = [True] if len(counts) == 1 else self._quotas.of(block) + self._quotas.of(block + 1) > 0
+        return [
+            (source, shard)
+            for source, n in enumerate(counts)
+            if read[source]
+            for shard in self._orders[source].next_shards(n)
+        ]
 
     def _split(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source of each of the samples `numbers`, and its number among the samples of that source."""
@@ -186,7 +192,7 @@ class MixtureOrder:
             chosen = blocks == block
             of_slot, within = _recent(self._blocks, int(block), self._block)
             sources[chosen] = of_slot[slots[chosen]]
-            own[chosen] = block * self._quotas[sources[chosen]] + within[slots[chosen]]
+            own[chosen] = self._quotas.before(int(block))[sources[chosen]] + within[slots[chosen]]
         return sources, own
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,10 +200,11 @@ class MixtureOrder:
         # No two kinds of permutation may share a key: epochs have (seed, epoch, window), as if followed by zeros, or
         # followed by the key of a source.
         order = permutation(BLOCK, self._seed, block, 0, 1)
-        ends = np.cumsum(self._quotas)
+        quotas = self._quotas.of(block)
+        ends = np.cumsum(quotas)
         sources = np.searchsorted(ends, order, side="right")
         within = np.empty_like(sources)
-        within[np.argsort(sources, kind="stable")] = np.arange(BLOCK) - np.repeat(ends - self._quotas, self._quotas)
+        within[np.argsort(sources, kind="stable")] = np.arange(BLOCK) - np.repeat(ends - quotas, quotas)
         return sources, within
 
 
