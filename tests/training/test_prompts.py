@@ -26,19 +26,19 @@ def test_any_cut_of_a_batch_has_the_same_means(tiny: Manifest, tiny_config: Path
             f"model.kind={kind}",
             f"training.micro_batch_size={micro}",
             "data.sequence_length=40",
-            "training.max_steps=3",
-            "validation.interval=3",
+            "training.max_steps=2",
+            "validation.interval=2",
             "optimizer.lr=1e-3",
         ]
 
     one = [run(kind, name, micro) for kind in ("ebt", "ar") for name, micro in (("whole", 12), ("cut", 6))]
-    run_distributed_test(train_in_turn, 1, tiny_config, one)
-    run_distributed_test(train_in_turn, 2, tiny_config, [run(kind, "ranks", 3) for kind in ("ebt", "ar")])
+    run_distributed_test(train_in_turn, 1, tiny_config, one, timeout=300)
+    run_distributed_test(train_in_turn, 2, tiny_config, [run(kind, "ranks", 3) for kind in ("ebt", "ar")], timeout=300)
     share = prompts.train.totals["tokens"] / (prompts.train.samples * 40)
     assert Run(tmp_path / "ebt" / "whole").sample_format["target_share"] == pytest.approx(share)
     for kind in ("ebt", "ar"):
         expected = metrics(tmp_path / kind / "whole")
-        assert len(expected) == 3
+        assert len(expected) == 2
         for name in ("cut", "ranks"):
             for record in ("train", "val"):
                 found, wanted = (metrics(tmp_path / kind / n, record) for n in (name, "whole"))
