@@ -5,7 +5,7 @@ Shapes: R sequences of all ranks, B of a batch, S predicted positions, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,13 @@ from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.inference.thinking import Thinking, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.slices import Slice
 
 Batches = Callable[[], Iterator[Batch]]
 """Starts the same batches of this rank again."""
+Preprocess = Callable[[Tensor], Tensor]
+"""From the samples of a batch to the states that the model observes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Table:
     """Columns [R, S] in float64, on the CPU and the same on every rank; sequences in the order of their ids."""
 
     target_mask: Tensor
-    """False at padding."""
+    """False where nothing is to be predicted."""
     losses: Tensor
     """Loss of the prediction: cross-entropy of a token, SmoothL1 of an embedding."""
     steps: Tensor
@@ -43,7 +46,11 @@ class Table:
     energies: Tensor | None = None
     """Energy of the prediction; None without an energy."""
     observed: Tensor | None = None
-    """Energy of the state that truly comes next; None without an energy."""
+    """Energy of the state that truly comes next; None without an energy, and of `tabulate_steps`."""
+    predicted: Tensor | None = None
+    """The most probable token; None for embeddings."""
+    difficulty: Tensor | None = None
+    """Difficulty of each target, -1 where it has none; None where samples come without."""
 
     def mean(self, numbers: Tensor) -> float:
         """Return the mean over all targets."""
@@ -66,47 +73,94 @@ def tabulate(
     batches: Iterable[Batch],
     thinking: Thinking,
     world: World,
-    preprocess: Callable[[Tensor], Tensor] | None = None,
+    preprocess: Preprocess | None = None,
+    draw: int = 0,
 ) -> Table:
-    """Predict every position of the batches of all ranks; without `preprocess`, samples are moved to the device."""
+    """Predict every target of the batches of all ranks; without `preprocess`, samples are moved to the device.
+
+    Each `draw` has noise of its own.
+    """
     own = []
     for batch in batches:
         observed = batch.observed.to(world.device) if preprocess is None else preprocess(batch.observed)
-        rows = {"ids": batch.sample_ids} | _rows(model, observed, batch.sample_ids.tolist(), thinking, batch.targets)
-        own.append({name: values.cpu()[batch.sample_mask] for name, values in rows.items()})
+        columns = _Columns(model, batch, observed)
+        if isinstance(model, EnergyBasedTransformer):
+            seeds = [mix_seed(number, draw) if draw else number for number in batch.sample_ids.tolist()]
+            for where, thought in think_sequences(model, columns.context, thinking, seeds, columns.needed):
+                columns.add(where, thought.state, energies=thought.energies[-1], steps=thought.steps, nfe=thought.nfe)
+            columns.parts["observed"] = [model.energies(observed)]
+        else:
+            zeros = torch.zeros_like(columns.mask)
+            columns.add(Slice(0, zeros.shape[1]), model.predict(columns.context), steps=zeros, nfe=zeros)
+        own.append(columns.rows())
+    return _gathered(own, world)
+
+
+@torch.no_grad()
+def tabulate_steps(
+    model: EnergyBasedTransformer,
+    batches: Iterable[Batch],
+    steps: Collection[int],
+    world: World,
+    preprocess: Preprocess,
+) -> dict[int, Table]:
+    """Predict every target of the batches of all ranks by each of these numbers of MCMC steps, 0 for none.
+
+    All are met on the way to the largest. The noise is that of `evaluate`.
+    """
+    own: dict[int, list[dict[str, Tensor]]] = {number: [] for number in steps}
+    for batch in batches:
+        observed = preprocess(batch.observed)
+        found = {number: _Columns(model, batch, observed) for number in steps}
+        first = next(iter(found.values()))
+        for where, states in model.refine_slices(first.context, max(steps), batch.sample_ids, first.needed):
+            for number, (energy, state) in enumerate(states):
+                if number in found:
+                    taken = torch.full_like(energy, number)
+                    found[number].add(where, state, energies=energy, steps=taken, nfe=taken + 1)
+        for number, columns in found.items():
+            own[number].append(columns.rows())
+    return {number: _gathered(rows, world) for number, rows in own.items()}
+
+
+class _Columns:
+    """The columns [B, S] of a batch, filled slice by slice; `observed` are its preprocessed samples [B, S+1, ...]."""
+
+    def __init__(self, model: Model, batch: Batch, observed: Tensor):
+        chosen = batch.targets
+        self.batch, self.context = batch, observed[:, :-1]
+        self.targets = observed[:, 1:] if chosen is None else chosen.to(observed.device)
+        self.needed = None if chosen is None else model.target_mask(chosen)
+        self.mask = model.target_mask(self.targets)
+        self.parts: dict[str, list[Tensor]] = {}
+        self._losses = (model.space if isinstance(model, EnergyBasedTransformer) else model).losses
+
+    def add(self, where: Slice, predicted: Tensor, **columns: Tensor) -> None:
+        """Add the predictions of a slice, and other columns of it."""
+        own = where.take(self.targets[:, where.start : where.stop])
+        columns["losses"] = self._losses(predicted, own)
+        if self.targets.ndim == 2:
+            log_p = predicted.float().log_softmax(-1)
+            columns["entropies"] = -(log_p.exp() * log_p).sum(-1)
+            columns["predicted"] = predicted.argmax(-1)
+            columns["correct"] = columns["predicted"] == own
+        for name, values in columns.items():
+            self.parts.setdefault(name, []).append(where.put(values))
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return the columns on the CPU, without the samples that only fill the batch up."""
+        columns = {"ids": self.batch.sample_ids, "target_mask": self.mask}
+        columns |= {name: torch.cat(values, 1) for name, values in self.parts.items()}
+        if self.batch.difficulty is not None:
+            columns["difficulty"] = self.batch.difficulty
+        return {name: values.cpu()[self.batch.sample_mask] for name, values in columns.items()}
+
+
+def _gathered(own: list[dict[str, Tensor]], world: World) -> Table:
+    """Return the rows of all ranks as one table."""
     parts = [part for of_rank in world.gather_objects(own) for part in of_rank]
     columns: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = columns.pop("ids").argsort(stable=True)
     mask = columns.pop("target_mask")[order]
     numbers = {name: values[order].to(torch.float64) for name, values in columns.items()}
     return Table(target_mask=mask, **numbers)
-
-
-def _rows(
-    model: Model, observed: Tensor, seeds: list[int], thinking: Thinking, chosen: Tensor | None
-) -> dict[str, Tensor]:
-    """Return the columns [B, S] of a batch; with `chosen` targets [B, S], only those are predicted."""
-    context, targets = observed[:, :-1], observed[:, 1:] if chosen is None else chosen.to(observed.device)
-    scorer: Any = model.space if isinstance(model, EnergyBasedTransformer) else model
-    mask = scorer.target_mask(targets)
-    parts: dict[str, list[Tensor]] = {}
-
-    def add(where: Slice, predicted: Tensor, **columns: Tensor) -> None:
-        own = where.take(targets[:, where.start : where.stop])
-        columns["losses"] = scorer.losses(predicted, own)
-        if targets.ndim == 2:
-            log_p = predicted.float().log_softmax(-1)
-            columns["entropies"] = -(log_p.exp() * log_p).sum(-1)
-            columns["correct"] = predicted.argmax(-1) == own
-        for name, values in columns.items():
-            parts.setdefault(name, []).append(where.put(values))
-
-    if isinstance(model, EnergyBasedTransformer):
-        needed = None if chosen is None else scorer.target_mask(chosen)
-        for where, thought in think_sequences(model, context, thinking, seeds, needed):
-            add(where, thought.state, energies=thought.energies[-1], steps=thought.steps, nfe=thought.nfe)
-        parts["observed"] = [model.energies(observed)]
-    else:
-        zeros = torch.zeros_like(mask)
-        add(Slice(0, context.shape[1]), model.predict(context), steps=zeros, nfe=zeros)
-    return {"target_mask": mask} | {name: torch.cat(values, 1) for name, values in parts.items()}

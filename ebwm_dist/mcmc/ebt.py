@@ -142,6 +142,19 @@ class EnergyBasedTransformer(EnergyModel):
         yield from self._refine(self._contexts(context, num_steps), state, num_steps, sample_ids, where)
 
     @torch.no_grad()
+    def refine_slices(
+        self, context: Tensor, num_steps: int, sample_ids: Tensor, needed: Tensor | None = None
+    ) -> Iterator[tuple[Slice, Iterator[tuple[Tensor, Tensor]]]]:
+        """Yield slices of what follows the observed states [B, S, ...], each with all that `refine` yields.
+
+        With a mask of the positions that are `needed` [B, S], on the CPU, only those are refined.
+        """
+        contexts = self._contexts(context, num_steps)
+        for where in slices(context.shape[1], self.position_chunk, needed, context.device):
+            initial = self.space.initial_state(sample_ids, self.seed, where, context)
+            yield where, self._refine(contexts, initial, num_steps, sample_ids, where)
+
+    @torch.no_grad()
     def evaluate(
         self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
     ) -> Evaluation:
@@ -151,14 +164,13 @@ class EnergyBasedTransformer(EnergyModel):
         """
         context, needed = observed[:, :-1], None if targets is None else self.target_mask(targets)
         targets = observed[:, 1:] if targets is None else targets.to(observed.device)
-        contexts, mask = self._contexts(context, num_steps), self.target_mask(targets)
+        mask = self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
-        for where in slices(context.shape[1], self.position_chunk, needed, observed.device):
+        for where, states in self.refine_slices(context, num_steps, sample_ids, needed):
             part = slice(where.start, where.stop)
             own_targets, own_mask = where.take(targets[:, part]), where.take(mask[:, part])
-            initial = self.space.initial_state(sample_ids, self.seed, where, context)
-            for step, (energy, state) in enumerate(self._refine(contexts, initial, num_steps, sample_ids, where)):
+            for step, (energy, state) in enumerate(states):
                 energies[step] += (energy * own_mask).sum(-1)
                 if step:
                     losses[step - 1] += self.space.sequence_losses(state, own_targets)
@@ -178,6 +190,7 @@ class EnergyBasedTransformer(EnergyModel):
             parts.append(self.transformer.energy(candidate, context, landscape, where.start))
         return torch.cat(parts, dim=1)
 
+    @torch.no_grad()
     def _refine(
         self, contexts: dict[int, KeysValues], state: Tensor, num_steps: int, sample_ids: Tensor, where: Slice
     ) -> Iterator[tuple[Tensor, Tensor]]:
