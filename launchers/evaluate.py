@@ -4,7 +4,8 @@ Writes evaluation.json and evaluation.html. Several processes share the work:
 `torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
 
 With `--summary`, losses by MCMC steps and errors of frames on all held-out data are printed beside those of the
-autoregressive twin `--baseline`, and summary.json and a picture are written into the run folder.
+autoregressive twin `--baseline`, and summary.json and a picture are written into the run folder. Where answers have a
+difficulty, their accuracy by difficulty and MCMC steps takes the place of losses, beside any number of twins.
 
 With `--follow runs/quickstart --workers 2`, Ray actors evaluate every checkpoint of a run that may still be going on,
 and write evaluations.jsonl; a terminal shows the run meanwhile. RAY_ADDRESS names the cluster; without it they run on
@@ -21,7 +22,10 @@ from typing import Any
 
 from ebwm_dist.errors import UserError, run_tool
 
-MEASURED = ("steps", "candidates", "energy_tolerances", "prediction_tolerances", "max_sequences", "batch_size")
+MEASURED = (
+    *("steps", "candidates", "langevin_noise", "energy_tolerances", "prediction_tolerances"),
+    *("max_sequences", "batch_size"),
+)
 SUMMARY_BATCH_SIZE = 32
 EVERYTHING = {"run", "baseline", "data", "out", "ood_text", "choices", "local_rank", *MEASURED}
 FOLLOW = {"follow", "workers", "gpus_per_worker", "max_sequences", "batch_size", "local_rank"}
@@ -47,12 +51,13 @@ def main() -> int:
     what.add_argument("--follow", type=Path, help="run folder whose checkpoints are evaluated until it is finished")
     parser.add_argument("--workers", type=int, help="of --follow; default: evaluation.workers of the run, or 1")
     parser.add_argument("--gpus-per-worker", type=float, help="of --follow; default: that of the run")
-    parser.add_argument("--baseline", help="another one, to set beside it")
+    parser.add_argument("--baseline", action="append", help="another one, to set beside it; of --summary also several")
     parser.add_argument("--summary", action="store_true", help="only compare errors with those of the twin --baseline")
     parser.add_argument("--data", help="data folder or address; default: the data it was trained on")
     parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
     parser.add_argument("--steps", type=integers, help="numbers of MCMC steps (1,2,4,8)")
     parser.add_argument("--candidates", type=integers, help="candidates per prediction (1,4)")
+    parser.add_argument("--langevin-noise", type=float, help="noise of several candidates; default: that of training")
     parser.add_argument("--energy-tolerance", dest="energy_tolerances", type=decimals, help="early stopping (0.01,0.1)")
     parser.add_argument(
         "--prediction-tolerance",
@@ -73,6 +78,8 @@ def main() -> int:
         if args.follow or not args.baseline:
             parser.error("--summary compares --run with --baseline: name both")
         mode, read = "--summary", SUMMARY
+    elif len(args.baseline or ()) > 1:
+        parser.error("several --baseline are for --summary: name one")
     if ignored := [name for name, value in vars(args).items() if value not in (None, False) and name not in read]:
         parser.error(f"{mode} does not read --{ignored[0].replace('_', '-')}: leave it out")
     if args.follow is None:
@@ -99,8 +106,11 @@ def evaluate(args: argparse.Namespace) -> int:
             ood_text=None if args.ood_text is None else read_text(args.ood_text),
             **given,
         )
-        work = summarise_runs if args.summary else evaluate_runs
-        files = work(args.run, args.baseline, args.data, args.out, options, world)
+        if args.summary:
+            files = summarise_runs(args.run, args.baseline, args.data, args.out, options, world)
+        else:
+            (baseline,) = args.baseline or [None]
+            files = evaluate_runs(args.run, baseline, args.data, args.out, options, world)
     except (UserError, OSError) as error:
         if world is None or world.rank == 0 or not getattr(error, "same_on_all_ranks", False):
             print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError, same_on_all_ranks
+from ebwm_dist.evaluation.difficulty import has_difficulties
+from ebwm_dist.evaluation.reasoning import Reasoning
 from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Options, Suite
 from ebwm_dist.evaluation.summary import Pair, write_summary
@@ -49,16 +52,36 @@ def evaluate_runs(
 
 
 def summarise_runs(
-    path: str | Path, baseline: str | Path, folder: str | None, out: Path | None, options: Options, world: World
+    path: str | Path,
+    baselines: Sequence[str | Path],
+    folder: str | None,
+    out: Path | None,
+    options: Options,
+    world: World,
 ) -> list[Path]:
-    """Print the errors of a run and of its twin on all held-out data; rank 0 writes and returns summary and picture."""
+    """Compare a run with its twins on all held-out data; rank 0 prints, writes and returns summary and picture.
+
+    Where answers have a difficulty their accuracy is compared, otherwise errors, with a single twin.
+    """
     started = time.perf_counter()
     with same_on_all_ranks():
-        pair = Pair(Run(path, world.device), Run(baseline, world.device))
-        target = _target(pair.run, out, ".")
-        data = pair.run.validation_data(folder)
-    options = replace(options, steps=pair.steps, max_sequences=data.samples, only_errors=True)
-    evaluation = measure_runs([pair.run, pair.twin], folder, options, world)
+        run = Run(path, world.device)
+        pairs = [Pair(run, Run(baseline, world.device)) for baseline in baselines]
+        target = _target(run, out, ".")
+        data = run.validation_data(folder)
+        reasoning = pairs[0].unit == "tokens" and has_difficulties(data.batches(options.batch_size, data.samples))
+        if not reasoning and len(pairs) > 1:
+            raise UserError(f"{data.mixture.name} has no answers with a difficulty: name one --baseline")
+        comparison = Reasoning.of(pairs, data) if reasoning else None
+    options = replace(options, max_sequences=data.samples, only_errors=True)
+    if comparison is not None:
+        options = replace(options, steps=comparison.steps)
+        runs = [run, *comparison.twins.values()]
+        found = [measure_runs([one], folder, options, world)["model"] for one in runs]
+        spent = time.perf_counter() - started
+        return comparison.write(found[0], found[1:], spent, target) if world.rank == 0 else []
+    (pair,) = pairs
+    evaluation = measure_runs([run, pair.twin], folder, replace(options, steps=pair.steps), world)
     return write_summary(pair, data, evaluation, time.perf_counter() - started, target) if world.rank == 0 else []
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,6 +40,8 @@ def render(evaluation: dict[str, Any]) -> str:
     sections = [_overview(models, evaluation["data"]), _steps(models)]
     if "frames" in model["by_steps"]:
         sections.append(_frames(models))
+    if "by_difficulty" in model:
+        sections.append(_by_difficulty(models))
     if "thinking" in model:
         sections.append(_thinking(model))
     sections += [_calibration(model), _out_of_distribution(model)]
@@ -130,6 +132,63 @@ def _frames(models: Models) -> str:
 
 def _errors(errors: dict[str, Any]) -> list[Any]:
     return [_plus_minus(*value) if name == "mse_minus_copy" else value for name, value in errors.items()]
+
+
+def _by_difficulty(models: Models) -> str:
+    found = models["model"]["by_difficulty"]
+    stopped, levels = found.get("stopped", []), found["difficulties"]
+    head = ["difficulty", "answers", *(f"{n} step{'s' * (n != 1)}" if n else "accuracy" for n in found["steps"])]
+    columns: list[Sequence[Any]] = [*zip(*found["accuracy"], strict=True)]
+    for one in stopped:
+        limit = f"stop at a change of {one['prediction_tolerance']:g}"
+        head += [limit, "steps taken"]
+        columns += [one["accuracy"], one["steps"]]
+    if "baseline" in models:
+        head.append("baseline")
+        columns.append([row[0] for row in models["baseline"]["by_difficulty"]["accuracy"]])
+    cells = zip(*([_plus_minus(*pair) for pair in column] for column in columns), strict=True)
+    rows = [[level, n, *row] for level, n, row in zip(levels, found["answers"], cells, strict=True)]
+    cost = ["FLOPs per prediction", "", *(f"{flops:.3g}" for flops in found["flops_per_prediction"])]
+    for one in stopped:
+        cost += [f"{one['flops_per_prediction']:.3g}", ""]
+    rows.append([*cost, *[""] * (len(head) - len(cost))])
+    page = (
+        "<h2>Answers by difficulty</h2><p>Accuracy of answers (every token is the most probable one), ± standard "
+        "error, by the number of MCMC steps.</p>"
+    ) + _table(head, rows)
+    if "energies" not in found:
+        return page
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    left, right = top.subplots(1, 2)
+    for place, (level, row) in enumerate(zip(levels, found["accuracy"], strict=True)):
+        color = colormaps["viridis"](place / max(len(levels) - 1, 1))
+        left.plot(found["steps"], [share for share, _ in row], "o-", color=color, label=f"difficulty {level}")
+    left.set(title="Accuracy by MCMC steps", xlabel="MCMC steps", ylabel="accuracy", ylim=(-0.03, 1.03))
+    left.legend(fontsize="small")
+    for one in stopped:
+        label = f"change {one['prediction_tolerance']:g}, correlation {one['correlation']:.2f}"
+        right.errorbar(levels, *zip(*one["steps"], strict=True), fmt="o-", capsize=3, label=label)
+    right.set(title="Steps until the prediction stops", xlabel="difficulty", ylabel="MCMC steps")
+    right.legend(fontsize="small")
+    parts = zip(
+        bottom.subplots(1, len(found["steps"]), squeeze=False)[0], found["steps"], found["energies"], strict=True
+    )
+    for (axes, number, energies), area in zip(parts, found["auroc"], strict=True):
+        for name, fill in (("right", BLUE), ("wrong", ORANGE)):
+            axes.stairs(energies[name], energies["edges"], fill=True, color=fill, alpha=0.6, label=name)
+        auroc = "" if area is None else f", AUROC {area:.2f}"
+        axes.set_title(f"energy after {number}{auroc}", fontsize="small")
+    return page + _best_of(found["best_of"]) + _svg(figure)
+
+
+def _best_of(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return ""
+    ways = [name for name in found[0] if name not in ("candidates", "steps")]
+    rows = [[f"best of {one['candidates']}", *(_plus_minus(*one[way]) for way in ways)] for one in found]
+    note = f"Accuracy with several candidates of {found[0]['steps']} steps, by what chooses between them."
+    return f"<p>{note}</p>" + _table(["", *ways], rows)
 
 
 def _thinking(model: dict[str, Any]) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.difficulty import accuracy_by_steps, best_of, example, has_difficulties, stopping
 from ebwm_dist.evaluation.errors_by_step import measure, merge
 from ebwm_dist.evaluation.multiple_choice import Question, accuracies, score_choices
 from ebwm_dist.evaluation.out_of_distribution import encode_sequences, separation, shuffled, text_batches
-from ebwm_dist.evaluation.predictions import Batches, Table, tabulate
+from ebwm_dist.evaluation.predictions import Batches, Table, tabulate, tabulate_steps
 from ebwm_dist.evaluation.true_frames import true_frame_is_lower
 from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman
 from ebwm_dist.inference.api import Predictor
@@ -49,7 +50,9 @@ class Options:
     ood_text: str | None = None
     """Out-of-distribution text; None: docstrings of Python's library."""
     only_errors: bool = False
-    """Leave out everything but losses by MCMC steps and, on video, errors and energies of frames."""
+    """Leave out everything but losses by MCMC steps, accuracy by difficulty, and errors and energies of frames."""
+    langevin_noise: float | None = None
+    """Standard deviation of the Langevin noise of several candidates; None: that of training."""
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
@@ -59,6 +62,8 @@ class Options:
         for name in ("max_sequences", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} = {getattr(self, name)}: must be at least 1")
+        if self.langevin_noise is not None and not 0 <= self.langevin_noise < math.inf:
+            raise UserError(f"--langevin-noise = {self.langevin_noise}: must be at least 0")
 
 
 class Suite:
@@ -85,6 +90,11 @@ class Suite:
             result["true_frame_is_lower"] = true_frame_is_lower(
                 self.model, self.batches, self.data.preprocess, self.world
             )
+        if self.config.model.embedding_dim is None and has_difficulties(
+            self.data.batches(self.options.batch_size, self.options.max_sequences)
+        ):
+            self.log("answers by difficulty")
+            result["by_difficulty"] = self.by_difficulty()
         if self.options.only_errors:
             return result
         self.log("calibration")
@@ -100,9 +110,9 @@ class Suite:
             result["multiple_choice"] = self.multiple_choice()
         return result
 
-    def tabulate(self, batches: Iterable[Batch], thinking: Thinking) -> Table:
-        """Predict every position of the batches of all ranks."""
-        return tabulate(self.model, batches, thinking, self.world, self.data.preprocess)
+    def tabulate(self, batches: Iterable[Batch], thinking: Thinking, draw: int = 0) -> Table:
+        """Predict every target of the batches of all ranks; each `draw` has noise of its own."""
+        return tabulate(self.model, batches, thinking, self.world, self.data.preprocess, draw)
 
     def describe(self) -> dict[str, Any]:
         """Describe the model and its training, of which an export has no record."""
@@ -134,12 +144,45 @@ class Suite:
         flops = [self.flops(n, 0) for n in range(1, self.max_mcmc_steps + 1)]
         return {**merge(world.gather_objects(own)), "flops_per_prediction": flops}
 
+    def by_difficulty(self) -> dict[str, Any]:
+        """Return accuracy by difficulty and MCMC steps; of an energy model also where it stops, and best of several."""
+        model, most = self.model, self.max_mcmc_steps
+        if not isinstance(model, EnergyBasedTransformer):
+            found = accuracy_by_steps({0: self.tabulate(self.batches(), Thinking())})
+            return {**found, "flops_per_prediction": [self.flops(1, 0)]}
+        numbers = sorted({*self.options.steps, self.trained.trained_steps})
+        tables = tabulate_steps(model, self.batches(), [0, *numbers], self.world, self.data.preprocess)
+        result = accuracy_by_steps({number: tables[number] for number in numbers})
+        result["flops_per_prediction"] = [self.flops(number, 0) for number in numbers]
+        result["example"] = example(tables)
+        result["stopped"] = []
+        for limit in self.options.prediction_tolerances:
+            table = self.tabulate(self.batches(), Thinking(steps=most, prediction_tolerance=limit))
+            flops = self.flops(table.mean(table.nfe) - 1, 1, most)
+            settings = {"prediction_tolerance": limit, "max_steps": most, "flops_per_prediction": flops}
+            result["stopped"].append(settings | stopping(table))
+        if not self.options.only_errors:
+            result["best_of"] = self.best_of(model, most)
+        return result
+
+    def best_of(self, model: EnergyBasedTransformer, steps: int) -> list[dict[str, Any]]:
+        """Return the accuracy of the best of several candidates for each answer, if they differ."""
+        numbers = [number for number in self.options.candidates if number > 1]
+        way = Thinking(steps=steps, langevin_noise=self.options.langevin_noise)
+        if numbers and not has_noise(model, way):
+            self.log("no best of several candidates: all are the same without noise; set --langevin-noise")
+            return []
+        tables = [self.tabulate(self.batches(), way, draw) for draw in range(max(numbers, default=0))]
+        return [{"candidates": number, "steps": steps, **best_of(tables[:number])} for number in numbers]
+
     def thinking(self, model: EnergyBasedTransformer, held_out: Table) -> list[dict[str, Any]]:
         """Return losses and cost of other settings than a single candidate and the steps of training."""
         most = self.max_mcmc_steps
         ways = []
-        if has_noise(model, Thinking()):  # else all candidates are the same
-            ways += [Thinking(candidates=number) for number in self.options.candidates if number > 1]
+        noise = self.options.langevin_noise
+        if has_noise(model, Thinking(langevin_noise=noise)):  # else all candidates are the same
+            several = [number for number in self.options.candidates if number > 1]
+            ways += [Thinking(candidates=number, langevin_noise=noise) for number in several]
         ways += [Thinking(steps=most)]
         ways += [Thinking(steps=most, energy_tolerance=limit) for limit in self.options.energy_tolerances]
         ways += [Thinking(steps=most, prediction_tolerance=limit) for limit in self.options.prediction_tolerances]

@@ -88,3 +88,13 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Return the mean [N] and its standard error, as if the values were independent."""
     values = values.to(torch.float64)
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.inf
+
+
+def clustered_mean_and_error(values: Tensor, groups: Tensor) -> tuple[float, float]:
+    """Return the mean [N] and its standard error, where only values of different `groups` [N] are independent."""
+    values = values.to(torch.float64)
+    mean, (_, group) = values.mean(), groups.unique(return_inverse=True)
+    number = int(group.max()) + 1
+    residuals = torch.zeros(number, dtype=torch.float64).index_add_(0, group, values - mean)
+    error = residuals.norm().item() * math.sqrt(number / (number - 1)) / len(values) if number > 1 else math.inf
+    return mean.item(), error
