@@ -17,7 +17,7 @@ from ebwm_dist.data.format.sample_format import FIRST_DIFFICULTY, TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.reasoning_picture import draw_reasoning
+from ebwm_dist.evaluation.reasoning_picture import amount, draw_reasoning
 from ebwm_dist.evaluation.summary import Pair, seconds, tokens
 from ebwm_dist.files import write_json
 from ebwm_dist.run import Run, ValidationData
@@ -168,7 +168,7 @@ def reasoning_table(summary: dict[str, Any]) -> str:
     lines = [
         "",
         f"Accuracy (%) of {sum(summary['answers'].values()):,} held-out answers by {unit(summary)}; trained on at most "
-        f"{trained['max_hops']} {unit(summary)} and {trained['max_steps']} MCMC steps",
+        f"{amount(trained['max_hops'], unit(summary))} and {trained['max_steps']} MCMC steps",
         line(unit(summary), levels),
     ]
     for number in shown:

@@ -45,16 +45,26 @@ def draw_reasoning(
     figure.savefig(path, dpi=120)
 
 
+def amount(number: int | None, unit: str) -> str:
+    """Return a difficulty in words."""
+    return f"{number} {unit}" if unit == "hops" else f"{unit} {number}"
+
+
 def _headline(summary: dict[str, Any], unit: str) -> str:
-    """Return in words what the figures say of the hardest answers."""
-    level, trained = list(summary["answers"])[-1], summary["trained"]["max_hops"]
-    accuracy = summary["ebt"]["accuracy"][level]
-    most, twin = list(accuracy)[-1], max(one["accuracy"][level] for one in summary["twins"].values())
-    what = f"{level} {unit}" if unit == "hops" else f"{unit.capitalize()} {level}"
-    beyond = f" (trained: at most {trained})" if trained is not None and trained < int(level) else ""
+    """Return in words what the figures say of answers that are harder than any in training, or of all."""
+    counts, trained, accuracy = summary["answers"], summary["trained"]["max_hops"], summary["ebt"]["accuracy"]
+    harder = [level for level in counts if trained is not None and int(level) > trained]
+
+    def mean(row: dict[str, float]) -> float:
+        levels = harder or list(counts)
+        return sum(counts[level] * row[level] for level in levels) / sum(counts[level] for level in levels)
+
+    most = list(next(iter(accuracy.values())))[-1]
+    first, last = ({level: row[number] for level, row in accuracy.items()} for number in ("1", most))
+    what = f"Beyond the trained {amount(trained, unit)}" if harder else "All answers"
+    twin = max(mean(one["accuracy"]) for one in summary["twins"].values())
     return (
-        f"{what}{beyond}: {accuracy['1']:.0%} right after 1 step of thought, {accuracy[most]:.0%} after {most}; "
-        f"best twin {twin:.0%}"
+        f"{what}: {mean(first):.0%} right after 1 step of thought, {mean(last):.0%} after {most}; best twin {twin:.0%}"
     )
 
 

@@ -162,7 +162,7 @@ def _by_difficulty(models: Models) -> str:
     top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     left, right = top.subplots(1, 2)
     for place, (level, row) in enumerate(zip(levels, found["accuracy"], strict=True)):
-        color = colormaps["viridis"](place / max(len(levels) - 1, 1))
+        color = colormaps["viridis"](0.9 * place / max(len(levels) - 1, 1))
         left.plot(found["steps"], [share for share, _ in row], "o-", color=color, label=f"difficulty {level}")
     left.set(title="Accuracy by MCMC steps", xlabel="MCMC steps", ylabel="accuracy", ylim=(-0.03, 1.03))
     left.legend(fontsize="small")
@@ -176,10 +176,12 @@ def _by_difficulty(models: Models) -> str:
     )
     for (axes, number, energies), area in zip(parts, found["auroc"], strict=True):
         for name, fill in (("right", BLUE), ("wrong", ORANGE)):
-            axes.stairs(energies[name], energies["edges"], fill=True, color=fill, alpha=0.6, label=name)
-        auroc = "" if area is None else f", AUROC {area:.2f}"
-        axes.set_title(f"energy after {number}{auroc}", fontsize="small")
-    return page + _best_of(found["best_of"]) + _svg(figure)
+            axes.stairs(energies[name], energies["edges"], fill=True, color=fill, alpha=0.6)
+        auroc = "" if area is None else f"\nAUROC {area:.2f}"
+        axes.set_title(f"after {number} step{'s' * (number != 1)}{auroc}", fontsize="small")
+        axes.set_yticks([])
+    note = "Below: energies of right (blue) and wrong (orange) answers. AUROC is the chance that a wrong one has more."
+    return page + _best_of(found["best_of"]) + f"<p>{note}</p>" + _svg(figure)
 
 
 def _best_of(found: list[dict[str, Any]]) -> str:

@@ -157,10 +157,11 @@ class Suite:
         result["example"] = example(tables)
         result["stopped"] = []
         for limit in self.options.prediction_tolerances:
-            table = self.tabulate(self.batches(), Thinking(steps=most, prediction_tolerance=limit))
-            flops = self.flops(table.mean(table.nfe) - 1, 1, most)
+            way = Thinking(steps=most, prediction_tolerance=limit)
+            found = stopping(self.tabulate(self.batches(), way))
+            flops = self.flops(found["steps_of_all"][0], 1, most)
             settings = {"prediction_tolerance": limit, "max_steps": most, "flops_per_prediction": flops}
-            result["stopped"].append(settings | stopping(table))
+            result["stopped"].append(settings | found)
         if not self.options.only_errors:
             result["best_of"] = self.best_of(model, most)
         return result

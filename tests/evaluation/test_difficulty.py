@@ -151,6 +151,7 @@ def test_evaluation_by_difficulty(models: Path, tiny: Manifest, tmp_path: Path) 
         found["model"]["by_steps"]["flops_per_prediction"][i] for i in (0, 1, 2, 4)
     ]
     assert [one["prediction_tolerance"] for one in model["stopped"]] == [0.1, 0.3]
+    assert model["stopped"][0]["flops_per_prediction"] <= 1.5 * model["flops_per_prediction"][-1]
     assert all(1 <= mean <= 5 for one in model["stopped"] for mean, _ in one["steps"])
     assert model["example"]["steps"] == [0, 1, 2, 3, 5]
     (best,) = model["best_of"]
