@@ -144,8 +144,10 @@ def _by_difficulty(models: Models) -> str:
         head += [limit, "steps taken"]
         columns += [one["accuracy"], one["steps"]]
     if "baseline" in models:
+        other, trained = models["baseline"]["by_difficulty"], models["baseline"]["model"]["trained_steps"]
+        place = other["steps"].index(trained) if trained in other["steps"] else 0
         head.append("baseline")
-        columns.append([row[0] for row in models["baseline"]["by_difficulty"]["accuracy"]])
+        columns.append([row[place] for row in other["accuracy"]])
     cells = zip(*([_plus_minus(*pair) for pair in column] for column in columns), strict=True)
     rows = [[level, n, *row] for level, n, row in zip(levels, found["answers"], cells, strict=True)]
     cost = ["FLOPs per prediction", "", *(f"{flops:.3g}" for flops in found["flops_per_prediction"])]
