@@ -105,7 +105,7 @@ PARTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     AS_IT_IS: nullcontext,
     "states": low_update,
     "energy head": lambda: patch.object(
-        energy_transformer.EnergyHead, "forward", lambda self, h: F.linear(h, self.weight).squeeze(-1)
+        energy_transformer.EnergyHead, "forward", lambda self, h, *_: F.linear(h, self.weight).squeeze(-1)
     ),
     "alpha": lambda: patch.object(space.StepSize, "forward", lambda self: self.alpha.clamp(min=space.MIN_STEP_SIZE)),
     "softmax of attention": lambda: patch.object(layers, "softmax", low_softmax),

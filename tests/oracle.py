@@ -37,8 +37,16 @@ class DenseOracle:
     """The same mathematics from leaf tensors `w`, by the names of the package's state dict."""
 
     def __init__(
-        self, state_dict: dict[str, Tensor], *, num_heads: int, variant: str, pad_id: int = -100, eps: float = 1e-5
+        self,
+        state_dict: dict[str, Tensor],
+        *,
+        num_heads: int,
+        variant: str,
+        pad_id: int = -100,
+        eps: float = 1e-5,
+        add_most_recent: bool = False,
     ):
+        self.add_most_recent = add_most_recent
         self.w = {name: value.detach().clone().requires_grad_() for name, value in state_dict.items()}
         self.num_heads, self.variant, self.pad_id, self.eps = num_heads, variant, pad_id, eps
         self.num_layers = 1 + max(int(name.split(".")[2]) for name in self.w if name.startswith("transformer.blocks."))
@@ -68,7 +76,7 @@ class DenseOracle:
         elif self.variant == "adaln":
             condition = w["transformer.time_embeddings.weight"][landscape]
         length = x.shape[1]
-        x = torch.cat((x, candidate), 1)
+        x = torch.cat((x, candidate + context if self.add_most_recent else candidate), 1)
         positions = torch.cat((torch.arange(length), torch.arange(size) + offset + 1))
 
         # Allowed: context to earlier context, candidate i to the context up to its own token, candidate to itself.
@@ -89,7 +97,8 @@ class DenseOracle:
             x = x + parts[5] * (hidden @ w[name + "feed_forward.w2.weight"].T)
         shift, scale = self._modulation("transformer.", condition, 2)[:2]
         h = self._norm(x, "transformer.norm.weight") * (1 + scale) + shift
-        return (h @ w["transformer.head.weight"].T)[:, length:, 0]
+        mapped = (h @ w["transformer.head.weight"].T)[:, length:]
+        return mapped[..., 0] if mapped.shape[-1] == 1 else (mapped * candidate).sum(-1)
 
     def refine(
         self,

@@ -53,6 +53,11 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
     """Embed predictions with the token embedding of the context instead of a separate matrix."""
+    energy_head: str = choice("linear", "bilinear")
+    """Energy of a candidate e with the final hidden state h: `w h` (published), or `(M h) e`, whose gradient holds M h
+    as the logits of an autoregressive model do."""
+    add_most_recent: bool = False
+    """Add the most recent observed state's embedding to that of every candidate, which otherwise only attends to it."""
 
     @property
     def ffn_hidden_dim(self) -> int:

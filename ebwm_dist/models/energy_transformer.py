@@ -28,15 +28,29 @@ from ebwm_dist.models.layers import (
 
 
 class EnergyHead(Linear):
-    """The energy of a state, in at least float32: its differences are much smaller than itself."""
+    """The energy of a state, in at least float32: its differences are much smaller than itself.
 
-    def __init__(self, dim: int):
-        super().__init__(dim, 1, bias=False)
+    It is a linear map of the final hidden state, or (`bilinear`) the inner product of such a map with the candidate:
+    the gradient then has a direct path from the hidden state, as the logits of an autoregressive model have.
+    """
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Map `h` [B, C, D] to [B, C]."""
+    def __init__(self, dim: int, bilinear: bool):
+        super().__init__(dim, dim if bilinear else 1, bias=False)
+        self.bilinear = bilinear
+
+    def forward(self, h: Tensor, candidate: Tensor, tangent: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Map the final hidden states `h` [B, C, D] of embedded candidates [B, C, D] to [B, C].
+
+        With the candidates' tangent [B, C, D], `h` and the result hold values and tangents stacked along the batch.
+        """
         dtype = torch.promote_types(h.dtype, torch.float32)
-        return nn.functional.linear(h.to(dtype), self.weight.to(dtype)).squeeze(-1)
+        mapped = nn.functional.linear(h.to(dtype), self.weight.to(dtype))
+        if not self.bilinear:
+            return mapped.squeeze(-1)
+        if tangent is None:
+            return (mapped * candidate).sum(-1)
+        mapped, d_mapped = mapped.chunk(2)
+        return torch.cat(((mapped * candidate).sum(-1), (d_mapped * candidate + mapped * tangent).sum(-1)))
 
 
 class EnergyTransformer(nn.Module):
@@ -46,30 +60,34 @@ class EnergyTransformer(nn.Module):
         super().__init__()
         dim, adaln = config.dim, config.variant == "adaln"
         self.variant, self.num_landscapes = config.variant, config.num_landscapes
+        self.add_most_recent = config.add_most_recent
         self.time_tokens = 1 if config.variant == "time_embed" else 0
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
         self.blocks = Blocks(config, adaln)
         self.norm = RMSNorm(dim, config.norm_eps)
         self.modulation = Modulation(dim, 2) if adaln else None
-        self.head = EnergyHead(dim)
+        self.head = EnergyHead(dim, bilinear=config.energy_head == "bilinear")
 
     def landscape(self, step: int) -> int:
         """Return the landscape of MCMC step `step`, counted from 0: the last one repeats."""
         return min(step, self.num_landscapes - 1)
 
     def context(self, x: Tensor, landscape: int) -> KeysValues:
-        """Run the context stream over the embedded observed states `x` [B, S, D]."""
+        """Run the context stream over the embedded observed states `x` [B, S, D].
+
+        Where they are added to the candidates, the states follow the keys and values as one more pair: their halves.
+        """
         condition = self._condition(landscape, x)
         if self.time_tokens:
             x = torch.cat((self._time(landscape, x).expand(x.shape[0], 1, -1), x), dim=1)
         rotary = self.blocks.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
-        keys_values = []
+        states, keys_values = _halves(x), []
         *body, last = self.blocks
         for block in body:
             x, keys, values = self.blocks.run(block, block.context, x, rotary, condition)
             keys_values.append((keys, values))
         keys_values.append(self.blocks.run(last, last.context_keys_values, x, rotary, condition))
-        return tuple(keys_values)
+        return (*keys_values, states) if self.add_most_recent else tuple(keys_values)
 
     def energy(
         self,
@@ -90,17 +108,25 @@ class EnergyTransformer(nn.Module):
             newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
                 slot for it and not yet its keys and values: they are written there.
         """
-        x, condition, cache_slot = candidate, self._condition(landscape, candidate), None
+        condition, cache_slot = self._condition(landscape, candidate), None
         if newest is not None:
             assert isinstance(start, Tensor)
-            x, cache_slot = torch.cat((newest, x), 1), self.time_tokens + start[:, 0]
-            start = torch.cat((start[:, :1] - 1, start), 1)
+            cache_slot = self.time_tokens + start[:, 0]
+            if self.add_most_recent:
+                rows = torch.arange(len(newest), device=newest.device)
+                for half, new in zip(context[-1], _halves(newest), strict=True):
+                    half[rows, :, cache_slot] = new[:, :, 0]
+        x = self._stream(candidate, context, start)
+        if newest is not None:
+            assert isinstance(start, Tensor)
+            x, start = torch.cat((newest, x), 1), torch.cat((start[:, :1] - 1, start), 1)
         context, rotary, mask = self._positions(x, context, start)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
             x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, condition, cache_slot)
+        if newest is not None:
+            x = x[:, 1:]
         final = None if self.modulation is None else self.modulation(condition)
-        energy = self.head(modulate(self.norm(x), final))
-        return energy if newest is None else energy[:, 1:]
+        return self.head(modulate(self.norm(x), final), candidate)
 
     def energy_and_gradient(
         self,
@@ -124,16 +150,14 @@ class EnergyTransformer(nn.Module):
         self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
-        x, condition = candidate, self._condition(landscape, candidate)
+        x, dx, condition = self._stream(candidate, context, start), tangent, self._condition(landscape, candidate)
         context, rotary, mask = self._positions(candidate, context, start)
         if isinstance(start, Tensor):  # each row has positions of its own, and blocks stack candidate and tangent
             rotary = (rotary[0].repeat(2, 1, 1, 1), rotary[1].repeat(2, 1, 1, 1))
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, tangent = self.blocks.run(
-                block, block.candidate_with_tangent, x, tangent, keys, values, rotary, mask, condition
-            )
+            x, dx = self.blocks.run(block, block.candidate_with_tangent, x, dx, keys, values, rotary, mask, condition)
         final = None if self.modulation is None else self.modulation(condition)
-        energy, derivative = self.head(modulate_with_tangent(self.norm(x, tangent), final)).chunk(2)
+        energy, derivative = self.head(modulate_with_tangent(self.norm(x, dx), final), candidate, tangent).chunk(2)
         return energy, derivative
 
     def slice_context(self, context: KeysValues, stop: int) -> KeysValues:
@@ -148,15 +172,32 @@ class EnergyTransformer(nn.Module):
     def _condition(self, landscape: int, like: Tensor) -> Tensor | None:
         return self._time(landscape, like) if self.variant == "adaln" else None
 
+    def _stream(self, candidate: Tensor, context: KeysValues, start: int | Tensor) -> Tensor:
+        """Return what the candidate stream starts from [B, C, D]."""
+        if not self.add_most_recent:
+            return candidate
+        first = self.time_tokens + start
+        if isinstance(first, int):
+            halves = [half[:, 0, first : first + candidate.shape[1]] for half in context[-1]]
+        else:
+            halves = [half[:, 0].take_along_dim(first[..., None], 1) for half in context[-1]]
+        return candidate + torch.cat(halves, -1)
+
     def _positions(
         self, candidate: Tensor, context: KeysValues, start: int | Tensor
     ) -> tuple[KeysValues, Rotary, Tensor]:
-        """Return the part of the context that can be seen, the rotary angles, and the mask of unseen keys.
+        """Return the keys and values that can be seen, the rotary angles, and the mask of unseen keys.
 
         A candidate sits where the state it predicts will be.
         """
-        size = candidate.shape[1]
+        size, context = candidate.shape[1], context[: len(self.blocks)]
         if isinstance(start, int):
             context = self.slice_context(context, start + size)
         positions, mask = positions_and_mask(self.time_tokens + start, size, context[0][0])
         return context, self.blocks.rotary(positions, candidate.dtype), mask
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the halves [B, 1, T, D/2] of states [B, T, D], shaped as keys and values are."""
+    first, second = x[:, None].chunk(2, -1)
+    return first, second

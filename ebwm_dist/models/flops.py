@@ -60,7 +60,7 @@ class _Costs(NamedTuple):
     """Forward FLOPs per token of the parts of a model."""
 
     stream: float
-    """All blocks."""
+    """All blocks, and of an energy model a bilinear head."""
     context: float
     """All blocks, of which the last only makes keys and values."""
     head: float
@@ -76,10 +76,11 @@ def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
     block = 2.0 * (matrices + attention)
     stream = config.num_layers * block
+    energy = 2.0 * config.dim**2 if config.kind == "ebt" and config.energy_head == "bilinear" else 0.0
     head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
     product = 0.0 if config.embedding_dim == config.dim else head
     projection = 0.0 if config.embedding_dim is None else product
-    return _Costs(stream, stream - (block - 4.0 * config.dim**2), head, product, projection)
+    return _Costs(stream + energy, stream - (block - 4.0 * config.dim**2), head, product, projection)
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

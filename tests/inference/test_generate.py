@@ -38,7 +38,7 @@ class Letters:
 
 
 def energy_model(
-    variant: str = "default", dtype: torch.dtype = torch.float64, **changes: int
+    variant: str = "default", dtype: torch.dtype = torch.float64, **changes: Any
 ) -> EnergyBasedTransformer:
     return build(settings("mirror", step_size=1.0), variant, **changes).to(dtype)
 
@@ -103,6 +103,17 @@ def test_cached_equals_running_the_prefix_again(name: str, dtype: torch.dtype, t
             for found, expected in zip(text.energies, energies, strict=True):
                 assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
             assert text.steps == [len(e) - 1 for e in energies] and text.nfe >= sum(map(len, energies))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("added", [False, True])
+def test_the_most_recent_state_is_cached_with_the_context(variant: str, added: bool) -> None:
+    model = energy_model(variant, energy_head="bilinear", add_most_recent=added)
+    for prompt, seed, text in zip(PROMPTS, SEEDS, continued(model, PROMPTS, SEEDS), strict=True):
+        tokens, energies = written(model, prompt, seed)
+        assert text.tokens == tokens
+        for found, expected in zip(text.energies, energies, strict=True):
+            assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -130,6 +130,18 @@ def test_together_is_as_alone(way: str, variant: str) -> None:
         assert found.steps.min() < WAYS[way].steps
 
 
+@pytest.mark.parametrize("variant", ["default", "time_embed"])
+def test_the_most_recent_state_is_added_where_candidates_have_left(variant: str) -> None:
+    model = build(settings(step_size=1.0), variant, energy_head="bilinear", add_most_recent=True, position_chunk=9)
+    states, thinking = observed(), Thinking(steps=6, candidates=2, energy_tolerance=0.2)
+    found = whole(model, states, thinking)
+    for position in range(SIZE):
+        state, energies, steps, _ = alone(model, states[:1, : position + 1], thinking, SEEDS[0])
+        assert torch.allclose(found.state[0, position], state, rtol=1e-9, atol=1e-10)
+        assert found.steps[0, position] == steps
+        assert found.energies[-1, 0, position].item() == pytest.approx(energies[-1])
+
+
 @pytest.mark.parametrize("initial_state", ["random_noise", "zeros", "most_recent_embedding"])
 def test_embeddings(initial_state: str) -> None:
     mcmc = settings(step_size=2.0, initial_state=initial_state)

@@ -37,6 +37,8 @@ def build(
     embedding_dim: int | None = None,
     tied: bool = False,
     num_landscapes: int = 2,
+    energy_head: str = "linear",
+    add_most_recent: bool = False,
     **arguments: Any,
 ) -> EnergyBasedTransformer:
     """Build a small model in float64, of text or (`embedding_dim`) of embeddings."""
@@ -51,6 +53,8 @@ def build(
         num_layers=2,
         ffn_multiplier=1.5,
         tie_embeddings=tied,
+        energy_head=energy_head,
+        add_most_recent=add_most_recent,
     )
     space = VocabularySpace(model, mcmc, PAD) if embedding_dim is None else EmbeddingSpace(embedding_dim, DIM, mcmc)
     built = EnergyBasedTransformer(model, mcmc, space, seed=5, **arguments).double()
@@ -70,7 +74,14 @@ def batch(size: int = 2, length: int = LENGTH) -> tuple[Tensor, Tensor]:
 
 def oracle_of(model: EnergyBasedTransformer) -> DenseOracle:
     """Return the oracle with the model's weights."""
-    return DenseOracle(dict(model.state_dict()), num_heads=HEADS, variant=model.transformer.variant, pad_id=PAD)
+    transformer = model.transformer
+    return DenseOracle(
+        dict(model.state_dict()),
+        num_heads=HEADS,
+        variant=transformer.variant,
+        pad_id=PAD,
+        add_most_recent=transformer.add_most_recent,
+    )
 
 
 def expect(

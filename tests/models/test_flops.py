@@ -42,6 +42,7 @@ def test_formula_counts_what_a_step_needs(kind: str, loss: str, embedding_dim: i
         dim=128,
         num_heads=2,
         num_layers=3,
+        energy_head="bilinear" if loss == "last" else "linear",
     )
     mcmc = MCMCConfig(num_steps=2, step_size=1.0, loss=loss)
     config = Config(model=model_config, mcmc=mcmc, data=DataConfig(sequence_length=8))

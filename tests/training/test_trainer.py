@@ -211,8 +211,8 @@ def poisoned(rank: int, world_size: int, config: Path, overrides: list[str], bad
             now[0] = next(calls)
             return step(*args, **kwargs)
 
-        def poisoned_energy(h):
-            return energy(h) * (torch.nan if rank == world_size - 1 and now[0] in bad_steps else 1)
+        def poisoned_energy(*inputs):
+            return energy(*inputs) * (torch.nan if rank == world_size - 1 and now[0] in bad_steps else 1)
 
         model.training_step, model.transformer.head.forward = training_step, poisoned_energy
         return model
