@@ -35,7 +35,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("data/text/tokenizer.model"), help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=1000, help="number of tokens (default: 1000)")
     parser.add_argument(
-        "--model-type", choices=("unigram", "bpe"), default="unigram", help="unigram (default) encodes faster"
+        "--model-type",
+        choices=("unigram", "bpe", "word"),
+        default="unigram",
+        help="unigram (default) encodes faster than bpe; word: every word is a token, as tasks of symbols need",
     )
     add_groups_argument(parser, "--exclude-group", "groups not to learn from")
     parser.add_argument(

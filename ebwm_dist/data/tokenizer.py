@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,7 @@ PROBES = {
 
 _LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves out sentences beyond its limit without saying so
 _COVERAGE = 0.9995  # share of the characters that get a piece of their own
+_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memory
 
 
@@ -101,9 +104,15 @@ def load_tokenizer(manifest: Manifest) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_type: str = "unigram") -> Tokenizer:
     """Train a lossless tokenizer on `texts` and write it to `out` once its round trip is checked.
 
-    Small corpora can yield fewer pieces than `vocab_size`; the result's `vocab_size` is the true number.
+    Small corpora can yield fewer pieces than `vocab_size`; the result's `vocab_size` is the true number. Of the
+    `model_type` `word` every word is a piece, together with the space before it: the most frequent ones that there is
+    room for beside 256 bytes, 4 special tokens and the characters.
     """
     model = io.BytesIO()
+    words: list[str] = []
+    if model_type == "word":
+        words, characters = _words_and_characters(texts, vocab_size)
+        texts, model_type = characters, "bpe"  # of lines of one character no further pieces can be made
     failures: list[BaseException] = []  # of `texts`, which sentencepiece would report as its own
 
     def lines() -> Iterator[str]:
@@ -134,7 +143,8 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=False,
             byte_fallback=True,
-            character_coverage=_COVERAGE,
+            user_defined_symbols=words,
+            character_coverage=1.0 if words else _COVERAGE,
             pad_id=0,
             unk_id=1,
             bos_id=2,
@@ -157,3 +167,21 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
     assert not tokenizer.losses(), tokenizer.losses()
     write_atomically(out, model.getvalue())
     return tokenizer
+
+
+def _words_and_characters(texts: Iterable[str], vocab_size: int) -> tuple[list[str], list[str]]:
+    """Return the pieces of words, and all characters, with the space among them."""
+    counts: Counter[str] = Counter()
+    characters = {" "}
+    for text in texts:
+        counts.update(re.findall(r" ?\S+", text))
+        characters.update(text)
+    room = vocab_size - 256 - len(_SPECIAL) - len(characters)
+    if room < 1:
+        raise UserError(
+            f"no tokenizer of {vocab_size} tokens has room for words beside 260 others and the {len(characters)} "
+            "characters of this text: raise --vocab-size"
+        )
+    by_frequency = sorted(counts, key=lambda word: (-counts[word], word))
+    pieces = [word.replace(" ", "\u2581") for word in by_frequency if len(word) > 1 and word not in _SPECIAL]
+    return pieces[:room], sorted(characters)

@@ -77,3 +77,18 @@ def test_a_tokenizer_that_the_shards_were_not_made_with_is_refused(copied: Manif
     other = train_tokenizer(["a b c d e f g"] * 9, copied.folder / copied.token_format.tokenizer, vocab_size=280)
     with pytest.raises(DataError, match=f"{other.sha256[:12]}.*{copied.token_format.tokenizer_sha256[:12]}"):
         load_tokenizer(copied)
+
+
+def test_a_tokenizer_of_words(tmp_path: Path) -> None:
+    """Words are tokens with the space before them, the rarest left out; anything else is still encoded without loss."""
+    texts = [" a<b c<d, b", "a<b a<b c<d b", " rare \u00e9 </s> <pad>"]
+    characters = len(set("".join(texts)))
+    size = 260 + characters + 5
+    tokenizer = train_tokenizer(texts, tmp_path / "tokenizer.model", vocab_size=size, model_type="word")
+    assert len(tokenizer.encode(" a<b b c<d")) == 3
+    assert len(tokenizer.encode(" rare")) == 5, "the rarest words have no room"
+    assert tokenizer.vocab_size == size
+    for text in (*texts, "two  spaces\n\tand 漢字", "a<bc<d"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(UserError, match="no tokenizer of 260 tokens has room for words .* raise --vocab-size"):
+        train_tokenizer(texts, tmp_path / "tokenizer.model", vocab_size=260, model_type="word")
