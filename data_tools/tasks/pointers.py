@@ -29,7 +29,7 @@ def parents(random_: random.Random) -> dict[str, str]:
     """Return the parent of every node; a root is its own."""
     nodes = random_.sample(NODES, len(NODES))
     roots = nodes[:ROOTS]
-    weights = [random_.random() ** 2 for _ in roots]  # uneven, so that one tree may grow deep
+    weights = [random_.random() ** 4 for _ in roots]  # uneven, so that one tree may grow deep
     parent, depth, tree = {}, {}, {}
     for node in nodes:
         if node in roots:
