@@ -12,6 +12,9 @@ VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
 SHAPES_CLIPS := data/shapes/manifest.json
 SHAPES_LATENTS := data/shapes_latents/manifest.json
+# Of the task of pointers: documents of at most 1, 2, 3 and 4 hops, and harder ones, which are only evaluated.
+LESSONS := hops1 hops2 hops3 hops4 harder
+WORDS := data/reasoning/tokenizer.model
 # Which of the slow tests run beside the fast ones: the commit decides, so that every part gets its turn.
 SLOW_PART = $(shell echo $$((0x$$(git rev-parse --short=6 HEAD 2>/dev/null || echo 0))))
 # Share of whole books that neither the tokenizer nor the model sees in training.
@@ -28,7 +31,7 @@ $(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/$
 $(VENV)/bin/python launchers/watch.py $(2) --finished
 endef
 
-.PHONY: setup data data-video data-shapes train train-video train-shapes test check clean
+.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes test check clean
 
 setup: $(STAMP)
 
@@ -42,6 +45,8 @@ $(STAMP): pyproject.toml constraints.txt ebwm_dist/torchvision_compat.py ebwm_di
 
 data: $(SHARDS)
 
+data-reasoning: $(LESSONS:%=data/reasoning/%/manifest.json)
+
 data-video: $(VIDEO_SHARDS)
 
 data-shapes: $(SHAPES_LATENTS)
@@ -50,6 +55,14 @@ train: setup data
 	$(call train,quickstart,runs/quickstart)
 	$(call train,ar_quickstart,runs/quickstart_ar)
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/quickstart --baseline runs/quickstart_ar
+
+train-reasoning: setup data-reasoning
+	$(call train,reasoning,runs/reasoning)
+	$(call train,ar_reasoning,runs/reasoning_ar1)
+	$(call train,ar_reasoning_2layers,runs/reasoning_ar2)
+	$(call train,ar_reasoning_4layers,runs/reasoning_ar4)
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/reasoning --data data/reasoning/harder \
+		--baseline runs/reasoning_ar1 --baseline runs/reasoning_ar2 --baseline runs/reasoning_ar4
 
 train-video: setup data-video
 	$(call train,ebwm_video_quickstart,runs/video_quickstart)
@@ -74,7 +87,8 @@ check: setup
 
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
-		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar
+		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar runs/reasoning \
+		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4
 
 $(SAMPLE): | setup
 	$(VENV)/bin/python data_tools/fetch_text.py --out $@
@@ -86,6 +100,21 @@ $(TOKENIZER): $(SAMPLE)
 $(SHARDS): $(TOKENIZER)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $(SAMPLE) --tokenizer $(TOKENIZER) --out $(dir $@) \
 		--sequence-length 128 --holdout-fraction $(HOLDOUT)
+
+.PRECIOUS: data/raw/pointers/hops%.jsonl
+data/raw/pointers/hops%.jsonl: | setup
+	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 40000 --hops 1 $* --seed $*
+
+data/raw/pointers/harder.jsonl: | setup
+	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 1000 --hops 1 9 --seed 9
+
+$(WORDS): data/raw/pointers/hops4.jsonl
+	$(VENV)/bin/python data_tools/train_tokenizer.py --input $< --model-type word --vocab-size 430 --out $@ \
+		--exclude-fraction 0.99
+
+data/reasoning/%/manifest.json: data/raw/pointers/%.jsonl $(WORDS)
+	$(VENV)/bin/python data_tools/tokenize_text.py --input $< --tokenizer $(WORDS) --out $(dir $@) \
+		--sequence-length 21 --holdout-fraction $(if $(filter harder,$*),0.99,$(HOLDOUT))
 
 # Every frame of the sample videos is used: they are short, and between frames further apart much changes.
 $(VIDEO_SHARDS): | setup
