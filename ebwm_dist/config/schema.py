@@ -227,6 +227,9 @@ class ValidationConfig:
     """Steps between two validations; the last step is always validated."""
     max_sequences: int = number(2048, at_least=1)
     """At most this many held-out sequences, always the same ones."""
+    curvature: bool = False
+    """Also measure the energy's curvature before each MCMC step: the eigenvalue of d2E/de2 of the largest magnitude, a
+    mean over the targets of one batch. It costs ten tangent passes a step."""
 
 
 @dataclass

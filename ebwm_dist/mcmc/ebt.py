@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
+from ebwm_dist.mcmc.curvature import largest_eigenvalues
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, reshard
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
@@ -189,6 +190,22 @@ class EnergyBasedTransformer(EnergyModel):
             candidate = self.space.embed_next(observed[:, where.start + 1 : where.stop + 1])
             parts.append(self.transformer.energy(candidate, context, landscape, where.start))
         return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def curvature(self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None) -> Tensor:
+        """Return the curvature of the energy before each step [K], summed over the targets of `evaluate`."""
+        context, mask = observed[:, :-1], self.target_mask(observed[:, 1:] if targets is None else targets)
+        contexts = self._contexts(context, num_steps)
+        total = torch.zeros(num_steps, device=observed.device, dtype=self.space.state_dtype)
+        for where, states in self.refine_slices(context, num_steps, sample_ids, mask.cpu()):
+            own = where.take(mask.to(observed.device)[:, where.start : where.stop])
+            for step, (_, state) in zip(range(num_steps), states, strict=False):
+                landscape = self.transformer.landscape(step)
+                pairs = self.transformer.slice_context(contexts[landscape], where.stop)
+                embedded, _, gradient = self.descend(state, pairs, landscape, where.positions)
+                found = largest_eigenvalues(self.transformer, embedded, gradient, pairs, landscape, where.positions)
+                total[step] += (found * own).sum()
+        return total
 
     @torch.no_grad()
     def _refine(

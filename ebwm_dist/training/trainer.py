@@ -19,16 +19,14 @@ from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
-from ebwm_dist.data.loading.stream import Batch, SampleStream, validation_batches
+from ebwm_dist.data.loading.stream import Batch, SampleStream
 from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocessor, embedding_statistics
 from ebwm_dist.errors import UserError, same_on_all_ranks
-from ebwm_dist.evaluation.losses import accumulate
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
-from ebwm_dist.models.output import Evaluation
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
 from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
@@ -37,6 +35,7 @@ from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.run_log import RunLog
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.step_statistics import StepStatistics, targets_per_rank
+from ebwm_dist.training.validation import validate
 from ebwm_dist.training.watchdog import Watchdog
 
 COLLECTIVE_MARGIN = 30.0
@@ -288,44 +287,18 @@ class Trainer:
         return step > 0 and (step % self.config.validation.interval == 0 or step == self.config.training.max_steps)
 
     def _validate(self) -> bool:
-        """Evaluate the held-out split at the trained number of steps; no second-order graph is built.
-
-        Return whether any rank was asked to stop meanwhile: the next start then does all of it.
-        """
-        config, step = self.config, self.state.step
-        batches = validation_batches(
-            self.data,
-            batch_size=config.training.micro_batch_size,
-            max_sequences=config.validation.max_sequences,
-            dp_rank=self.world.rank,
-            dp_world_size=self.world.world_size,
-        )
+        """Validate and log it; return whether any rank was asked to stop meanwhile: the next start does all of it."""
+        step = self.state.step
 
         def proceed() -> bool:
             self.watchdog.beat(step, "validation")
             return not self.world.any_rank(self.stop.poll() is not None)
 
-        def forward(observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None) -> Evaluation:
-            return self.engine(self.model.evaluate, observed, sample_ids, num_steps, targets)
-
-        sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, self.preprocess, proceed)
-        if sums is None:
+        figures = validate(self.engine, self.config, self.data, self.preprocess, self.world, proceed)
+        if figures is None:
             return True
-        result = sums.over_ranks().result()
-        copied = result.copy_loss
-        record = {
-            "kind": "val",
-            "step": step,
-            "loss": sum(result.step_losses) / len(result.step_losses),
-            "loss_first_step": result.step_losses[0],
-            "loss_last_step": result.step_losses[-1],
-            "energy_first": result.energies[0] if result.energies else None,
-            "energy_last": result.energies[-1] if result.energies else None,
-            **({"perplexity": result.perplexities[-1]} if copied is None else {"copy_loss": copied}),
-            "mcmc_step_size": self._step_size(),
-            "tokens": self.state.tokens,
-        }
-        self.log.validation(record)
+        record = {"kind": "val", "step": step, **figures, "mcmc_step_size": self._step_size()}
+        self.log.validation({**record, "tokens": self.state.tokens})
         return False
 
     def _save(self) -> None:
