@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -79,7 +80,10 @@ def _curvature(
         dp_world_size=world.world_size,
     )
     observed = preprocess(batch.observed)
+    mask = model.target_mask(observed[:, 1:] if batch.targets is None else batch.targets)
     found = engine(model.curvature, observed, batch.sample_ids, config.mcmc.max_mcmc_steps, batch.targets)
+    found = torch.cat((found, mask.sum().to(found)[None]))
     if world.world_size > 1:
         dist.all_reduce(found)
-    return [float(value) for value in found / world.world_size]
+    *sums, count = found.tolist()
+    return [total / max(1, count) for total in sums]

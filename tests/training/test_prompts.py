@@ -29,6 +29,7 @@ def test_any_cut_of_a_batch_has_the_same_means(tiny: Manifest, tiny_config: Path
             "training.max_steps=2",
             "validation.interval=2",
             "optimizer.lr=1e-3",
+            "validation.curvature=true",
         ]
 
     one = [run(kind, name, micro) for kind in ("ebt", "ar") for name, micro in (("whole", 12), ("cut", 6))]
@@ -36,6 +37,8 @@ def test_any_cut_of_a_batch_has_the_same_means(tiny: Manifest, tiny_config: Path
     run_distributed_test(train_in_turn, 2, tiny_config, [run(kind, "ranks", 3) for kind in ("ebt", "ar")], timeout=300)
     share = prompts.train.totals["tokens"] / (prompts.train.samples * 40)
     assert Run(tmp_path / "ebt" / "whole").sample_format["target_share"] == pytest.approx(share)
+    cut, ranks = (metrics(tmp_path / "ebt" / name, "val")[0]["curvature"] for name in ("cut", "ranks"))
+    assert len(cut) == 2 and cut == pytest.approx(ranks, rel=1e-3)
     for kind in ("ebt", "ar"):
         expected = metrics(tmp_path / kind / "whole")
         assert len(expected) == 2
