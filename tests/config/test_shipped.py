@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,9 +44,11 @@ def test_published_sizes(size: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ar_*.yaml")), ids=lambda path: path.stem)
 def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
-    other = path.name.replace("ar_", "ebwm_" if "video" in path.stem else "ebt_")
-    other = "quickstart.yaml" if path.stem == "ar_quickstart" else other
-    twin, config = asdict(load_config(path)), asdict(load_config(CONFIGS / other))
+    name = re.sub(r"_\d+layers$", "", path.name.removeprefix("ar_").removesuffix(".yaml"))
+    others = [CONFIGS / f"{prefix}{name}.yaml" for prefix in ("", "ebt_", "ebwm_")]
+    twin, config = asdict(load_config(path)), asdict(load_config(next(other for other in others if other.exists())))
+    if path.stem.endswith("layers"):  # deeper twins of a model with one
+        assert twin["model"].pop("num_layers") > config["model"].pop("num_layers")
     assert (twin["model"].pop("kind"), config["model"].pop("kind")) == ("ar", "ebt")
     assert twin.pop("run_dir") != config.pop("run_dir")
     assert twin == config
