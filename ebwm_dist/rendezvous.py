@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -134,18 +136,36 @@ def _connect(place: Place, wait: _Wait, server: str) -> Store:
         try:
             # Python's connect can be interrupted, that of the store cannot.
             socket.create_connection((place.address, place.port), timeout=_CONNECT_TIMEOUT).close()
-            return _c10d.TCPStore(
-                place.address,
-                place.port,
-                place.world_size,
-                is_master=False,
-                timeout=timedelta(seconds=_CONNECT_TIMEOUT),
-                wait_for_workers=False,
-            )
+            answer = _in_thread(partial(_open, place))
+            while not answer.done():
+                silent = f"rank {place.rank}: {place.address}:{place.port} accepts connections but is no rendezvous"
+                wait.tick(partial(str, silent), report=place.local_rank == 0)
+            return answer.result()
         except (OSError, dist.DistError) as error:
             problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
         awaited = f"rank {place.rank} waits for {server} at {place.address}:{place.port} ({problem})"
         wait.tick(partial(str, awaited), report=place.local_rank == 0)
+
+
+def _open(place: Place) -> Store:
+    timeout = timedelta(seconds=_CONNECT_TIMEOUT)
+    return _c10d.TCPStore(
+        place.address, place.port, place.world_size, is_master=False, timeout=timeout, wait_for_workers=False
+    )
+
+
+def _in_thread(call: Callable[[], Store]) -> Future[Store]:
+    """Start a call that may never return, in a thread that does not keep the process from ending."""
+    future: Future[Store] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _arrive(store: Store, place: Place, node: str) -> None:

@@ -170,3 +170,15 @@ def test_the_end_of_rank_0_ends_the_others() -> None:
         del first
         with pytest.raises(UserError, match="rank 0 has ended before all ranks were there"):
             second.result()
+
+
+def test_a_server_that_never_answers_is_named_and_a_stop_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendezvous, "FIRST_REPORT", 0.2)
+    reason, reports = once_reported(capfd)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(UserError, match=rf"stopped \(SIGTERM\) while rank 1: 127.0.0.1:{port} accepts"):
+            meet(place(1, port=port), "node", 60, reason)
+    assert re.match(rf"rank 1: 127.0.0.1:{port} accepts connections but is no rendezvous \(for \d+ s now\)", reports[0])
