@@ -16,12 +16,10 @@ from ebwm_dist.data.format.manifest import FILE_NAME, SPLITS, Manifest, Split
 from ebwm_dist.data.format.sample_format import LatentFormat, TokenFormat
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_bytes, write_atomically
+from ebwm_dist.prepare.listing import REJECTS_FILE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-
-REJECTS_FILE = "rejects.jsonl"
-"""Lists in the data folder which inputs were left out with `--on-error skip`."""
 
 
 def up_to_date(out: Path, source: dict[str, Any]) -> Manifest | None:

@@ -16,6 +16,9 @@ from pathlib import Path
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file
 
+REJECTS_FILE = "rejects.jsonl"
+"""Lists in a data folder which inputs were left out with `--on-error skip`; in no folder it is an input."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -117,6 +120,8 @@ def _matching_files(
                 target = os.path.realpath(path)
             if target in written:
                 ignored["written by this tool"].append(path)
+            elif entry.name == REJECTS_FILE:
+                ignored["rejected by a data tool"].append(path)
             elif entry.name.startswith("."):
                 ignored["hidden"].append(path)
             elif os.path.isdir(path):

@@ -25,10 +25,10 @@ from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
-from ebwm_dist.prepare.build_state import REJECTS_FILE, Report, begin, finish, hash_of, up_to_date, write_rejects
+from ebwm_dist.prepare.build_state import Report, begin, finish, hash_of, up_to_date, write_rejects
 from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, Reject, find_documents, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
-from ebwm_dist.prepare.listing import describe_inputs
+from ebwm_dist.prepare.listing import REJECTS_FILE, describe_inputs
 from ebwm_dist.prepare.packing import DocumentPacker, Packer
 from ebwm_dist.workers.executors import LOCAL, Work
 

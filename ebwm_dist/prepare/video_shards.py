@@ -14,10 +14,10 @@ from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.format.video_codec import encode_clip, encode_jpeg
 from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.prepare.build_state import REJECTS_FILE, Report, begin, finish, up_to_date, write_rejects
+from ebwm_dist.prepare.build_state import Report, begin, finish, up_to_date, write_rejects
 from ebwm_dist.prepare.cutting import Clip, Cut, Rejects, find_videos, plan_clips, probe_videos, read_frames
 from ebwm_dist.prepare.latent_shards import Encoding, LatentStore
-from ebwm_dist.prepare.listing import describe_inputs
+from ebwm_dist.prepare.listing import REJECTS_FILE, describe_inputs
 from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
 from ebwm_dist.workers.executors import LOCAL, Work
 

@@ -99,3 +99,9 @@ def test_unreadable_inputs_are_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("os.scandir", denied)
     with pytest.raises(DataError, match=r"input .* cannot be read \(Permission denied\)"):
         list_inputs([tmp_path], (".txt",))
+
+
+def test_rejects_of_any_data_tool_are_no_inputs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(tmp_path / "in", "a.txt", "built/rejects.jsonl", "built/b.txt")
+    assert [file.name for file in list_inputs([folder], (".txt", ".jsonl"))] == ["a.txt", "built/b.txt"]
+    assert f"1 rejected by a data tool ({folder}/built/rejects.jsonl)" in caplog.messages[0]
