@@ -1,6 +1,8 @@
 """Errors whose message is all a user needs: launchers print it as one line, without a traceback."""
 
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +54,26 @@ def same_on_all_ranks() -> Iterator[None]:
         raise
 
 
+_REMEDIES = {
+    errno.ENOSPC: "make room there, then start the same command again",
+    errno.EDQUOT: "make room there, then start the same command again",
+    errno.EACCES: "let this user read and write it, or name another place",
+    errno.EPERM: "let this user read and write it, or name another place",
+    errno.EROFS: "name a place that can be written",
+}
+
+
+def as_line(error: UserError | OSError) -> str:
+    """Return an error as a user reads it; one of the operating system names the file, the reason and what to do."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        files = [os.fsdecode(file) for file in (error.filename, error.filename2) if isinstance(file, (str, bytes))]
+        remedy = _REMEDIES.get(error.errno or 0)
+        text = ": ".join((" -> ".join(files), error.strerror)) if files else error.strerror
+        text += f"; {remedy}" if remedy else ""
+    return text
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a command-line tool and exit with its status.
 
@@ -62,7 +84,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {as_line(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

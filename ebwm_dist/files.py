@@ -53,12 +53,23 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of a block that writes it: the operating system reports a full disk without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that becomes `path` at the end of the block: readers see the old content or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import time
 
 from ebwm_dist.cluster.results import follow_command
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, as_line
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
         train(config)
     except (UserError, OSError) as error:
         if rank == 0 or not getattr(error, "same_on_all_ranks", False):
-            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+            print(f"error{f' on rank {rank}' if rank else ''}: {as_line(error)}", file=sys.stderr)
         else:
             # A launcher ends all ranks as soon as one has failed, and rank 0 is to print the error first.
             time.sleep(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ebwm_dist.errors import as_line
 from ebwm_dist.files import append_record, merge_lines, parse, printable, read_records, replacing, to_line, write_json
 
 
@@ -84,3 +86,15 @@ def test_no_line_is_lost_while_files_are_merged(tmp_path: Path) -> None:
     assert [record["writer"] for record in records[:10]] == [-1] * 10
     for writer, number in ((-1, 10), *enumerate(written)):
         assert [record["count"] for record in records if record["writer"] == writer] == list(range(number))
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as error, replacing(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert as_line(error.value) == (
+        f"{tmp_path / 'x'}: No space left on device; make room there, then start the same command again"
+    )
+    with pytest.raises(OSError, match="Is a directory") as error:
+        tmp_path.read_bytes()
+    assert as_line(error.value) == f"{tmp_path}: Is a directory"
+    assert as_line(OSError("no number")) == "no number"

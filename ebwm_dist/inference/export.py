@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -84,8 +85,8 @@ def write_export(
     staging = out.with_name(f"{out.name}.tmp")
     if staging.exists():
         shutil.rmtree(staging)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         _write_weights(staging, state, largest_file)
         save_config(config, staging / CONFIG_FILE)
         write_json(staging / FORMAT_FILE, sample_format)
@@ -105,8 +106,8 @@ def write_export(
         if out.exists():
             out.rmdir()
         os.replace(staging, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} cannot be written ({error}): make room there, or name another folder") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.errors import CheckpointError, UserError
@@ -90,6 +92,7 @@ def test_nothing_else_is_imported(runs: Path, exported: Path) -> None:
 import sys
 sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))
 import torch
+from safetensors import SafetensorError
 torch.set_num_threads(1)
 from ebwm_dist.run import Run
 run = Run({str(exported)!r})
@@ -137,3 +140,16 @@ def test_another_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
     manifest = make_tiny_data(tmp_path / "text", documents=40)
     with pytest.raises(UserError, match=r"tokenizer of .*bf16 is not the one that the shards in"):
         Run(runs / "bf16").validation_data(str(manifest.folder))
+
+
+@pytest.mark.parametrize("full", [SafetensorError("I/O error: No space left"), OSError(errno.ENOSPC, "No space left")])
+def test_a_full_disk_leaves_no_export(
+    full: Exception, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise full
+
+    monkeypatch.setattr("ebwm_dist.inference.export.save_file", fail)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/out cannot be written .*No space left.*: make room there"):
+        export_run(Run(runs / "bf16"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

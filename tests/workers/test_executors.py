@@ -59,7 +59,7 @@ def test_an_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) 
     ("error", "line"),
     [
         (DataError("shard 7 is damaged"), "error: shard 7 is damaged"),
-        (OSError(28, "No space left on device", "x.tar"), "error: [Errno 28] No space left on device: 'x.tar'"),
+        (IsADirectoryError(21, "Is a directory", "x.tar"), "error: x.tar: Is a directory"),
     ],
 )
 def test_a_tool_exits_with_one_line(error: Exception, line: str) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, Member, write_index
 from ebwm_dist.data.format.manifest import Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
-from ebwm_dist.files import rename, sha256_of_file
+from ebwm_dist.files import naming, rename, sha256_of_file
 
 
 class _TarShards:
@@ -50,7 +50,8 @@ class _TarShards:
         for extension in sorted(files):  # as TarWriter does
             members.append(Member(extension, end + TAR_BLOCK, len(files[extension])))
             end += TAR_BLOCK + -(-len(files[extension]) // TAR_BLOCK) * TAR_BLOCK
-        self._tar.write({"__key__": key, **files})
+        with naming(self._folder / self._name):
+            self._tar.write({"__key__": key, **files})
         assert self._tar.tarstream.offset == end
         self._records.append(IndexEntry(key, tuple(members), len(checksums)))
         self._checksums += checksums
@@ -69,12 +70,13 @@ class _TarShards:
         """Finish the current shard: it is on disk, with its index, before it is listed."""
         if self._file is None:
             return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
         path = self._folder / self._name
+        with naming(path):
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._file = None
         samples, size = len(self._checksums), self._partial.stat().st_size
         shard = Shard(self._name, samples, size, sha256_of_file(self._partial))
         (self._folder / shard.index_path).unlink(missing_ok=True)
