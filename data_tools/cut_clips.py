@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import fields
-from pathlib import Path
 
 from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.cutting import Cut
 from ebwm_dist.prepare.documents import add_groups_argument
 from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments
 from ebwm_dist.prepare.video_shards import cut_clips
+from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
@@ -32,8 +32,10 @@ def size(text: str) -> tuple[int, int]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="videos, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="data folder to make")
+    parser.add_argument(
+        "--input", nargs="+", required=True, type=local_path, metavar="PATH", help="videos, or folders of them"
+    )
+    parser.add_argument("--out", type=local_path, required=True, help="data folder to make")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (default: 16)")
     parser.add_argument("--frame-interval", type=float, default=0.25, help="seconds between two frames (default: 0.25)")
     parser.add_argument("--stride", type=float, default=1.0, help="seconds between the starts of clips (default: 1)")

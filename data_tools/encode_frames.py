@@ -10,17 +10,17 @@ run is continued by the same command.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments, encode_clips
+from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, help="data folder made by cut_clips.py")
-    parser.add_argument("--out", type=Path, required=True, help="data folder to make")
+    parser.add_argument("clips", type=local_path, help="data folder made by cut_clips.py")
+    parser.add_argument("--out", type=local_path, required=True, help="data folder to make")
     add_encoding_arguments(parser, required=True)
     add_arguments(parser)
     options = parser.parse_args(arguments)

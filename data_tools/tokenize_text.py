@@ -18,14 +18,17 @@ from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
+from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import Work, add_arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_document_arguments(parser)
-    parser.add_argument("--tokenizer", required=True, type=Path, help="model made by train_tokenizer.py")
-    parser.add_argument("--out", type=Path, default=Path("data/text"), help="data folder to make (default: data/text)")
+    parser.add_argument("--tokenizer", required=True, type=local_path, help="model made by train_tokenizer.py")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("data/text"), help="data folder to make (default: data/text)"
+    )
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of context per sample (default: 256)")
     parser.add_argument("--samples-per-member", type=int, default=64, help="samples per tar member (default: 64)")
     parser.add_argument("--members-per-shard", type=int, default=64, help="tar members per shard (default: 64)")

@@ -27,12 +27,13 @@ from ebwm_dist.prepare.documents import (
     is_held_out,
 )
 from ebwm_dist.prepare.listing import describe_inputs
+from ebwm_dist.storage import local_path
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_document_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("data/text/tokenizer.model"), help="model file to write")
+    parser.add_argument("--out", type=local_path, default=Path("data/text/tokenizer.model"), help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=1000, help="number of tokens (default: 1000)")
     parser.add_argument(
         "--model-type",

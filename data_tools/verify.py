@@ -23,6 +23,7 @@ from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import DataError, run_tool
 from ebwm_dist.files import sha256_of_file
+from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import LOCAL, Work, run_in_order
 
 BYTES_PER_WORKER = 256 << 20
@@ -126,7 +127,7 @@ def find_problems(manifest: Manifest, deep: bool, workers: int = 0) -> list[str]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="data folder")
+    parser.add_argument("path", type=local_path, help="data folder")
     parser.add_argument(
         "--deep", action="store_true", help="read everything: hashes, tar members, shapes and values of every sample"
     )

@@ -20,7 +20,7 @@ from ebwm_dist.checkpoint.folder import MARKER, newest_intact, read_marker
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError, DataError
-from ebwm_dist.files import METRICS_FILE, Record, read_records, sha256_of_file, write_atomically, write_json
+from ebwm_dist.files import METRICS_FILE, Record, printable, read_records, sha256_of_file, write_atomically, write_json
 from ebwm_dist.storage import without_options
 
 if TYPE_CHECKING:
@@ -50,13 +50,14 @@ class Run:
         device: where its model and its data are put.
 
     Raises:
-        CheckpointError: `path` is none of them, is damaged, or does not hold the model that it describes. What is read
-            later raises it later.
+        CheckpointError: `path` is none of them, or is damaged; what is read later raises it later.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         self.name, self.device = without_options(str(path)), device
         self.remote = "://" in str(path)
+        if printable(path) != str(path):
+            raise CheckpointError(f"{printable(path)} is not valid UTF-8, which torch cannot open: rename the folder")
         given = _fetch(str(path)) if self.remote else Path(path)
         self._export = read_export(given) if (given / EXPORT_FILE).is_file() else None
         self._checkpoint = given if (given / MARKER).is_file() else None

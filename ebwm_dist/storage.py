@@ -7,6 +7,8 @@ parser would drop (`#fragment`) or fold (`//`, `.`) is an error, as two addresse
 from __future__ import annotations
 
 import re
+from argparse import ArgumentTypeError
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
 def without_options(address: str) -> str:
     """Return the part of an address that messages may name: its options may be a signature."""
     return address.partition("?")[0]
+
+
+def is_address(text: str) -> bool:
+    """Tell whether `text` starts with a scheme, as `s3://bucket` does; a path would be a folder named `s3:`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def local_path(text: str) -> Path:
+    """Return a path of this machine: the type of command-line options that take no address."""
+    if is_address(text):
+        raise ArgumentTypeError(f"{without_options(text)!r} is an address; name a file or folder of this machine")
+    return Path(text)
 
 
 def check_address(address: str, key: str) -> None:

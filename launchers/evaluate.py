@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-from ebwm_dist.errors import UserError, run_tool
+from ebwm_dist.errors import UserError, as_line, run_tool
+from ebwm_dist.storage import local_path
 
 MEASURED = (
     *("steps", "candidates", "langevin_noise", "energy_tolerances", "prediction_tolerances"),
@@ -48,13 +48,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="run folder, checkpoint, export, or the address of a run's copy (s3://, gs://)")
-    what.add_argument("--follow", type=Path, help="run folder whose checkpoints are evaluated until it is finished")
+    what.add_argument(
+        "--follow", type=local_path, help="run folder whose checkpoints are evaluated until it is finished"
+    )
     parser.add_argument("--workers", type=int, help="of --follow; default: evaluation.workers of the run, or 1")
     parser.add_argument("--gpus-per-worker", type=float, help="of --follow; default: that of the run")
     parser.add_argument("--baseline", action="append", help="another one, to set beside it; of --summary also several")
     parser.add_argument("--summary", action="store_true", help="only compare errors with those of the twin --baseline")
     parser.add_argument("--data", help="data folder or address; default: the data it was trained on")
-    parser.add_argument("--out", type=Path, help="folder to write; default: evaluation/ in the run folder")
+    parser.add_argument("--out", type=local_path, help="folder to write; default: evaluation/ in the run folder")
     parser.add_argument("--steps", type=integers, help="numbers of MCMC steps (1,2,4,8)")
     parser.add_argument("--candidates", type=integers, help="candidates per prediction (1,4)")
     parser.add_argument("--langevin-noise", type=float, help="noise of several candidates; default: that of training")
@@ -68,9 +70,9 @@ def main() -> int:
     parser.add_argument("--max-sequences", type=int, help="held-out sequences (512; of --follow: those of the run)")
     parser.add_argument("--batch-size", type=int, help="sequences at a time on each process (16; --summary: 32)")
     parser.add_argument(
-        "--ood-text", type=Path, help="out-of-distribution text; default: docstrings of Python's library"
+        "--ood-text", type=local_path, help="out-of-distribution text; default: docstrings of Python's library"
     )
-    parser.add_argument("--choices", type=Path, help="multiple choice: JSON lines {context, choices, answer}")
+    parser.add_argument("--choices", type=local_path, help="multiple choice: JSON lines {context, choices, answer}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     args = parser.parse_args()
     mode, read = ("--run", EVERYTHING) if args.follow is None else ("--follow", FOLLOW)
@@ -113,7 +115,7 @@ def evaluate(args: argparse.Namespace) -> int:
             files = evaluate_runs(args.run, baseline, args.data, args.out, options, world)
     except (UserError, OSError) as error:
         if world is None or world.rank == 0 or not getattr(error, "same_on_all_ranks", False):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {as_line(error)}", file=sys.stderr)
         return 1
     if world.rank == 0:
         print("\n".join(map(str, files)))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebwm_dist.errors import run_tool
 from ebwm_dist.files import to_json
+from ebwm_dist.storage import local_path
 
 if TYPE_CHECKING:
     from ebwm_dist.inference.thinking import Thinking
@@ -32,7 +32,9 @@ def main() -> None:
     video.add_argument("--samples", type=int, default=3, help="held-out samples (default: %(default)s)")
     video.add_argument("--observe", type=int, default=1, help="frames of each to go on from (default: %(default)s)")
     video.add_argument("--data", help="data folder or address; default: the data it was trained on")
-    video.add_argument("--out", type=Path, help="folder for a PNG strip and a GIF of each: truth above, model below")
+    video.add_argument(
+        "--out", type=local_path, help="folder for a PNG strip and a GIF of each: truth above, model below"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
     sampling.add_argument("--top-k", type=int)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from ebwm_dist.errors import UserError, run_tool
+from ebwm_dist.storage import local_path
 
 
 def main() -> None:
     """Parse the command line and show the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=local_path, help="run folder")
     parser.add_argument("--once", action="store_true", help="print the status once and exit")
     parser.add_argument("--finished", action="store_true", help="only check that the run is finished, for scripts")
     args = parser.parse_args()

@@ -178,3 +178,9 @@ def test_data_made_with_other_tools_are_refused(run: Run, tmp_path: Path) -> Non
     write_json(clips.folder / STATISTICS_FILE, statistics | {"sha256": "0" * 64})
     with pytest.raises(UserError, match="was trained with the encoder"):
         Run(clips.folder).validation_data()
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(run: Run, tmp_path: Path) -> None:
+    renamed = run.folder.rename(tmp_path / "caf\udce9")
+    with pytest.raises(CheckpointError, match=r"caf\\xe9 is not valid UTF-8, .* rename the folder"):
+        Run(renamed)

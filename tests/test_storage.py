@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import threading
+from argparse import ArgumentTypeError
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -11,9 +12,9 @@ import pytest
 
 from ebwm_dist.checkpoint.mirror import CheckpointMirror
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.data.remote import Cache, RemoteFolder
+from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
 from ebwm_dist.errors import ConfigError
-from ebwm_dist.storage import open_storage
+from ebwm_dist.storage import local_path, open_storage
 from tests.runs import write_config
 
 REGION = "?region=us-east-1&endpoint_override=localhost:1"
@@ -108,3 +109,17 @@ def test_any_name_of_a_file_is_found_on_a_web_server(tmp_path: Path) -> None:
         assert [folder.read_uncached(name).decode() for name in NAMES] == [f"/exp#1/{name}" for name in NAMES]
     finally:
         server.shutdown()
+
+
+def test_options_that_name_files_refuse_addresses() -> None:
+    assert local_path("a:b//c") == Path("a:b//c")
+    for address in ("s3://b/x?signature=secret", "file:///x"):
+        with pytest.raises(ArgumentTypeError, match="is an address; name a file or folder") as error:
+            local_path(address)
+        assert "secret" not in str(error.value)
+
+
+def test_data_at_an_address_of_another_scheme_are_refused() -> None:
+    assert is_remote("gs://b/x") and is_remote("pipe:cat x") and not is_remote("a/b")
+    with pytest.raises(ConfigError, match=r"data folder 'file:///x': must be a path, pipe: or one of http://, .*gs://"):
+        is_remote("file:///x")

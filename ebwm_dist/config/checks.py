@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.config.values import locate
+from ebwm_dist.config.values import KEYS, locate
 from ebwm_dist.errors import ConfigError
-from ebwm_dist.storage import check_address
+from ebwm_dist.storage import check_address, is_address
 
 Problems = Iterator[tuple[str, str]]
 """Keys whose values do not fit the rest of the configuration, and what would."""
+
+
+_LOCAL = {
+    "run_dir": "; checkpoint.remote copies a run to one",
+    "data.cache_dir": "",
+    "data.encoder_weights": "",
+}
 
 
 def check_config(config: Config) -> None:
     """Refuse a configuration whose keys do not agree; the error names the first one and its value."""
     # The autoregressive twin has no MCMC steps; their settings stay as they are.
     of_mcmc = (_mcmc, _landscapes, _replay) if config.model.kind == "ebt" else ()
-    for problems in (_model, *of_mcmc, _training, _data, _mixture, _zero, _cluster):
+    for problems in (_texts, _places, _model, *of_mcmc, _training, _data, _mixture, _zero, _cluster):
         for key, reason in problems(config):
             raise ConfigError(f"{key} = {getattr(*locate(config, key))!r}: {reason}")
+
+
+def long_warmups(config: Config) -> list[tuple[str, int]]:
+    """Return the warm-ups, by key, that are longer than the run and are cut to it, as in a short trial."""
+    keys = ["optimizer.warmup_steps"]
+    if config.model.kind == "ebt":
+        keys += ["mcmc.num_steps_warmup", "mcmc.step_size_warmup"]
+    given = [(key, int(getattr(*locate(config, key)))) for key in keys]
+    return [(key, steps) for key, steps in given if steps > config.training.max_steps]
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -40,6 +57,22 @@ def check_world(config: Config, world_size: int) -> None:
     )
 
 
+def _texts(config: Config) -> Problems:
+    """Torch, JSON and YAML hold no other file names, so that a run could not be read after it was trained."""
+    for key in KEYS:
+        try:
+            json.dumps(getattr(*locate(config, key)), ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            yield key, "must be valid UTF-8; rename the file or folder"
+
+
+def _places(config: Config) -> Problems:
+    for key, remedy in _LOCAL.items():
+        value = getattr(*locate(config, key))
+        if value is not None and is_address(value):
+            yield key, f"must be a folder or file that all ranks reach by a path, no address{remedy}"
+
+
 def _model(config: Config) -> Problems:
     model = config.model
     if model.dim % model.num_heads or model.dim // model.num_heads % 2:
@@ -54,7 +87,7 @@ def _model(config: Config) -> Problems:
 
 
 def _mcmc(config: Config) -> Problems:
-    model, mcmc, max_steps = config.model, config.mcmc, config.training.max_steps
+    model, mcmc = config.model, config.mcmc
     if model.embedding_dim is None and mcmc.initial_state == "most_recent_embedding":
         needed = "needs model.embedding_dim, the width of the frame embeddings"
         yield "mcmc.initial_state", f"{needed}; tokens start from 'random_noise', 'zeros' or 'most_recent_token'"
@@ -66,9 +99,6 @@ def _mcmc(config: Config) -> Problems:
         yield "mcmc.update", f"{frames} have no logits to update; leave it out"
     if mcmc.max_num_steps is not None and mcmc.max_num_steps < mcmc.num_steps:
         yield "mcmc.max_num_steps", f"at least mcmc.num_steps = {mcmc.num_steps}, or null for always that many"
-    for key in ("mcmc.num_steps_warmup", "mcmc.step_size_warmup"):
-        if getattr(*locate(config, key)) > max_steps:
-            yield key, f"at most training.max_steps = {max_steps}"
     if not mcmc.learn_step_size and mcmc.step_size_lr_multiplier is not None:
         without = "mcmc.learn_step_size = False, as alpha then has no learning rate"
         yield "mcmc.step_size_lr_multiplier", f"must be null where {without}"

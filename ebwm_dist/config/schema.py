@@ -6,7 +6,7 @@ What a single key accepts is declared here; conditions that span several keys ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -342,3 +342,10 @@ class Config:
     def warmup_steps(self) -> int:
         """Steps of warm-up in this run, which may be shorter than `optimizer.warmup_steps`, as a trial is."""
         return min(self.optimizer.warmup_steps, self.training.max_steps)
+
+    @property
+    def mcmc_of_run(self) -> MCMCConfig:
+        """`mcmc` with warm-ups that are no longer than this run."""
+        longest, mcmc = self.training.max_steps, self.mcmc
+        num_steps, step_size = min(mcmc.num_steps_warmup, longest), min(mcmc.step_size_warmup, longest)
+        return replace(mcmc, num_steps_warmup=num_steps, step_size_warmup=step_size)

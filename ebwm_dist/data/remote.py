@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from ebwm_dist.data.transport import SCHEMES, TransportError, base_name, read_blocks, shown
 from ebwm_dist.errors import ConfigError, DataError, FetchError, UserError
 from ebwm_dist.files import sha256_of_bytes
-from ebwm_dist.storage import check_address
+from ebwm_dist.storage import check_address, is_address, without_options
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before a file is requested again: the first time, then doubled every time up to a limit."""
@@ -40,7 +40,12 @@ _T = TypeVar("_T")
 
 def is_remote(location: str) -> bool:
     """Return whether a data folder's location is something else than a path on this machine."""
-    return location.startswith("pipe:") or location.partition("://")[0] in SCHEMES
+    if location.startswith("pipe:"):
+        return True
+    if is_address(location) and location.partition("://")[0] not in SCHEMES:
+        allowed = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ConfigError(f"data folder {without_options(location)!r}: must be a path, pipe: or one of {allowed}")
+    return is_address(location)
 
 
 @dataclass(frozen=True)

@@ -25,5 +25,5 @@ def build_model(config: Config, pad_id: int | None) -> Model:
         assert pad_id is not None
         space = VocabularySpace(model, config.mcmc, pad_id)
     return EnergyBasedTransformer(
-        model, config.mcmc, space, config.seed, training.position_chunk, training.activation_checkpointing
+        model, config.mcmc_of_run, space, config.seed, training.position_chunk, training.activation_checkpointing
     )

@@ -22,6 +22,7 @@ from ebwm_dist.data.format.sample_format import MAX_DIFFICULTY
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.listing import InputFile, list_inputs, unreadable
+from ebwm_dist.storage import local_path
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
@@ -101,7 +102,7 @@ _FIELDS = {
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a tool that reads documents: where they are, and how to read them."""
     help_input = ".txt or .jsonl files, also compressed (.gz), or folders of them"
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=help_input)
+    parser.add_argument("--input", nargs="+", required=True, type=local_path, metavar="PATH", help=help_input)
     for name, what in _FIELDS.items():
         parser.add_argument(
             f"--{name}-field", type=printable, default=name, help=f"JSON field of the {what} (default: {name})"

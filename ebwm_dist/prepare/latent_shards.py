@@ -24,6 +24,7 @@ from ebwm_dist.prepare.build_state import Report, begin, finish, up_to_date
 from ebwm_dist.prepare.cutting import Rejects
 from ebwm_dist.prepare.listing import refuse_outputs
 from ebwm_dist.prepare.shard_tasks import VERSION, Batch, BuildRecord, Made, ShardTask, Store, make_shards, shards_of
+from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import LOCAL, Work
 
 CLIPS_PER_MEMBER = 16  # latents of so many clips share a member of a tar
@@ -53,7 +54,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, required: bool) -> N
         metavar="SPEC",
         help="store latents of this frozen encoder: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or torchvision:MODEL",
     )
-    parser.add_argument("--weights", type=Path, help="the encoder's weights: a local folder or file")
+    parser.add_argument("--weights", type=local_path, help="the encoder's weights: a local folder or file")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored latents")
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebwm_dist.config.checks import long_warmups
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
@@ -133,11 +134,9 @@ class Trainer:
         )
         if config.data.mixture:
             self.log.log(self.data.describe_shares(config.data.path))
-        if config.warmup_steps < config.optimizer.warmup_steps:
-            self.log.log(
-                f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is more than training.max_steps: "
-                f"the warm-up takes {config.warmup_steps} steps, all of the run"
-            )
+        for key, steps in long_warmups(config):
+            cut = f"the warm-up takes {config.training.max_steps} steps, all of the run"
+            self.log.log(f"{key} = {steps} is more than training.max_steps: {cut}")
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""

@@ -14,9 +14,10 @@ def changed(**values: Any) -> Config:
     """Return the defaults with `section__name=value`."""
     config = Config()
     for key, value in values.items():
-        section, name = key.split("__")
-        assert hasattr(getattr(config, section), name)
-        setattr(getattr(config, section), name, value)
+        *sections, name = key.split("__")
+        section = getattr(config, sections[0]) if sections else config
+        assert hasattr(section, name)
+        setattr(section, name, value)
     return config
 
 
@@ -84,8 +85,11 @@ def changed(**values: Any) -> Config:
         ({"data__min_crop_scale": 0.5}, "data.min_crop_scale = 0.5: needs clips encoded as they are read"),
         ({"data__encoder_weights": "w"}, "data.encoder_weights = 'w': needs data.encoder"),
         ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
-        ({"mcmc__num_steps_warmup": 1_000_001}, "mcmc.num_steps_warmup = 1000001: at most .*max_steps = 1000000"),
-        ({"mcmc__step_size_warmup": 1_000_001}, "mcmc.step_size_warmup = 1000001: at most .*max_steps = 1000000"),
+        ({"run_dir": "s3://b/x"}, "run_dir = 's3://b/x': must be a folder .* no address; checkpoint.remote"),
+        ({"data__cache_dir": "file:///x"}, "data.cache_dir = 'file:///x': must be a folder"),
+        ({"data__encoder_weights": "https://h/w"}, "data.encoder_weights = 'https://h/w': must be a folder or file"),
+        ({"run_dir": "runs/caf\udce9"}, r"run_dir = 'runs/caf\\udce9': must be valid UTF-8; rename"),
+        ({"data__mixture": {"caf\udce9": 1.0}}, "data.mixture = .*: must be valid UTF-8; rename"),
         (
             {"mcmc__learn_step_size": False, "mcmc__step_size_lr_multiplier": 3.0},
             "mcmc.step_size_lr_multiplier = 3.0: must be null where mcmc.learn_step_size = False",
@@ -135,7 +139,7 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         {"model__tie_embeddings": True},
         {"model__embedding_dim": 1, "mcmc__initial_state": "most_recent_embedding"},
         {"model__kind": "ar", "mcmc__initial_state": "most_recent_embedding"},
-        {"mcmc__max_num_steps": 2, "mcmc__num_steps_warmup": 1_000_000, "mcmc__step_size_warmup": 1_000_000},
+        {"mcmc__max_num_steps": 2, "mcmc__num_steps_warmup": 10**7, "mcmc__step_size_warmup": 10**7},
         {"mcmc__learn_step_size": False},
         {"mcmc__loss": "last"},
         {"mcmc__loss": "last", "mcmc__gradient": "full", "model__variant": "adaln", "model__num_landscapes": 2},
