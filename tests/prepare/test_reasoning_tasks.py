@@ -1,0 +1,98 @@
+"""Documents of tasks whose difficulty is a number of steps: right answers, in range, the same again from a seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from data_tools.tasks import assignments, letters, pointers
+from ebwm_dist.errors import UserError
+
+UNITS = {pointers: "hops", assignments: "depth", letters: "length"}
+HARDEST = {pointers: pointers.MOST_HOPS, assignments: assignments.DEEPEST, letters: letters.LONGEST}
+ALL = pytest.mark.parametrize("task", UNITS, ids=lambda task: task.__name__.rpartition(".")[-1])
+
+
+def made(task: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> list[dict]:
+    """Return the documents that a generator writes."""
+    out = folder / "documents.jsonl"
+    monkeypatch.setattr(sys, "argv", [task.__name__, "--out", str(out), *map(str, arguments)])
+    task.main()
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def resolved(words: list[str], query: str) -> tuple[str, int]:
+    """Answer a query for pointers or assignments: rewrite it by the statements until nothing changes."""
+    above = dict(word.replace("<", "=").split("=") for word in words)
+    steps = 0
+    while above[query.strip("-")] != query.strip("-"):
+        query = query.replace(query.strip("-"), above[query.strip("-")]).replace("--", "")
+        steps += 1
+    return query, steps
+
+
+def spelled(words: list[str], query: str) -> tuple[str, int]:
+    """Answer a query for letters: exchange three things until the word ends."""
+    orders, letters_at = ["".join(order) for order in permutations("012")], {word[0]: word[1] for word in words}
+    (state, place), steps = query, 0
+    while letters_at[place] != ".":
+        first, second, third = orders["ABCDEF".index(state)]
+        changed = {"x": second + first + third, "y": first + third + second, "z": second + third + first}
+        state = "ABCDEF"[orders.index(changed[letters_at[place]])]
+        place, steps = str((int(place) + 1) % len(words)), steps + 1
+    return state + place, steps
+
+
+ANSWERS: dict[ModuleType, Callable[[list[str], str], tuple[str, int]]] = {
+    pointers: resolved,
+    assignments: resolved,
+    letters: spelled,
+}
+
+
+@ALL
+def test_answers_and_difficulties_are_right(task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    for document in made(task, tmp_path, monkeypatch, "--documents", 60, f"--{UNITS[task]}", 1, HARDEST[task]):
+        *words, query = document["prompt"][0].split()
+        queries = [query, *(prompt.strip() for prompt in document["prompt"][1:])]
+        answers = [ANSWERS[task](words, query) for query in queries]
+        assert [(answer.strip(), steps) for answer, steps in answers] == [
+            (completion.strip(), steps)
+            for completion, steps in zip(document["completion"], document["difficulty"], strict=True)
+        ]
+        seen.update(document["difficulty"])
+    assert seen >= set(range(1, HARDEST[task] - 1))
+
+
+@ALL
+def test_difficulties_stay_in_the_range(task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = made(task, tmp_path, monkeypatch, "--documents", 60, f"--{UNITS[task]}", 1, 2)
+    assert {steps for document in documents for steps in document["difficulty"]} == {1, 2}
+
+
+@ALL
+def test_a_seed_gives_its_documents(task: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = made(task, tmp_path, monkeypatch, "--documents", 5, "--seed", 3)
+    assert made(task, tmp_path, monkeypatch, "--documents", 9, "--seed", 3)[:5] == few
+    assert made(task, tmp_path, monkeypatch, "--documents", 5, "--seed", 4) != few
+
+
+@ALL
+@pytest.mark.parametrize("difficulties", [(0, 2), (3, 2), (1, 10)])
+def test_difficulties_that_the_task_lacks_are_refused(
+    task: ModuleType, difficulties: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=f"--{UNITS[task]} {difficulties[0]} {difficulties[1]}: two numbers from 1 to"):
+        made(task, tmp_path, monkeypatch, f"--{UNITS[task]}", *difficulties)
+
+
+def test_pointers_may_write_their_steps_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for document in made(pointers, tmp_path, monkeypatch, "--documents", 5, "--steps"):
+        assert [len(way.split()) for way in document["completion"]] == document["difficulty"]
