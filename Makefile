@@ -101,18 +101,18 @@ $(SHARDS): $(TOKENIZER)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $(SAMPLE) --tokenizer $(TOKENIZER) --out $(dir $@) \
 		--sequence-length 128 --holdout-fraction $(HOLDOUT)
 
-.PRECIOUS: data/raw/pointers/hops%.jsonl
-data/raw/pointers/hops%.jsonl: | setup
+.PRECIOUS: data/raw/pointers_hops%.jsonl
+data/raw/pointers_hops%.jsonl: | setup
 	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 40000 --hops 1 $* --seed $*
 
-data/raw/pointers/harder.jsonl: | setup
+data/raw/pointers_harder.jsonl: | setup
 	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 1000 --hops 1 9 --seed 9
 
-$(WORDS): data/raw/pointers/hops4.jsonl
+$(WORDS): data/raw/pointers_hops4.jsonl
 	$(VENV)/bin/python data_tools/train_tokenizer.py --input $< --model-type word --vocab-size 430 --out $@ \
 		--exclude-fraction 0.99
 
-data/reasoning/%/manifest.json: data/raw/pointers/%.jsonl $(WORDS)
+data/reasoning/%/manifest.json: data/raw/pointers_%.jsonl $(WORDS)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $< --tokenizer $(WORDS) --out $(dir $@) \
 		--sequence-length 21 --holdout-fraction $(if $(filter harder,$*),0.99,$(HOLDOUT))
 

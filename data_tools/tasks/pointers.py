@@ -1,6 +1,6 @@
 """Make documents of a task whose difficulty is a depth: follow pointers to the root of a tree.
 
-    python data_tools/tasks/pointers.py --out data/raw/pointers/hops3.jsonl --documents 20000 --hops 1 3
+    python data_tools/tasks/pointers.py --out data/raw/pointers_hops3.jsonl --documents 20000 --hops 1 3
 
 A document states the parent of each of twelve nodes in random order (`c<f`, roots `a<a`), then names four nodes, each
 followed by the root that its pointers lead to. The difficulty of an answer is the number of pointers on the way. Every

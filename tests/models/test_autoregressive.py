@@ -34,7 +34,7 @@ def test_the_loss_is_smooth_l1_on_the_next_embedding(width: int) -> None:
     error = (model.predict(observed[:, :-1]) - observed[:, 1:]).abs()
     assert (error < 1).any() and (error > 1).any()
     losses = torch.where(error < 1, error.square() / 2, error - 0.5)
-    assert torch.allclose(model.summed_loss(observed) / losses[..., 0].numel(), losses.mean())
+    assert torch.allclose(model.summed_loss(observed[:, :-1], observed[:, 1:]) / losses[..., 0].numel(), losses.mean())
     result = model.evaluate(observed, torch.arange(3), num_steps=5)
     assert torch.allclose(result.step_losses, losses.mean(-1).sum(-1)[None])
     assert result.energies is None and result.tokens.tolist() == [LENGTH] * 3
@@ -67,7 +67,7 @@ def test_gradients_equal_finite_differences(width: int) -> None:
         ends = []
         for sign in (1, -1):
             weight.data = start + sign * h * direction
-            ends.append(model.summed_loss(observed).item() / 50)
+            ends.append(model.summed_loss(observed[:, :-1], observed[:, 1:]).item() / 50)
         weight.data = start
         slope = (ends[0] - ends[1]) / (2 * h)
         assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
