@@ -32,8 +32,9 @@ COMMANDS = list(
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
 OWN_TEXT = [command for command in COMMANDS if "mine" in command and "--follow" not in command]
 FOLLOW = [command for command in COMMANDS if "--follow" in command]  # tests/cluster/test_follow.py
+OWN_TASK = [command for command in COMMANDS if "my_task" in command]
 OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
-LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + FOLLOW + OWN_VIDEO]
+LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -56,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 8 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 5
+    assert len(OWN_TEXT) == 8 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 5
 
 
 def test_pages_and_links_are_there() -> None:
@@ -85,6 +86,19 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
     assert (checkout / "runs" / "mine" / "checkpoints" / "step-000002").is_dir()
     assert (checkout / "runs" / "mine" / "evaluation" / "evaluation.html").is_file()
     assert (checkout / "exports" / "mine" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_own_task_can_be_trained_on(checkout: Path) -> None:
+    """The commands as they stand, with few documents and steps."""
+    generator = "data_tools/tasks/pointers.py --out my_task.jsonl --documents 400"
+    run([sys.executable, *generator.split()], checkout)
+    small = "training.max_steps=2 training.global_batch_size=8 training.micro_batch_size=8"
+    for command in OWN_TASK:
+        if "launchers/train.py" in command:
+            command = command.replace("deepspeed", "deepspeed --num_accelerators 1") + f" {small}"
+        run(shlex.split(command), checkout)
+    assert "by_difficulty" in (checkout / "runs" / "my_task" / "evaluation" / "evaluation.json").read_text()
 
 
 @pytest.mark.slow
