@@ -1,8 +1,8 @@
 """Features that meet: samples of every format, from every source, in everything that is done with a run.
 
-{text, latents, clips} x {one data set, mixture, remote} x {train, resume, resume on other ranks, evaluate, follow,
-generate, export} x {run folder, checkpoint, export}. What does not apply is refused with one line, and that is tested
-too. All runs are trained once for all test processes.
+{text, prompts, latents, clips} x {one data set, mixture, remote} x {train, resume, resume on other ranks, evaluate,
+follow, generate, export} x {run folder, checkpoint, export}. What does not apply is refused with one line, and that is
+tested too. All runs are trained once for all test processes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
 from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
+from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
-FORMATS = ("text", "latents", "clips")
+FORMATS = ("text", "prompts", "latents", "clips")
+OF_TOKENS = ("text", "prompts")
 SOURCES = ("folder", "mixture", "remote")
 FORMS = ("run", "checkpoint", "export")
 STEPS = 4
@@ -43,6 +45,15 @@ checkpoint: {interval: 100}
 """
 OF_FORMAT = {
     "text": ["model.vocab_size=320", "data.sequence_length=16"],
+    "prompts": [
+        "model.vocab_size=320",
+        "data.sequence_length=40",
+        "model.energy_head=bilinear",
+        "mcmc.initial_state=most_recent_token",
+        "mcmc.gradient=full",
+        "mcmc.loss=ramp",
+        "validation.curvature=true",
+    ],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
     "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
 }
@@ -58,6 +69,10 @@ def make_data(folder: Path) -> None:
     more.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(90)[40:]))
     tokenizer = Tokenizer(folder / "text" / "a" / "tokenizer.model")
     build_text_shards([more], tokenizer, folder / "text" / "b", Layout(16, 8, 4, holdout=(HELD_OUT,)))
+    (folder / "prompts").mkdir()
+    documents = tiny_prompts(120)
+    for name, part in (("a", documents[:80]), ("b", documents[40:])):
+        make_tiny_prompts(folder / "prompts" / name, tokenizer, part)
     for name, seed in (("a", 0), ("b", 1)):
         (folder / "latents").mkdir(exist_ok=True)
         (folder / "clips").mkdir(exist_ok=True)
@@ -68,9 +83,10 @@ def make_data(folder: Path) -> None:
 def overrides(folder: Path, samples: str, source: str, run_dir: str, *more: str) -> list[str]:
     """Return the settings of a run."""
     a, b = folder / samples / "a", folder / samples / "b"
+    shares = f"{a}: [[0, 3], [30000, 1]], {b}: [[0, 0], [10000, 1]]" if samples == "prompts" else f"{a}: 2, {b}: 1"
     data = {
         "folder": [f"data.path={a}"],
-        "mixture": [f"data.mixture={{{a}: 2, {b}: 1}}"],
+        "mixture": [f"data.mixture={{{shares}}}"],
         "remote": [f"data.path=pipe:cat {a}", f"data.cache_dir={folder / 'cache'}"],
     }[source]
     return [*OF_FORMAT[samples], *data, f"run_dir={folder / 'runs' / samples / source / run_dir}", *more]
@@ -178,11 +194,12 @@ def test_a_run_is_evaluated(
     path = opened(samples, source, form)
     small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
     (tmp_path / "other.txt").write_text("of other words " * 20)  # the default, docstrings, takes its time
-    other = ("--ood-text", tmp_path / "other.txt") if samples == "text" else ()
+    other = ("--ood-text", tmp_path / "other.txt") if samples in OF_TOKENS else ()
     launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small, *other)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     validated = metrics(opened(samples, source, "run"), "val")[-1]
     assert found["model"]["by_steps"]["loss"][-1] == pytest.approx(validated["loss_last_step"], abs=1e-5)
+    assert ("by_difficulty" in found["model"]) == (samples == "prompts")
 
 
 class OwnProcess:
@@ -236,7 +253,7 @@ def test_a_run_generates(
 ) -> None:
     """Text is continued; held-out video too, and drawn."""
     path = opened(samples, source, form)
-    if samples == "text":
+    if samples in OF_TOKENS:
         text = json.loads(launch("generate", "--checkpoint", path, "--prompt", "ka lo", "--tokens", "3", "--json"))
         assert len(text["tokens"]) == 3 and len(text["energies"]) == 3
         return
