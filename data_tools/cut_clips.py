@@ -10,6 +10,7 @@ command; shards are also kept when videos are added at the end, or up to the fir
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from dataclasses import fields
 
@@ -67,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if not getattr(options, name) >= lowest:
             parser.error(f"--{name.replace('_', '-')} must be at least {lowest}")
     for name in ("frame_interval", "stride"):
-        if not getattr(options, name) >= 1e-3:
+        if not 1e-3 <= getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0.001 seconds")
     if not 0.0 <= options.holdout_fraction < 1.0:
         parser.error("--holdout-fraction must be at least 0 and below 1")

@@ -103,6 +103,8 @@ def roll_out_held_out(
     sample_format = data.mixture.sample_format
     assert not isinstance(sample_format, TokenFormat)
     frames = sample_format.sequence_length + 1
+    if samples < 1:
+        raise UserError(f"{samples} samples: continue at least 1")
     if not 1 <= observed < frames:
         raise UserError(
             f"{observed} observed frames: the samples have {frames}, so at least 1 and at most {frames - 1}"

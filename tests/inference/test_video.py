@@ -61,6 +61,8 @@ def test_latents_are_continued(
     assert len(json.loads(capsys.readouterr().out)[0]["squared_errors"]) == 1
     with pytest.raises(UserError, match="3 observed frames: the samples have 3, so at least 1 and at most 2"):
         run(monkeypatch, "--checkpoint", model, "--observe", FRAMES)
+    with pytest.raises(UserError, match="0 samples: continue at least 1"):
+        run(monkeypatch, "--checkpoint", model, "--samples", 0)
 
 
 def test_a_checkpoint_and_a_mixture_are_continued(
