@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ebwm_dist.prepare.reasoning_tasks import way
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data_tools" / "tasks"))
+import pointers  # noqa: E402 (a script of the data tools)
+
 RESULTS = ROOT / "benchmarks" / "results" / "reasoning.json"
 LOOPED = ROOT / "benchmarks" / "results" / "looped.jsonl"
 PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "reasoning.md", "looped": ROOT / "docs" / "reasoning.md"}
@@ -34,6 +41,19 @@ def head(name: str, trained: int) -> Iterator[str]:
     """Yield the head of a table by hops; those beyond training are bold."""
     yield f"| {name} | " + " | ".join(hops if int(hops) <= trained else f"**{hops}**" for hops in HOPS) + " |"
     yield "|---|" + "--:|" * len(HOPS)
+
+
+def guesses() -> dict[str, float]:
+    """Return by hops how often the root of the largest tree is the answer, in documents like the held-out ones."""
+    found: dict[str, list[bool]] = {}
+    for number in range(1000):
+        document = pointers.document(random.Random(f"9/{number}"), 1, 9)
+        parent = dict(word.split("<") for word in document["prompt"][0].split() if "<" in word)
+        roots = [way(parent, node)[-1] for node in sorted(parent)]
+        largest = max(sorted(set(roots)), key=roots.count)
+        for completion, hops in zip(document["completion"], document["difficulty"], strict=True):
+            found.setdefault(str(hops), []).append(completion.strip() == largest)
+    return {hops: statistics.mean(right) for hops, right in found.items()}
 
 
 def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
@@ -56,9 +76,13 @@ def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
     own = row("**EBT, 1 layer, stops by itself**", [one["accuracy"] for one in stopped])
     taken = row("steps that it takes", [one["steps"] for one in stopped], 1.0)
     begin = list(head("accuracy (%) by hops", trained))
-    short = [*begin, twin(twins[-1]), steps(1), own, taken]
+    guessed = guesses()
+    guess = (
+        "| guess: the root of the largest tree | " + " | ".join(f"{100 * guessed[hops]:.1f}" for hops in HOPS) + " |"
+    )
+    short = [*begin, guess, twin(twins[-1]), steps(1), own, taken]
     every = [steps(number) for number in (1, 2, 3, 4, 5, 6, 8, 10, 16)]
-    return {"short": short, "long": [*begin, *map(twin, twins), *every, own, taken]}
+    return {"short": short, "long": [*begin, guess, *map(twin, twins), *every, own, taken]}
 
 
 def looped_table(records: list[dict[str, Any]], trained: int) -> list[str]:
