@@ -228,8 +228,7 @@ class ValidationConfig:
     max_sequences: int = number(2048, at_least=1)
     """At most this many held-out sequences, always the same ones."""
     curvature: bool = False
-    """Also measure the energy's curvature before each MCMC step: the eigenvalue of d2E/de2 of the largest magnitude, a
-    mean over the targets of one batch. It costs ten tangent passes a step."""
+    """Also measure the energy's curvature, the largest eigenvalue of d2E/de2 in magnitude, before each MCMC step."""
 
 
 @dataclass
