@@ -179,6 +179,7 @@ def measure_in_ranks(rank: int, world_size: int, folder: Path) -> None:
         (folder / f"{kind}_{rank}.json").write_text(to_json(by_difficulty(folder / kind, SETTINGS)))
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_the_number_of_processes(models: Path) -> None:
     run_distributed_test(measure_in_ranks, 2, models)
     alone = evaluation(models / "alone")

@@ -14,6 +14,7 @@ from tests.runs import metrics, train_in_turn
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 
 
+@pytest.mark.slow
 def test_any_cut_of_a_batch_has_the_same_means(tiny: Manifest, tiny_config: Path, tmp_path: Path) -> None:
     """One process with one micro-batch, with two, and two ranks, of an energy model and its autoregressive twin."""
     documents = tiny_prompts(300)

@@ -163,16 +163,16 @@ def test_changed_optimizer_settings_count_after_a_resume(
 
 def stopped_in_validation(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:
     """Train, with a SIGTERM to the last rank during the first validation; then start again."""
-    from ebwm_dist.training import trainer
+    from ebwm_dist.training import validation
 
-    accumulate, calls = trainer.accumulate, iter(range(10))
+    accumulate, calls = validation.accumulate, iter(range(10))
 
     def interrupted(*args):
         if next(calls) == 0 and rank == world_size - 1:
             signal.raise_signal(signal.SIGTERM)
         return accumulate(*args)
 
-    trainer.accumulate = interrupted
+    validation.accumulate = interrupted
     train_in_turn(rank, world_size, config, [overrides])
     if rank == 0:
         run_dir = Path(overrides[1].partition("=")[2])
