@@ -1,6 +1,6 @@
 """Make documents of a task whose difficulty is a depth: resolve chains of assignments with signs.
 
-    python data_tools/tasks/assignments.py --out data/raw/assignments/depth3.jsonl --documents 20000 --depth 1 3
+    python data_tools/tasks/assignments.py --out data/raw/assignments_depth3.jsonl --documents 20000 --depth 1 3
 
 A document assigns to each of ten variables another one or its negative, in random order (`c=f`, `d=-c`; three are free:
 `a=a`), then names four variables or negatives, each followed by its value in terms of a free one (`-a`). The difficulty
@@ -28,9 +28,8 @@ def document(random_: random.Random, least: int, most: int) -> dict[str, Any]:
     queries = []
     for _ in range(QUERIES):
         chain = draw_query(random_, parent, least, most)
-        asked = (
-            random_.random() < 0.5
-        )  # a step starts from what the one before has found, so negatives are asked as well
+        # A step starts from what the one before has found, so negatives are asked for as well.
+        asked = random_.random() < 0.5
         found = (asked + sum(negative[name] for name in chain)) % 2
         queries.append(("-" * asked + chain[0], "-" * found + chain[-1], len(chain) - 1))
     return compose(statements, queries)

@@ -1,6 +1,6 @@
 """Make documents of a task whose difficulty is a length: run the letters of a word through an automaton.
 
-    python data_tools/tasks/letters.py --out data/raw/letters/length3.jsonl --documents 20000 --length 1 3
+    python data_tools/tasks/letters.py --out data/raw/letters_length3.jsonl --documents 20000 --length 1 3
 
 A document states the letters of a word at their places, in random order, then names four states and the place of the
 next letter, each followed by the state after the word (`B7 E9`). Ten places form a circle; a word of up to nine letters
