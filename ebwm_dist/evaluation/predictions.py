@@ -45,6 +45,11 @@ class Table:
     """1 where the most probable token is the true one, else 0; None for embeddings."""
     energies: Tensor | None = None
     """Energy of the prediction; None without an energy."""
+    energy_drops: Tensor | None = None
+    """By how much the energy has fallen from the initial state to the prediction; None without an energy, and of
+    `tabulate_steps`."""
+    moved: Tensor | None = None
+    """Mean squared difference of a predicted embedding from the last observed one; None for tokens."""
     observed: Tensor | None = None
     """Energy of the state that truly comes next; None without an energy, and of `tabulate_steps`."""
     predicted: Tensor | None = None
@@ -87,7 +92,14 @@ def tabulate(
         if isinstance(model, EnergyBasedTransformer):
             seeds = [mix_seed(number, draw) if draw else number for number in batch.sample_ids.tolist()]
             for where, thought in think_sequences(model, columns.context, thinking, seeds, columns.needed):
-                columns.add(where, thought.state, energies=thought.energies[-1], steps=thought.steps, nfe=thought.nfe)
+                first, last = thought.energies[0], thought.energies[-1]
+                own_columns = {
+                    "energies": last,
+                    "energy_drops": first - last,
+                    "steps": thought.steps,
+                    "nfe": thought.nfe,
+                }
+                columns.add(where, thought.state, **own_columns)
             columns.parts["observed"] = [model.energies(observed)]
         else:
             zeros = torch.zeros_like(columns.mask)
@@ -144,6 +156,9 @@ class _Columns:
             columns["entropies"] = -(log_p.exp() * log_p).sum(-1)
             columns["predicted"] = predicted.argmax(-1)
             columns["correct"] = columns["predicted"] == own
+        else:
+            before = where.take(self.context[:, where.start : where.stop])
+            columns["moved"] = (predicted - before).square().mean(-1)
         for name, values in columns.items():
             self.parts.setdefault(name, []).append(where.put(values))
 

@@ -16,7 +16,17 @@ from matplotlib.figure import Figure
 from ebwm_dist import __version__
 
 BLUE, ORANGE, GRAY = "tab:blue", "tab:orange", "0.6"
-COLORS = {"energy": BLUE, "entropy": ORANGE}
+COLORS = {"energy": BLUE, "entropy": ORANGE, "change of the frame": ORANGE}
+UNCERTAINTY = {
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "spearman_of_sequences": "Spearman of sequences",
+    "worst_tenth": "worst tenth",
+    "aurc": "AURC",
+    "best": "best possible",
+    "chance": "chance",
+}
+"""The columns of the table of calibration."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -233,13 +243,12 @@ def _calibration(model: dict[str, Any]) -> str:
     names = [name for name in COLORS if name in found]
     if not names:
         return ""
-    rows = []
+    every = {name: one | one["risk_coverage"] for name, one in found.items() if isinstance(one, dict)}
+    rows = [[name, *(one[key] for key in UNCERTAINTY)] for name, one in every.items()]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, name in enumerate(names):
         one, curve = found[name], found[name]["risk_coverage"]
-        rows.append([name, *(one[key] for key in ("pearson", "spearman", "spearman_of_sequences"))])
-        rows[-1] += [curve[key] for key in ("aurc", "best", "chance")]
         axes = left if number == 0 else left.twiny()
         axes.plot(*zip(*((b["uncertainty"], b["loss"]) for b in one["reliability"]), strict=True), "o-", c=COLORS[name])
         axes.set_xlabel(f"mean {name} of a tenth of the predictions", color=COLORS[name])
@@ -249,11 +258,10 @@ def _calibration(model: dict[str, Any]) -> str:
     right.set(title="Risk-coverage", xlabel="share of predictions kept, the most certain first", ylabel="mean loss")
     right.legend()
     accuracy = f" The most probable token is right in {found['accuracy']:.1%}." if "accuracy" in found else ""
-    head = ["uncertainty", "Pearson", "Spearman", "Spearman of sequences", "AURC", "best possible", "chance"]
     return (
-        "<h2>Calibration</h2><p>Correlation of the model's uncertainty with the true loss of its predictions, and the "
-        f"loss that is left when uncertain predictions are dropped.{accuracy}</p>"
-    ) + (_table(head, rows) + _svg(figure))
+        "<h2>Calibration</h2><p>Correlation of uncertainties with the true loss, AUROC of finding the tenth with the "
+        f"largest loss, and the loss that is left when uncertain predictions are dropped.{accuracy}</p>"
+    ) + (_table(["uncertainty", *UNCERTAINTY.values()], rows) + _svg(figure))
 
 
 def _out_of_distribution(model: dict[str, Any]) -> str:

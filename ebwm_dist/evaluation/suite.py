@@ -21,7 +21,7 @@ from ebwm_dist.evaluation.multiple_choice import Question, accuracies, score_cho
 from ebwm_dist.evaluation.out_of_distribution import encode_sequences, separation, shuffled, text_batches
 from ebwm_dist.evaluation.predictions import Batches, Table, tabulate, tabulate_steps
 from ebwm_dist.evaluation.true_frames import true_frame_is_lower
-from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman
+from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman, worst_tenth
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.thinking import Thinking, has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
@@ -245,13 +245,20 @@ def calibration(table: Table) -> dict[str, Any]:
     if table.correct is not None:
         result["accuracy"] = table.mean(table.correct)
     loss = table.losses[table.target_mask]
-    for name, column in (("energy", table.energies), ("entropy", table.entropies)):
+    uncertainties = {
+        "energy": table.energies,
+        "energy drop": table.energy_drops,
+        "entropy": table.entropies,
+        "change of the frame": table.moved,
+    }
+    for name, column in uncertainties.items():
         if column is not None:
             uncertainty = column[table.target_mask]
             result[name] = {
                 "pearson": pearson(uncertainty, loss),
                 "spearman": spearman(uncertainty, loss),
                 "spearman_of_sequences": spearman(table.by_sequence(column), table.by_sequence(table.losses)),
+                "worst_tenth": worst_tenth(uncertainty, loss),
                 "reliability": reliability(uncertainty, loss),
                 "risk_coverage": risk_coverage(uncertainty, loss),
             }

@@ -84,6 +84,13 @@ def auroc(ood: Tensor, held_out: Tensor) -> tuple[float, float]:
     return right_ood.mean().item(), math.sqrt(variance)
 
 
+def worst_tenth(uncertainty: Tensor, loss: Tensor) -> float:
+    """Return the AUROC with which `uncertainty` [N] finds the tenth with the largest loss; nan of less than ten."""
+    order = loss.argsort(stable=True)
+    worst, others = order[len(order) - len(order) // 10 :], order[: len(order) - len(order) // 10]
+    return auroc(uncertainty[worst], uncertainty[others])[0] if len(worst) else math.nan
+
+
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Return the mean [N] and its standard error, as if the values were independent."""
     values = values.to(torch.float64)

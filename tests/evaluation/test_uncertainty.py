@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ebwm_dist.evaluation.uncertainty import auroc, pearson, ranks, reliability, risk_coverage, spearman
+from ebwm_dist.evaluation.uncertainty import auroc, pearson, ranks, reliability, risk_coverage, spearman, worst_tenth
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -57,3 +57,12 @@ def test_standard_error_of_auroc_is_the_spread_of_repetitions() -> None:
         *(auroc(draw(40, seed=2 * n) + 0.5, draw(40, seed=2 * n + 1)) for n in range(300)), strict=True
     )
     assert torch.tensor(values).std().item() == pytest.approx(sum(errors) / 300, rel=0.15)
+
+
+def test_the_worst_tenth_is_found_by_what_ranks_it_highest() -> None:
+    loss = draw(50).double()
+    assert worst_tenth(loss, loss) == 1 and worst_tenth(-loss, loss) == 0
+    assert worst_tenth(torch.zeros(50), loss) == 0.5
+    # Only which of them are the worst matters, not the order of the others.
+    assert worst_tenth((loss >= loss.sort().values[-5]).double(), loss) == 1
+    assert math.isnan(worst_tenth(draw(9), draw(9, seed=1)))

@@ -18,8 +18,11 @@ from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.distributed import join
 from ebwm_dist.evaluation.errors_by_step import evaluate_shard, merge
 from ebwm_dist.evaluation.evaluate import evaluate_runs, measure_runs
-from ebwm_dist.evaluation.suite import Options
+from ebwm_dist.evaluation.predictions import tabulate
+from ebwm_dist.evaluation.suite import Options, calibration
 from ebwm_dist.evaluation.true_frames import energies_of, wrong_frames
+from ebwm_dist.evaluation.uncertainty import spearman
+from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
@@ -86,6 +89,29 @@ def test_candidates_that_are_all_the_same_are_left_out(runs: Path, tmp_path: Pat
     assert set(found["model"]["by_steps"]["frames"]) == {"copy", *map(str, range(9))}
     assert set(found["baseline"]["by_steps"]["frames"]) == {"copy", "1"}
     assert "1 frames that start another scene" in page.read_text() and "a frame of another clip" in page.read_text()
+
+
+@pytest.mark.parametrize("kind", ["ebwm", "ar"])
+def test_how_far_a_frame_moves_and_its_energy_falls(runs: Path, kind: str) -> None:
+    """Against the model's own evaluation, which takes the same steps from a copy of the last frame."""
+    run = Run(runs / kind)
+    data = run.validation_data()
+    table = tabulate(run.model, data.batches(7, CLIPS["val"]), Thinking(), join(), data.preprocess)
+    observed, ids = all_clips(run)
+    assert table.entropies is None and table.moved is not None
+    if isinstance(run.model, AutoregressiveTransformer):
+        predicted = run.model.predict(observed[:, :-1])
+        assert table.energy_drops is None
+    else:
+        start, *_, (energy, predicted) = run.model.refine(observed[:, :-1], observed[:, :-1], 2, ids)
+        assert table.energy_drops is not None
+        torch.testing.assert_close(table.energy_drops, (start[0] - energy).double(), rtol=1e-4, atol=1e-5)
+    moved = (predicted - observed[:, :-1]).square().mean(-1)
+    torch.testing.assert_close(table.moved, moved.double(), rtol=1e-4, atol=1e-7)
+    found = calibration(table)
+    assert found["change of the frame"]["spearman"] == pytest.approx(
+        spearman(table.moved.flatten(), table.losses.flatten())
+    )
 
 
 def test_a_mixture_is_evaluated_in_shares(runs: Path) -> None:
