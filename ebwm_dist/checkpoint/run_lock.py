@@ -71,14 +71,15 @@ class RunLock:
         """Create the lock; where there is one, wait until its process proves to be alive or dead."""
         first: bytes | None = None
         silence = 0.0
-        while not self._create():
+        while not self._create(self.file):
             try:
                 found = self.file.read_bytes()
             except FileNotFoundError:  # released in the meantime
                 continue
             lives = _lives(found)
-            if lives is False or silence > self.patience:
-                self._remove(found)
+            if lives is False or (silence > self.patience and found == first):
+                if self._replace(found):
+                    return
                 continue
             if found != (first or found) or (lives and silence > 2 * self.interval):
                 raise RunLockedError(
@@ -91,17 +92,17 @@ class RunLock:
             time.sleep(self.interval / 5)
             silence += self.interval / 5  # counted, not measured: storage that hangs does so for both sides
 
-    def _create(self) -> bool:
-        """Write the lock unless there is one; it appears with all of its content."""
+    def _create(self, file: Path) -> bool:
+        """Write a lock unless there is one; it appears with all of its content."""
         draft = self._unique_name("new")
         draft.write_bytes(self._content())
         try:
-            os.link(draft, self.file)
+            os.link(draft, file)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             try:
-                with open(self.file, "xb") as stream:
+                with open(file, "xb") as stream:
                     stream.write(self._content())
             except FileExistsError:
                 return False
@@ -109,15 +110,29 @@ class RunLock:
             draft.unlink()
         return True
 
-    def _remove(self, dead: bytes) -> None:
-        """Remove a dead lock; if another process has just replaced it, put that one's back."""
-        aside = self._unique_name("dead")
-        with suppress(FileNotFoundError):
-            os.replace(self.file, aside)
-            if aside.read_bytes() != dead:
-                with suppress(OSError):
-                    os.link(aside, self.file)
-            aside.unlink()
+    def _replace(self, dead: bytes) -> bool:
+        """Put this process's lock in place of a dead one, unless another process has done so.
+
+        Whoever replaces a lock holds a second one meanwhile: it makes looking at the first and replacing it one act.
+        """
+        second = self.file.with_name(".lock.replaced")
+        for _ in range(round(self.patience / self.interval * 5)):
+            if self._create(second):
+                break
+            with suppress(FileNotFoundError):
+                if _lives(second.read_bytes()) is False:
+                    break
+            time.sleep(self.interval / 5)
+        # Left over: its process was killed in this very act, or has been silent in it for all of the patience.
+        try:
+            if self.file.read_bytes() != dead:
+                return False
+            write_atomically(self.file, self._content())
+            return True
+        except FileNotFoundError:
+            return False
+        finally:
+            second.unlink(missing_ok=True)
 
     def _unique_name(self, purpose: str) -> Path:
         return self.file.with_name(f".lock.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.{purpose}")
@@ -126,7 +141,7 @@ class RunLock:
         while not self._released.wait(self.interval):
             with suppress(OSError):  # the storage is away for a moment
                 if not self.file.exists():
-                    self._create()
+                    self._create(self.file)
                 found = self.file.read_bytes()
                 if not self._is_own(found):
                     self._thief = found

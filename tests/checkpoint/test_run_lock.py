@@ -124,6 +124,26 @@ def test_of_many_who_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
     assert sorted(results) == ["held"] + ["refused"] * 7
 
 
+def test_a_dead_lock_is_replaced_once(tmp_path: Path) -> None:
+    """Whoever has seen a dead lock just before another process replaced it does not replace that one's."""
+    file = pretend(tmp_path, started="1")
+    dead = file.read_bytes()
+    with lock(tmp_path):
+        assert not RunLock(tmp_path, interval=0.02)._replace(dead)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("patience", [1e9, 0.1])
+def test_a_process_killed_while_it_replaces_a_lock_blocks_nobody(tmp_path: Path, patience: float) -> None:
+    """On this machine its end is seen; one on another machine is waited for."""
+    file = pretend(tmp_path, started="1")
+    left = file.with_name(".lock.replaced")
+    left.write_bytes(file.read_bytes() if patience > 1 else b"{}")
+    with lock(tmp_path, patience=patience):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_was_taken_for_dead_learns_of_it(tmp_path: Path) -> None:
     with lock(tmp_path) as own:
         own.verify()
