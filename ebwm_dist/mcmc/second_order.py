@@ -112,7 +112,8 @@ class Refinement:
             step: (scale * share / sum(shares)).to(zero.dtype)
             for step, share in zip(self.loss_steps, shares, strict=True)
         }
-        self.shares = zero.new_tensor(shares)
+        ones = zero.new_ones(len(shares))  # a list would be copied to a GPU, which waits for it
+        self.shares = ones.cumsum(0) if model.mcmc.loss == "ramp" else ones
         self.losses, self.energies, self.norms, self.nonfinite = zero.new_zeros(4, steps).unbind()
         self.landscapes = [model.transformer.landscape(step) for step in range(steps)]
         self.contexts: dict[int, KeysValues] = {}

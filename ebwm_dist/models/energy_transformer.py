@@ -167,7 +167,7 @@ class EnergyTransformer(nn.Module):
 
     def _time(self, landscape: int, like: Tensor) -> Tensor:
         assert self.time_embeddings is not None
-        return self.time_embeddings(torch.tensor(landscape, device=like.device))
+        return self.time_embeddings(torch.full((), landscape, device=like.device))
 
     def _condition(self, landscape: int, like: Tensor) -> Tensor | None:
         return self._time(landscape, like) if self.variant == "adaln" else None
