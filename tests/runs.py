@@ -46,9 +46,9 @@ def train_in_turn(rank: int, world_size: int, config: Path, runs: Sequence[Seque
 
     world = setup_distributed(60)
     for overrides in runs:
-        watchdog = Watchdog(world, None, 60, 60)
+        loaded = load_config(config, overrides)
+        watchdog = Watchdog(world, None, loaded.training.startup_timeout, loaded.training.step_timeout)
         try:
-            loaded = load_config(config, overrides)
             Trainer(loaded, load_data(loaded), world, StopSignal(), watchdog).run()
         finally:
             watchdog.close()

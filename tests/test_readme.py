@@ -69,6 +69,7 @@ def test_pages_and_links_are_there() -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+@pytest.mark.slow
 def test_own_text_can_be_trained_on(checkout: Path) -> None:
     """The commands as they stand, with a vocabulary and a model small enough for a test."""
     (checkout / "my_text").mkdir()

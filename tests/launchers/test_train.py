@@ -75,7 +75,10 @@ def test_torchrun_trains_as_python_does(one_rank: tuple[Path, str], two_ranks: t
 
 @pytest.mark.parametrize(
     ("launcher", "rank", "reason"),
-    [("deepspeed", 1, "another rank"), pytest.param("torchrun", 0, "SIGTERM", marks=pytest.mark.slow)],
+    [
+        pytest.param("deepspeed", 1, "another rank", marks=pytest.mark.slow),
+        pytest.param("torchrun", 0, "SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_launcher_stops_when_one_rank_is_asked_to_and_continues(
     start: Start,

@@ -52,7 +52,7 @@ def check(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["time_embed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("default", "adaln"))]
+    "variant", ["default", *(pytest.param(name, marks=pytest.mark.slow) for name in ("time_embed", "adaln"))]
 )
 def test_blocks_are_traced_whole_and_once(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

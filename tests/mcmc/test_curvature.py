@@ -15,7 +15,7 @@ def test_largest_eigenvalues(variant: str) -> None:
     model, (tokens, _) = build(variant=variant), batch()
     context = model.context_stream(tokens[:, :-1], 0)
     embedded = model.space.embed_next(tokens[:, 1:]).detach()
-    found = largest_eigenvalues(model.transformer, embedded, torch.randn_like(embedded), context, 0, 0, 400)
+    found = largest_eigenvalues(model.transformer, embedded, torch.randn_like(embedded), context, 0, 0, 200)
     for row, position in ((0, 2), (1, 7)):
 
         def energy(candidate: torch.Tensor, row: int = row, position: int = position) -> torch.Tensor:

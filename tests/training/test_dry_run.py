@@ -23,9 +23,9 @@ CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("
 
 
 def described(path: Path) -> object:
-    """Return the parameter of a configuration; deep ones take seconds each."""
-    deep = load_config(path).model.num_layers > 12
-    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if deep else ())
+    """Return the parameter of a configuration; all but small ones take seconds each."""
+    large = load_config(path).model.num_layers > 6
+    return pytest.param(path, id=path.stem, marks=pytest.mark.slow if large else ())
 
 
 @pytest.mark.parametrize("path", [described(path) for path in CONFIGS])
