@@ -94,7 +94,6 @@ class MCMCConfig:
     """`truncated`: the state that enters a step is a constant; `full`: gradients flow through all steps."""
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`.
-
     Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
     initial_state: str = choice("random_noise", "zeros", "most_recent_embedding", "most_recent_token")
     """Initial state of a prediction: drawn from N(0, 1), zeros, or what was observed last: a copy of the embedding, or
@@ -138,9 +137,8 @@ class OptimizerConfig:
     warmup_steps: int = number(10_000, at_least=0)
     """Steps of linear warm-up from 0, at most `training.max_steps`."""
     decay_steps: int | None = number(None, at_least=1)
-    """Cosine: the step at which the decay ends; WSD: the length of the final decay.
-
-    null: `training.max_steps`, and a tenth of it."""
+    """Cosine: the step at which the decay ends; WSD: the length of the final decay. null: `training.max_steps`, and a
+    tenth of it."""
     final_lr_ratio: float = number(0.1, at_least=0, at_most=1)
     """Learning rate at the end as a fraction of the peak."""
 
@@ -163,6 +161,9 @@ class TrainingConfig:
     """Positions of a sequence that are refined together: less takes less memory, more makes larger matrices."""
     activation_checkpointing: str = choice("none", "block")
     """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
+    attention: str = choice("auto", "math", "fused")
+    """How candidates attend: by a matrix of positions and context, or by Triton kernels without one (CUDA only); `auto`
+    lets the program choose. The twin's attention is torch's own."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     max_nonfinite_steps: int = number(10, at_least=1)
@@ -191,7 +192,6 @@ class DataConfig:
         default_factory=dict, metadata={"limits": {"at_least": 0}, "location": True}
     )
     """Several such folders and their weights instead of `path`; the shares are exact over every 10,000 samples.
-
     A weight is a number, or points [[sample of the run, weight], ...]: linear between them, constant outside."""
     cache_dir: str = location(".cache/shards")
     """Where copies of remote files are kept; all processes of a machine may share it."""

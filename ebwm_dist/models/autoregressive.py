@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Blocks, KeysValues, Linear, RMSNorm, positions_and_mask
+from ebwm_dist.models.layers import Blocks, KeysValues, Linear, RMSNorm, candidate_positions
 from ebwm_dist.models.output import Evaluation, SequenceModel, TrainingOutput, prediction_losses, target_mask
 from ebwm_dist.models.passes import Backward, Forward
 
@@ -69,10 +69,10 @@ class AutoregressiveTransformer(SequenceModel):
         context holds further on is not seen.
         """
         x = self.embed(observed)
-        positions, mask = positions_and_mask(last, 1, context[0][0])
+        positions = candidate_positions(last, 1, x.device)
         rotary = self.blocks.rotary(positions, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, None, last[:, 0] + 1)
+            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None, last[:, 0] + 1)
         return self.head(self.norm(x))
 
     def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:

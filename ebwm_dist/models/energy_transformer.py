@@ -21,9 +21,9 @@ from ebwm_dist.models.layers import (
     Modulation,
     RMSNorm,
     Rotary,
+    candidate_positions,
     modulate,
     modulate_with_tangent,
-    positions_and_mask,
 )
 
 
@@ -120,9 +120,9 @@ class EnergyTransformer(nn.Module):
         if newest is not None:
             assert isinstance(start, Tensor)
             x, start = torch.cat((newest, x), 1), torch.cat((start[:, :1] - 1, start), 1)
-        context, rotary, mask = self._positions(x, context, start)
+        context, rotary, seen = self._positions(x, context, start)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, mask, condition, cache_slot)
+            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, condition, cache_slot)
         if newest is not None:
             x = x[:, 1:]
         final = None if self.modulation is None else self.modulation(condition)
@@ -151,11 +151,11 @@ class EnergyTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
         x, dx, condition = self._stream(candidate, context, start), tangent, self._condition(landscape, candidate)
-        context, rotary, mask = self._positions(candidate, context, start)
+        context, rotary, seen = self._positions(candidate, context, start)
         if isinstance(start, Tensor):  # each row has positions of its own, and blocks stack candidate and tangent
             rotary = (rotary[0].repeat(2, 1, 1, 1), rotary[1].repeat(2, 1, 1, 1))
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, dx = self.blocks.run(block, block.candidate_with_tangent, x, dx, keys, values, rotary, mask, condition)
+            x, dx = self.blocks.run(block, block.candidate_with_tangent, x, dx, keys, values, rotary, seen, condition)
         final = None if self.modulation is None else self.modulation(condition)
         energy, derivative = self.head(modulate_with_tangent(self.norm(x, dx), final), candidate, tangent).chunk(2)
         return energy, derivative
@@ -186,15 +186,15 @@ class EnergyTransformer(nn.Module):
     def _positions(
         self, candidate: Tensor, context: KeysValues, start: int | Tensor
     ) -> tuple[KeysValues, Rotary, Tensor]:
-        """Return the keys and values that can be seen, the rotary angles, and the mask of unseen keys.
+        """Return the keys and values of the context, the rotary angles, and how many of the keys each candidate sees.
 
         A candidate sits where the state it predicts will be.
         """
         size, context = candidate.shape[1], context[: len(self.blocks)]
         if isinstance(start, int):
             context = self.slice_context(context, start + size)
-        positions, mask = positions_and_mask(self.time_tokens + start, size, context[0][0])
-        return context, self.blocks.rotary(positions, candidate.dtype), mask
+        positions = candidate_positions(self.time_tokens + start, size, candidate.device)
+        return context, self.blocks.rotary(positions, candidate.dtype), positions
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebwm_dist.config.schema import ModelConfig
+from ebwm_dist.models.fused_attention import attend
 from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
@@ -37,23 +38,18 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values [B, H, T, d] of every block, for one landscape."""
 
 
-def positions_and_mask(last: int | Tensor, size: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of candidates, and a mask that is true for the keys that a candidate does not see.
+def candidate_positions(last: int | Tensor, size: int, device: torch.device) -> Tensor:
+    """Return the positions [C] or [B, 1, C] of candidates: each sees as many keys, those of all positions before it.
 
     Args:
         last: index of the last key that the first candidate sees, the others seeing one more each; or the index for
             every candidate [B, C].
         size: number C of candidates.
-        keys: keys of the context [B, H, T, d].
-
-    Returns:
-        positions [C] and mask [C, T], or [B, 1, C] and [B, 1, C, T].
+        device: where the positions are made.
     """
     if isinstance(last, int):
-        positions = torch.arange(last + 1, last + 1 + size, device=keys.device)
-    else:
-        positions = last[:, None] + 1
-    return positions, torch.arange(keys.shape[2], device=keys.device) >= positions[..., None]
+        return torch.arange(last + 1, last + 1 + size, device=device)
+    return last[:, None] + 1
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -114,6 +110,9 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, in its context, candidate and tangent forms."""
 
+    fused = False
+    """Whether candidates attend by the kernels of `fused_attention.py`, without a matrix of positions and keys."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -139,26 +138,31 @@ class Attention(nn.Module):
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
 
     def candidate(
-        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor, cache_slot: Tensor | None = None
+        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, seen: Tensor, cache_slot: Tensor | None = None
     ) -> Tensor:
         """Attend from `h` [B, S, D] to the context and itself.
 
-        `mask` [S, T] or [B, 1, S, T] is true where a key is not seen. With a `cache_slot` [B] the first state is an
+        Each candidate sees the first `seen` [S] or [B, 1, S] keys. With a `cache_slot` [B] the first state is an
         observed one: its key and value are written there into the context, where the others then see them.
         """
         q, k, v = self._qkv(h, rotary)
         if cache_slot is not None:
             rows = torch.arange(len(cache_slot), device=cache_slot.device)
             keys[rows, :, cache_slot], values[rows, :, cache_slot] = k[:, :, 0].detach(), v[:, :, 0].detach()
-        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, mask))
+        if self.fused:
+            return self._output(attend(q, k, v, keys, values, seen, tangent=False))
+        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, seen))
         return self._output(p[..., :-1] @ values + p[..., -1:] * v)
 
-    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
-        (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in self._qkv(h, rotary))
+        qkv = self._qkv(h, rotary)
+        if self.fused:
+            return self._output(attend(*qkv, keys, values, seen, tangent=True))
+        (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in qkv)
         # Candidate and tangent meet the same keys and values: stacked along the positions, one matmul each.
         scores, d_context = (torch.cat((q, dq), -2) @ keys.mT * self.scale).chunk(2, -2)
-        p = softmax(self._with_self(scores, q, k, mask))
+        p = softmax(self._with_self(scores, q, k, seen))
         p_context, p_self = p[..., :-1], p[..., -1:]
         w_context = p_context * d_context  # masked keys have p = 0, so their tangents need no mask
         w_self = p_self * (dq * k + q * dk).sum(-1, keepdim=True) * self.scale
@@ -167,10 +171,11 @@ class Attention(nn.Module):
         o, do = (torch.cat((p_context, dp_context), -2) @ values).chunk(2, -2)
         return self._output(torch.cat((o + p_self * v, do + dp_self * v + p_self * dv)))
 
-    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         """Mask future keys in `scores` [B, H, S, T] and append each candidate's score with itself."""
         own = (q * k).sum(-1, keepdim=True) * self.scale
-        return torch.cat((scores.masked_fill(mask, -math.inf), own), -1)
+        future = torch.arange(scores.shape[-1], device=scores.device) >= seen[..., None]
+        return torch.cat((scores.masked_fill(future, -math.inf), own), -1)
 
 
 class FeedForward(nn.Module):
@@ -229,14 +234,14 @@ class Block(PassModule):
         keys: Tensor,
         values: Tensor,
         rotary: Rotary,
-        mask: Tensor,
+        seen: Tensor,
         condition: Tensor | None,
         cache_slot: Tensor | None = None,
     ) -> Tensor:
         """Run the candidate stream `x` [B, S, D]; with a `cache_slot` [B] the context keeps the first state there."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate(self.attention_norm(x), attention_mod)
-        x = x + gate(self.attention.candidate(h, rotary, keys, values, mask, cache_slot), attention_mod)
+        x = x + gate(self.attention.candidate(h, rotary, keys, values, seen, cache_slot), attention_mod)
         return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
 
     def candidate_with_tangent(
@@ -246,13 +251,13 @@ class Block(PassModule):
         keys: Tensor,
         values: Tensor,
         rotary: Rotary,
-        mask: Tensor,
+        seen: Tensor,
         condition: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
-        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, mask), attention_mod).chunk(2)
+        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, seen), attention_mod).chunk(2)
         x, tangent = x + y, tangent + dy
         h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
         y, dy = gate(self.feed_forward.with_tangent(h), ffn_mod).chunk(2)

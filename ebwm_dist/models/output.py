@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ebwm_dist.models.layers import Block
+from ebwm_dist.models.layers import Attention, Block
 from ebwm_dist.models.passes import PassModule
 
 
@@ -23,6 +23,12 @@ class SequenceModel(PassModule):
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile_streams()
+
+    def fuse_attention(self) -> None:
+        """Let candidates attend by fused kernels from now on."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = True
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint of this rank must hold besides parameters."""

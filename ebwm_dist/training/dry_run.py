@@ -130,6 +130,8 @@ def _live_bytes(config: Config, layers: int) -> int:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers), mcmc=quiet)
     with torch.device("meta"):
         model = build_model(config, pad_id=0).to(torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        if training.attention == "fused":
+            model.fuse_attention()
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         length, width = config.data.sequence_length + 1, config.model.embedding_dim

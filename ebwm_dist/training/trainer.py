@@ -29,6 +29,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
+from ebwm_dist.training.attention import set_attention
 from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import create_engine
@@ -104,6 +105,8 @@ class Trainer:
         pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
         self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world)
         self.model = cast("Model", self.engine.module)
+        with same_on_all_ranks():
+            self.attention = set_attention(config, self.model, self.world.device)
         if config.training.compile:
             self.model.compile_blocks()
 
@@ -132,6 +135,8 @@ class Trainer:
             f"{self.data.train_samples:,} training sequences of {config.data.sequence_length} {unit}s, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
+        if self.attention is not None:
+            self.log.log(self.attention)
         if config.data.mixture:
             self.log.log(self.data.describe_shares(config.data.path))
         for key, steps in long_warmups(config):

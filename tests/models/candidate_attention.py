@@ -1,0 +1,76 @@
+"""The candidates' attention by matrices in any precision, and how far the kernels are from it.
+
+Shapes: B rows, H heads, S candidates, T keys of the context, d head width; with a tangent [2B, ...], stacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ebwm_dist.models.fused_attention import attend
+
+NAMES = ("o", "q", "k", "v", "keys", "values")
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def by_matrices(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, tangent: bool) -> Tensor:
+    """Return what `attend` returns."""
+    scale, future = 1 / math.sqrt(q.shape[-1]), torch.arange(keys.shape[2], device=q.device) >= seen[..., None]
+    dq = dk = dv = q
+    if tangent:
+        (q, dq), (k, dk), (v, dv) = (x.chunk(2) for x in (q, k, v))
+    own = (q * k).sum(-1, keepdim=True) * scale
+    scores = torch.cat(((q @ keys.mT * scale).masked_fill(future, -math.inf), own), -1)
+    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    o = p[..., :-1] @ values + p[..., -1:] * v
+    if not tangent:
+        return o
+    ds = torch.cat((dq @ keys.mT * scale, (dq * k + q * dk).sum(-1, keepdim=True) * scale), -1)
+    dp = p * ds - p * (p * ds).sum(-1, keepdim=True)
+    return torch.cat((o, dp[..., :-1] @ values + dp[..., -1:] * v + p[..., -1:] * dv))
+
+
+def inputs(
+    shape: tuple[int, int, int, int, int], tangent: bool, order: str, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensors, Tensor, Tensor]:
+    """Return (q, k, v, keys, values), what the candidates see (`causal`, or `any` numbers), and a cotangent."""
+    rows, heads, size, length, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def draw(batch: int, positions: int) -> Tensor:
+        x = torch.randn(batch, positions, heads, width, generator=generator)
+        return x.to(device, dtype).transpose(1, 2).requires_grad_()
+
+    stacked = rows * (1 + tangent)
+    tensors = (*(draw(stacked, size) for _ in range(3)), *(draw(rows, length) for _ in range(2)))
+    if order == "causal":
+        seen = torch.arange(length - size + 1, length + 1).clamp(min=0)
+    else:
+        seen = torch.randint(0, length + 1, (rows, 1, size), generator=generator)
+    return tensors, seen.to(device), draw(stacked, size).detach()
+
+
+def errors(tensors: Tensors, seen: Tensor, cotangent: Tensor, tangent: bool) -> tuple[dict[str, float], ...]:
+    """Return the relative errors against float64, of the kernels and of matrices in the precision of the tensors."""
+
+    def run(function: Callable[..., Tensor], of: tuple[Tensor, ...]) -> list[Tensor]:
+        o = function(*of, seen, tangent)
+        return [o, *torch.autograd.grad(o, [x for x in of if x.requires_grad], cotangent.to(o.dtype))]
+
+    exact = run(by_matrices, tuple(x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
+    names = [NAMES[0], *(name for name, x in zip(NAMES[1:], tensors, strict=True) if x.requires_grad)]
+    found = []
+    for function in (attend, by_matrices):
+        got = run(function, tensors)
+        distances = [((x.double() - y).norm() / y.norm().clamp(min=1)).item() for x, y in zip(got, exact, strict=True)]
+        found.append(dict(zip(names, distances, strict=True)))
+    return tuple(found)
+
+
+def compare(tensors: Tensors, seen: Tensor, cotangent: Tensor, tangent: bool) -> dict[str, float]:
+    """Return the relative errors of the kernels."""
+    return errors(tensors, seen, cotangent, tangent)[0]
