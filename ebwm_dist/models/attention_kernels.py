@@ -27,6 +27,22 @@ def _at(pointer, row, head, place, width, stride_b, stride_h, stride_s):  # type
     return pointer + row * stride_b + head * stride_h + place[:, None].to(tl.int64) * stride_s + width[None, :]
 
 
+@triton.jit
+def _factor(x, dtype, precision: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return `x` as the factor of a product; tensor cores would cut off what TF32 does not hold, so it is rounded."""
+    x = x.to(dtype)
+    if precision == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _load(pointers, mask, precision: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = tl.load(pointers, mask=mask, other=0.0)
+    return _factor(x, x.dtype, precision)
+
+
 @triton.jit(do_not_specialize=["seen_b", "batch", "heads", "size", "length"])
 def forward(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, seen_ptr, o_ptr, stats_ptr,
@@ -59,11 +75,14 @@ def forward(  # type: ignore[no-untyped-def]
         mu = tl.sum(dq.to(wide) * k + q.to(wide) * dk, 1) * SCALE
         do = mu[:, None] * v + dv
 
+    q = _factor(q, q.dtype, PRECISION)
+    if TANGENT:
+        dq = _factor(dq, dq.dtype, PRECISION)
     for start in range(0, tl.max(seen, 0), N):
         n = start + tl.arange(0, N)
         valid = (n < length)[:, None] & (d < WIDTH)[None, :]
-        keys = tl.load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), mask=valid, other=0.0)
-        values = tl.load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), mask=valid, other=0.0)
+        keys = _load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), valid, PRECISION)
+        values = _load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), valid, PRECISION)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (SCALE * LOG2E)
         scores = tl.where(n[None, :] < seen[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -71,11 +90,11 @@ def forward(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(top - new_top)
         top = new_top
         total = total * shrink + tl.sum(p, 1)
-        o = tl.dot(p.to(values.dtype), values, o * shrink[:, None], input_precision=PRECISION)
+        o = tl.dot(_factor(p, values.dtype, PRECISION), values, o * shrink[:, None], input_precision=PRECISION)
         if TANGENT:
             w = p * (tl.dot(dq, tl.trans(keys), input_precision=PRECISION) * SCALE)
             mu = mu * shrink + tl.sum(w, 1)
-            do = tl.dot(w.to(values.dtype), values, do * shrink[:, None], input_precision=PRECISION)
+            do = tl.dot(_factor(w, values.dtype, PRECISION), values, do * shrink[:, None], input_precision=PRECISION)
 
     o = o / total[:, None]
     tl.store(_at(o_ptr, row, head, m, d, o_b, o_h, o_s), o.to(o_ptr.dtype.element_ty), mask=inside)
@@ -151,19 +170,22 @@ def backward_candidates(  # type: ignore[no-untyped-def]
     tl.store(gv_ptr + gradient_at, gv.to(dtype), mask=inside)
     tl.store(sums_ptr + stats_at, eta, mask=exists)
 
+    q, a = _factor(q, q.dtype, PRECISION), _factor(a, a.dtype, PRECISION)
+    if TANGENT:
+        dq, b = _factor(dq, dq.dtype, PRECISION), _factor(b, b.dtype, PRECISION)
     for start in range(0, tl.max(seen, 0), N):
         n = start + tl.arange(0, N)
         valid = (n < length)[:, None] & (d < WIDTH)[None, :]
-        keys = tl.load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), mask=valid, other=0.0)
-        values = tl.load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), mask=valid, other=0.0)
+        keys = _load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), valid, PRECISION)
+        values = _load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), valid, PRECISION)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (SCALE * LOG2E)
         p = tl.where(n[None, :] < seen[:, None], tl.exp2(scores - lse[:, None]), 0.0)
         e = tl.dot(a, tl.trans(values), input_precision=PRECISION) - eta[:, None]
         if TANGENT:
             f = tl.dot(b, tl.trans(values), input_precision=PRECISION) - beta[:, None]
             e += (tl.dot(dq, tl.trans(keys), input_precision=PRECISION) * SCALE - mu[:, None]) * f
-            gdq = tl.dot((p * f).to(keys.dtype), keys, gdq, input_precision=PRECISION)
-        gq = tl.dot((p * e).to(keys.dtype), keys, gq, input_precision=PRECISION)
+            gdq = tl.dot(_factor(p * f, keys.dtype, PRECISION), keys, gdq, input_precision=PRECISION)
+        gq = tl.dot(_factor(p * e, keys.dtype, PRECISION), keys, gq, input_precision=PRECISION)
 
     tl.store(gq_ptr + gradient_at, (SCALE * gq).to(dtype), mask=inside)
     if TANGENT:
@@ -184,8 +206,8 @@ def backward_context(  # type: ignore[no-untyped-def]
     wide: tl.constexpr = stats_ptr.dtype.element_ty
     n, d = block * N + tl.arange(0, N), tl.arange(0, D)
     valid = (n < length)[:, None] & (d < WIDTH)[None, :]
-    keys = tl.load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), mask=valid, other=0.0)
-    values = tl.load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), mask=valid, other=0.0)
+    keys = _load(_at(keys_ptr, row, head, n, d, keys_b, keys_h, keys_s), valid, PRECISION)
+    values = _load(_at(values_ptr, row, head, n, d, values_b, values_h, values_s), valid, PRECISION)
     gkeys, gvalues = tl.zeros([N, D], wide), tl.zeros([N, D], wide)
     second = batch.to(tl.int64) * heads * size
 
@@ -201,26 +223,26 @@ def backward_context(  # type: ignore[no-untyped-def]
         exists = m < size
         inside = exists[:, None] & (d < WIDTH)[None, :]
         seen = tl.load(seen_ptr + row * seen_b + m, mask=exists, other=0).to(tl.int32)
-        q = tl.load(_at(q_ptr, row, head, m, d, q_b, q_h, q_s), mask=inside, other=0.0)
-        a = tl.load(_at(a_ptr, row, head, m, d, a_b, a_h, a_s), mask=inside, other=0.0)
+        q = _load(_at(q_ptr, row, head, m, d, q_b, q_h, q_s), inside, PRECISION)
+        a = _load(_at(a_ptr, row, head, m, d, a_b, a_h, a_s), inside, PRECISION)
         stats_at = program.to(tl.int64) * size + m
         lse = tl.load(stats_ptr + stats_at, mask=exists, other=0.0)
         eta = tl.load(sums_ptr + stats_at, mask=exists, other=0.0)
         scores = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * (SCALE * LOG2E)
         p = tl.where(n[:, None] < seen[None, :], tl.exp2(scores - lse[None, :]), 0.0)
         e = tl.dot(values, tl.trans(a), input_precision=PRECISION) - eta[None, :]
-        gvalues = tl.dot(p.to(a.dtype), a, gvalues, input_precision=PRECISION)
+        gvalues = tl.dot(_factor(p, a.dtype, PRECISION), a, gvalues, input_precision=PRECISION)
         if TANGENT:
-            dq = tl.load(_at(q_ptr, batch + row, head, m, d, q_b, q_h, q_s), mask=inside, other=0.0)
-            b = tl.load(_at(a_ptr, batch + row, head, m, d, a_b, a_h, a_s), mask=inside, other=0.0)
+            dq = _load(_at(q_ptr, batch + row, head, m, d, q_b, q_h, q_s), inside, PRECISION)
+            b = _load(_at(a_ptr, batch + row, head, m, d, a_b, a_h, a_s), inside, PRECISION)
             mu = tl.load(stats_ptr + second + stats_at, mask=exists, other=0.0)
             beta = tl.load(sums_ptr + second + stats_at, mask=exists, other=0.0)
             ds = tl.dot(keys, tl.trans(dq), input_precision=PRECISION) * SCALE - mu[None, :]
             f = tl.dot(values, tl.trans(b), input_precision=PRECISION) - beta[None, :]
-            gvalues = tl.dot((p * ds).to(b.dtype), b, gvalues, input_precision=PRECISION)
-            gkeys = tl.dot((p * f).to(dq.dtype), dq, gkeys, input_precision=PRECISION)
+            gvalues = tl.dot(_factor(p * ds, b.dtype, PRECISION), b, gvalues, input_precision=PRECISION)
+            gkeys = tl.dot(_factor(p * f, dq.dtype, PRECISION), dq, gkeys, input_precision=PRECISION)
             e += ds * f
-        gkeys = tl.dot((p * e).to(q.dtype), q, gkeys, input_precision=PRECISION)
+        gkeys = tl.dot(_factor(p * e, q.dtype, PRECISION), q, gkeys, input_precision=PRECISION)
 
     dtype = gkeys_ptr.dtype.element_ty
     tl.store(_at(gkeys_ptr, row, head, n, d, g_b, g_h, g_s), (SCALE * gkeys).to(dtype), mask=valid)

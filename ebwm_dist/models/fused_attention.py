@@ -54,22 +54,15 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, head_width: int) -
             x = torch.zeros(1 + tangent, 1, 16, head_width, device=device, dtype=dtype, requires_grad=True)
             keys = x[:1].detach().requires_grad_(tangent)
             seen = torch.arange(1, 17, device=device)
-            attend(x, x, x, keys, keys, seen, tangent).sum().backward()
+            attend_fused(x, x, x, keys, keys, seen, tangent).sum().backward()
         torch.cuda.synchronize(device)
     except Exception as error:  # a compiler may fail in any way
         return f"Triton fails on {torch.cuda.get_device_name(device)} with {type(error).__name__}: {error}"
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, tangent: bool) -> Tensor:
-    """Return the candidates' outputs [B, H, S, d], or with a tangent [2B, H, S, d].
-
-    Args:
-        q, k, v: of the candidates, shaped as the output.
-        keys, values: of the context [B, H, T, d], which has no tangent.
-        seen: how many of the keys each candidate sees, [S] or [B, 1, S].
-        tangent: whether values and tangents are stacked along the batch.
-    """
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, tangent: bool) -> Tensor:
+    """Return what `attend_by_matrices` returns, from the same arguments."""
     output, _ = _forward(q, k, v, keys, values, seen, tangent)
     return output
 
@@ -206,7 +199,7 @@ def _arguments(q: Tensor, keys: Tensor, tangent: bool, kernel: str) -> tuple[tup
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return how products are computed: those of float32 as torch computes its own, by TF32 once or thrice."""
+    """Return how products are computed: those of float32 as torch is told to, by TF32 once or by three products."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -215,8 +208,8 @@ def _precision(dtype: torch.dtype) -> str:
 BLOCKS = {
     ("ieee", 64): {"forward": (64, 64, 4, 2), "candidates": (64, 64, 8, 2), "context": (32, 64, 4, 2)},
     ("ieee", 128): {"forward": (64, 64, 8, 2), "candidates": (32, 64, 8, 2), "context": (32, 32, 8, 2)},
-    ("tf32", 64): {"forward": (64, 32, 4, 2), "candidates": (32, 32, 4, 2), "context": (32, 32, 4, 2)},
-    ("tf32", 128): {"forward": (32, 32, 8, 2), "candidates": (32, 32, 8, 2), "context": (16, 32, 8, 2)},
+    ("tf32", 64): {"forward": (64, 32, 4, 2), "candidates": (32, 32, 4, 2), "context": (32, 32, 8, 2)},
+    ("tf32", 128): {"forward": (32, 32, 8, 2), "candidates": (32, 32, 8, 2), "context": (32, 32, 8, 2)},
     ("tf32x3", 64): {"forward": (64, 32, 4, 1), "candidates": (16, 32, 4, 1), "context": (32, 16, 8, 1)},
     ("tf32x3", 128): {"forward": (16, 16, 4, 1), "candidates": (16, 16, 4, 1), "context": (16, 16, 4, 1)},
 }

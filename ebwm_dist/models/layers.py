@@ -17,7 +17,6 @@ that are sharded are whole only there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.fused_attention import attend
+from ebwm_dist.models.candidate_attention import attend_by_matrices
 from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
@@ -57,11 +56,6 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotary
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """Return the softmax over the last dimension, computed in at least float32."""
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 class Linear(nn.Linear):
@@ -110,13 +104,12 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, in its context, candidate and tangent forms."""
 
-    fused = False
-    """Whether candidates attend by the kernels of `fused_attention.py`, without a matrix of positions and keys."""
+    attend = staticmethod(attend_by_matrices)
+    """How candidates attend; `fused_attention.py` has another way."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.scale = 1 / math.sqrt(dim // num_heads)
         self.wq, self.wk, self.wv, self.wo = (Linear(dim, dim, bias=False) for _ in range(4))
 
     def _heads(self, y: Tensor) -> Tensor:
@@ -149,33 +142,11 @@ class Attention(nn.Module):
         if cache_slot is not None:
             rows = torch.arange(len(cache_slot), device=cache_slot.device)
             keys[rows, :, cache_slot], values[rows, :, cache_slot] = k[:, :, 0].detach(), v[:, :, 0].detach()
-        if self.fused:
-            return self._output(attend(q, k, v, keys, values, seen, tangent=False))
-        p = softmax(self._with_self(q @ keys.mT * self.scale, q, k, seen))
-        return self._output(p[..., :-1] @ values + p[..., -1:] * v)
+        return self._output(self.attend(q, k, v, keys, values, seen, tangent=False))
 
     def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
-        qkv = self._qkv(h, rotary)
-        if self.fused:
-            return self._output(attend(*qkv, keys, values, seen, tangent=True))
-        (q, dq), (k, dk), (v, dv) = (y.chunk(2) for y in qkv)
-        # Candidate and tangent meet the same keys and values: stacked along the positions, one matmul each.
-        scores, d_context = (torch.cat((q, dq), -2) @ keys.mT * self.scale).chunk(2, -2)
-        p = softmax(self._with_self(scores, q, k, seen))
-        p_context, p_self = p[..., :-1], p[..., -1:]
-        w_context = p_context * d_context  # masked keys have p = 0, so their tangents need no mask
-        w_self = p_self * (dq * k + q * dk).sum(-1, keepdim=True) * self.scale
-        total = w_context.sum(-1, keepdim=True) + w_self
-        dp_context, dp_self = w_context - p_context * total, w_self - p_self * total
-        o, do = (torch.cat((p_context, dp_context), -2) @ values).chunk(2, -2)
-        return self._output(torch.cat((o + p_self * v, do + dp_self * v + p_self * dv)))
-
-    def _with_self(self, scores: Tensor, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-        """Mask future keys in `scores` [B, H, S, T] and append each candidate's score with itself."""
-        own = (q * k).sum(-1, keepdim=True) * self.scale
-        future = torch.arange(scores.shape[-1], device=scores.device) >= seen[..., None]
-        return torch.cat((scores.masked_fill(future, -math.inf), own), -1)
+        return self._output(self.attend(*self._qkv(h, rotary), keys, values, seen, tangent=True))
 
 
 class FeedForward(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ebwm_dist.models.fused_attention import attend_fused
 from ebwm_dist.models.layers import Attention, Block
 from ebwm_dist.models.passes import PassModule
 
@@ -25,10 +26,10 @@ class SequenceModel(PassModule):
                 module.compile_streams()
 
     def fuse_attention(self) -> None:
-        """Let candidates attend by fused kernels from now on."""
+        """Let candidates attend by fused kernels from now on, without matrices of positions and context."""
         for module in self.modules():
             if isinstance(module, Attention):
-                module.fused = True
+                module.attend = attend_fused
 
     def extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint of this rank must hold besides parameters."""

@@ -1,37 +1,20 @@
-"""The candidates' attention by matrices in any precision, and how far the kernels are from it.
+"""How far the kernels of the candidates' attention are from matrices in float64, which other tests hold to the oracle.
 
 Shapes: B rows, H heads, S candidates, T keys of the context, d head width; with a tangent [2B, ...], stacked.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ebwm_dist.models.fused_attention import attend
+from ebwm_dist.models.candidate_attention import attend_by_matrices
+from ebwm_dist.models.fused_attention import attend_fused
 
 NAMES = ("o", "q", "k", "v", "keys", "values")
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def by_matrices(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, seen: Tensor, tangent: bool) -> Tensor:
-    """Return what `attend` returns."""
-    scale, future = 1 / math.sqrt(q.shape[-1]), torch.arange(keys.shape[2], device=q.device) >= seen[..., None]
-    dq = dk = dv = q
-    if tangent:
-        (q, dq), (k, dk), (v, dv) = (x.chunk(2) for x in (q, k, v))
-    own = (q * k).sum(-1, keepdim=True) * scale
-    scores = torch.cat(((q @ keys.mT * scale).masked_fill(future, -math.inf), own), -1)
-    p = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    o = p[..., :-1] @ values + p[..., -1:] * v
-    if not tangent:
-        return o
-    ds = torch.cat((dq @ keys.mT * scale, (dq * k + q * dk).sum(-1, keepdim=True) * scale), -1)
-    dp = p * ds - p * (p * ds).sum(-1, keepdim=True)
-    return torch.cat((o, dp[..., :-1] @ values + dp[..., -1:] * v + p[..., -1:] * dv))
 
 
 def inputs(
@@ -61,10 +44,10 @@ def errors(tensors: Tensors, seen: Tensor, cotangent: Tensor, tangent: bool) -> 
         o = function(*of, seen, tangent)
         return [o, *torch.autograd.grad(o, [x for x in of if x.requires_grad], cotangent.to(o.dtype))]
 
-    exact = run(by_matrices, tuple(x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
+    exact = run(attend_by_matrices, tuple(x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
     names = [NAMES[0], *(name for name, x in zip(NAMES[1:], tensors, strict=True) if x.requires_grad)]
     found = []
-    for function in (attend, by_matrices):
+    for function in (attend_fused, attend_by_matrices):
         got = run(function, tensors)
         distances = [((x.double() - y).norm() / y.norm().clamp(min=1)).item() for x, y in zip(got, exact, strict=True)]
         found.append(dict(zip(names, distances, strict=True)))

@@ -19,12 +19,13 @@ from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig,
 from ebwm_dist.errors import ConfigError
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.models.fused_attention import attend, blocks, why_unavailable
+from ebwm_dist.models.candidate_attention import attend_by_matrices
+from ebwm_dist.models.fused_attention import attend_fused, blocks, why_unavailable
 from ebwm_dist.training.attention import set_attention
 from ebwm_dist.training.dry_run import activation_bytes
 from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import batch, build, gradients, settings
-from tests.models.candidate_attention import by_matrices, errors, inputs
+from tests.models.candidate_attention import errors, inputs
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -104,7 +105,7 @@ def test_the_cpu_has_no_fused_attention() -> None:
     for choice in ("auto", "math"):
         line = set_attention(configuration(attention=choice), model, cpu)
         assert line is not None and line.startswith(f"attention: math (training.attention = {choice}")
-    assert not model.transformer.blocks[0].attention.fused
+    assert model.transformer.blocks[0].attention.attend is attend_by_matrices
     twin = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="ar"))
     assert set_attention(twin, model, cpu) is None
 
@@ -163,7 +164,7 @@ def test_no_matrix_of_positions_and_context_is_made() -> None:
         tensors, seen, cotangent = inputs(shape, True, "causal", torch.bfloat16, "cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        output = (attend if function == "fused" else by_matrices)(*tensors, seen, True)
+        output = (attend_fused if function == "fused" else attend_by_matrices)(*tensors, seen, True)
         torch.autograd.grad(output, tensors, cotangent)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del output, tensors, cotangent

@@ -1,0 +1,333 @@
+"""Time and memory of the candidates' attention on a GPU: fused kernels against matrices, alone and in a training step.
+
+python benchmarks/attention.py --json
+
+First attention alone, for 4096 candidates with as many keys as positions (at least one sequence): the candidate pass
+and its gradient, and the tangent pass and its backward; torch's causal attention of one stream stands beside them. Then
+whole training steps in bfloat16, eager and compiled, and those of the autoregressive twin. `peak_mib` is what a call
+holds at most beyond what was there before it. All kernels and the compiled models are built at first, in processes side
+by side. What fails or does not fit into memory or into `--budget` seconds is recorded as that, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+from ebwm_dist.config.schema import MCMCConfig, ModelConfig  # noqa: E402
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer  # noqa: E402
+from ebwm_dist.mcmc.schedule import StepPlan  # noqa: E402
+from ebwm_dist.mcmc.vocabulary import VocabularySpace  # noqa: E402
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer  # noqa: E402
+from ebwm_dist.models.candidate_attention import attend_by_matrices  # noqa: E402
+from ebwm_dist.models.flops import peak_flops, training_flops_per_token  # noqa: E402
+from ebwm_dist.models.fused_attention import attend_fused  # noqa: E402
+
+Record = dict[str, Any]
+ATTENTION = {"fused": attend_fused, "math": attend_by_matrices}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEPS = ("fused", "math", "math_512", "ar")
+COMPILED = ("fused_compiled", "ar_compiled")
+CANDIDATES = 4096
+MCMC_STEPS = 2
+PREPARATION = 45.0
+"""Seconds that compiled steps may take to be built before the others are measured beside that."""
+START = time.monotonic()
+
+
+def attention_inputs(
+    sequence: int, width: int, dtype: str, tangent: bool, args: argparse.Namespace
+) -> tuple[list[Tensor], Tensor]:
+    """Return q, k, v, keys, values and how many keys each candidate sees."""
+    rows, heads = max(1, args.candidates // sequence), max(1, args.width // width)
+    sizes = [rows * (1 + tangent)] * 3 + [rows] * 2
+    shapes = [(size, sequence, heads, width) for size in sizes]
+    tensors = [torch.randn(shape, device=args.device).to(DTYPES[dtype]).transpose(1, 2) for shape in shapes]
+    return tensors, torch.arange(1, sequence + 1, device=args.device)
+
+
+def measure_attention(method: str, sequence: int, width: int, dtype: str, args: argparse.Namespace) -> Record:
+    """Time the passes of one method."""
+    found: Record = {}
+    for tangent in (False, True):
+        x, seen = attention_inputs(sequence, width, dtype, tangent, args)
+        name = "tangent" if tangent else "candidate"
+        if method == "sdpa":
+            if tangent:
+                break
+            x, name = [x[0], x[3], x[4]], "stream"
+
+            def attend(*x: Tensor) -> Tensor:
+                return torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True)
+        else:
+
+            def attend(*x: Tensor, seen: Tensor = seen, tangent: bool = tangent) -> Tensor:
+                return ATTENTION[method](*x, seen, tangent)
+
+        # The candidate pass needs no gradient of the context.
+        wrt = [y.requires_grad_() for y in (x if tangent or method == "sdpa" else x[:3])]
+        cotangent = torch.randn_like(x[0])
+
+        def forward(attend: Callable[..., Tensor] = attend, x: list[Tensor] = x) -> None:
+            with torch.no_grad():
+                attend(*x)
+
+        def both(
+            attend: Callable[..., Tensor] = attend,
+            x: list[Tensor] = x,
+            wrt: list[Tensor] = wrt,
+            cotangent: Tensor = cotangent,
+        ) -> None:
+            torch.autograd.grad(attend(*x), wrt, cotangent)
+
+        found[f"{name}_forward_ms"] = round(milliseconds(forward, args), 4)
+        found[f"{name}_ms"] = round(milliseconds(both, args), 4)
+        found[f"{name}_peak_mib"] = peak_mib(both, args)
+    return found
+
+
+def build_step(method: str, sequence: int, args: argparse.Namespace) -> tuple[Callable[[], Tensor], float]:
+    """Return a training step of a method, and its FLOPs."""
+    torch.manual_seed(0)
+    kind = "ar" if method.startswith("ar") else "ebt"
+    heads = max(1, args.width // 64)
+    shape = ModelConfig(kind=kind, vocab_size=args.vocab, dim=args.width, num_layers=args.layers, num_heads=heads)
+    mcmc = MCMCConfig(num_steps=MCMC_STEPS, step_size=0.01, initial_state="zeros")
+    model: Any
+    with torch.device(args.device):
+        if kind == "ar":
+            model = AutoregressiveTransformer(shape, 0)
+        else:
+            chunk = 512 if method.endswith("512") else sequence
+            model = EnergyBasedTransformer(shape, mcmc, VocabularySpace(shape, mcmc, 0), seed=0, position_chunk=chunk)
+    model.to(torch.bfloat16)
+    if method.startswith("fused"):
+        model.fuse_attention()
+    if method.endswith("compiled"):
+        model.compile_blocks()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    rows = max(1, 2 * args.candidates // sequence)
+    tokens = torch.randint(1, args.vocab, (rows, sequence + 1)).to(args.device)
+    plan: Any = None if kind == "ar" else StepPlan(MCMC_STEPS)
+
+    def step() -> Tensor:
+        return model.training_step(tokens, torch.arange(rows), plan).loss
+
+    return step, training_flops_per_token(shape, mcmc, sequence) * rows * sequence
+
+
+def measure_step(step: Callable[[], Tensor], flops: float, args: argparse.Namespace) -> Record:
+    """Time a training step that has run before."""
+    seconds = milliseconds(step, args) / 1000
+    found: Record = {"seconds": round(seconds, 4), "peak_mib": peak_mib(step, args), "loss": round(step().item(), 4)}
+    peak = peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
+    return found | {"tflops": round(flops / seconds / 1e12, 3), "mfu": peak and round(flops / seconds / peak, 4)}
+
+
+def milliseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
+    """Return the median time of a call, by the events of the GPU."""
+    call()
+    times = []
+    for _ in range(args.repeats):
+        if args.device == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            call()
+            after.record()
+            torch.cuda.synchronize()
+            times.append(before.elapsed_time(after))
+        else:
+            start = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def peak_mib(call: Callable[[], object], args: argparse.Namespace) -> float | None:
+    """Return the most MiB that a call holds, or None on the CPU."""
+    if args.device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def guarded(measure: Callable[[], Record], args: argparse.Namespace) -> Record:
+    """Return what is measured, or why it is not."""
+    if time.monotonic() - START > args.budget:
+        return {"error": "out of time"}
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Child:
+    """A compiled training step in a process of its own, which builds it at once and measures when it is asked."""
+
+    def __init__(self, method: str, sequence: int, args: argparse.Namespace):
+        self.method, self.sequence = method, sequence
+        command = [sys.executable, __file__, *arguments_of(args), "--child", f"{method},{sequence}"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the step is built, or so long."""
+        select.select([self.process.stdout], [], [], max(0.0, seconds))
+
+    def measure(self) -> Record:
+        """Wait until the step is built, and measure it."""
+        try:
+            out, _ = self.process.communicate("measure\n", timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return {"error": "not built in time"}
+        lines = out.splitlines()
+        return json.loads(lines[-1]) if lines else {"error": f"ended with status {self.process.returncode}"}
+
+
+def serve(method: str, sequence: int, args: argparse.Namespace) -> None:
+    """Build a training step, wait for a line and print what is measured."""
+
+    def measure() -> Record:
+        step, flops = build_step(method, sequence, args)
+        start = time.monotonic()
+        step()
+        first = {"first_step_seconds": round(time.monotonic() - start, 1)}
+        step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        print("{}", flush=True)  # built
+        sys.stdin.readline()
+        return first | measure_step(step, flops, args)
+
+    print(json.dumps(guarded(measure, args)), flush=True)
+
+
+def prepare(part: int, parts: int, args: argparse.Namespace) -> None:
+    """Compile a part of the kernels, which Triton keeps on the disk for the process that measures."""
+    small = argparse.Namespace(**{**vars(args), "candidates": 64, "repeats": 1})
+    for dtype, width in [*product(args.dtypes, args.head_widths)][part::parts]:
+        guarded(lambda dtype=dtype, width=width: measure_attention("fused", 64, width, dtype, small), small)
+
+
+def arguments_of(args: argparse.Namespace) -> list[str]:
+    """Return the command line that gives these arguments."""
+    given = []
+    for name in ("device", "budget", "repeats", "candidates", "layers", "width", "vocab"):
+        given += [f"--{name}", str(getattr(args, name))]
+    for name in ("sequences", "head_widths", "dtypes", "step_sequences"):
+        given += [f"--{name.replace('_', '-')}", ",".join(map(str, getattr(args, name)))]
+    return given
+
+
+def measurements(args: argparse.Namespace) -> Iterator[Record]:
+    """Yield a record for every setting and method."""
+    steps = [Child(method, sequence, args) for sequence in args.step_sequences for method in COMPILED]
+    if args.device == "cuda":
+        parts = len(args.dtypes) * len(args.head_widths)
+        commands = [
+            [sys.executable, __file__, *arguments_of(args), "--prepare", f"{part},{parts}"] for part in range(parts)
+        ]
+        workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]
+        for worker in workers:
+            worker.wait()
+    for child in steps:
+        child.wait(PREPARATION - (time.monotonic() - START))
+    yield {"what": "preparation", "seconds": round(time.monotonic() - START, 1)}
+    for sequence, method in product(args.step_sequences, STEPS):
+
+        def eager(sequence: int = sequence, method: str = method) -> Record:
+            step, flops = build_step(method, sequence, args)
+            step()
+            return measure_step(step, flops, args)
+
+        about = {"what": "training step", "method": method, "sequence": sequence}
+        yield about | guarded(eager, args)
+    for dtype, width, sequence in product(args.dtypes, args.head_widths, args.sequences):
+        for method in ("fused", "math", "sdpa"):
+            about = {"what": "attention", "method": method, "sequence": sequence, "head_width": width, "dtype": dtype}
+            measure = (method, sequence, width, dtype, args)
+            yield about | guarded(lambda measure=measure: measure_attention(*measure), args)
+    for child in steps:
+        yield {"what": "training step", "method": child.method, "sequence": child.sequence} | child.measure()
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--sequences", type=numbers, default=[256, 1024, 4096, 8192], help="of attention alone")
+    parser.add_argument("--head-widths", type=numbers, default=[64, 128])
+    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=[*DTYPES])
+    parser.add_argument("--step-sequences", type=numbers, default=[1024, 4096], help="of training steps")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of attention alone; a step has twice those")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=80.0, help="seconds after which nothing more is started")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the program out")
+    parser.add_argument("--json", action="store_true", help="print a JSON list at the end; the rest goes to stderr")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure everything; return 1 if nothing of the fused kernels could be measured."""
+    args = arguments()
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if args.child:
+        method, sequence = args.child.split(",")
+        serve(method, int(sequence), args)
+        return 0
+    if args.prepare:
+        prepare(*map(int, args.prepare.split(",")), args)
+        return 0
+    records: list[Record] = []
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    for record in measurements(args):
+        records.append(record | {"device": device, "torch": torch.__version__})
+        print(f"{time.monotonic() - START:6.1f} s", json.dumps(record), file=sys.stderr, flush=True)
+    if args.json:
+        print(json.dumps(records, indent=1))
+    return 0 if any(record.get("method") == "fused" and "error" not in record for record in records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
