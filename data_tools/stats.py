@@ -149,13 +149,16 @@ def main(arguments: list[str] | None = None) -> None:
         "--weights", type=local_path, help="weights of the encoder that decodes latents, where it has any"
     )
     options = parser.parse_args(arguments)
+    sheet = options.contact_sheet
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        parser.error(f"--contact-sheet {sheet}: must end in .png")
     manifest = Manifest.load(options.path)
     if options.json:
         print(to_json({name: split_figures(manifest, name) for name in manifest.splits}))
     else:
         print(describe(manifest))
-    if options.contact_sheet is not None:
-        contact_sheet(spread_clips(manifest, options.split, options.weights)).save(options.contact_sheet, "PNG")
+    if sheet is not None:
+        contact_sheet(spread_clips(manifest, options.split, options.weights)).save(sheet, "PNG")
 
 
 if __name__ == "__main__":

@@ -42,16 +42,16 @@ Tick = Callable[[], None]
 
 
 class CheckpointMirror:
-    """The copy of `run_dir` at `location`, an address of s3://, gs:// or file://."""
+    """The copy of `run_dir` at `location`, an address of s3://, gs:// or file:// that errors call `name`."""
 
-    def __init__(self, location: str, run_dir: Path) -> None:
+    def __init__(self, location: str, run_dir: Path, name: str = "checkpoint.remote") -> None:
         self.location, self.run_dir = location, run_dir
         self._root = run_dir / "checkpoints"
         try:
-            self._storage, path = open_storage(location, "checkpoint.remote")
+            self._storage, path = open_storage(location, name)
         except OSError as error:
             shown = without_options(location)
-            raise CheckpointError(f"checkpoint.remote = {shown!r}: cannot be reached ({error})") from None
+            raise CheckpointError(f"{name} = {shown!r}: cannot be reached ({error})") from None
         self._path = PurePosixPath(path)
         self._checkpoints = self._path / "checkpoints"
 
@@ -179,7 +179,7 @@ def fetch_weights(address: str, folder: Path, warn: Callable[[str], None]) -> No
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         try:
-            mirror, here = CheckpointMirror(address, folder), list_checkpoints(folder / "checkpoints")
+            mirror, here = CheckpointMirror(address, folder, "run"), list_checkpoints(folder / "checkpoints")
             if here and mirror.has(here[0]):
                 return
             if folder.exists():  # of an earlier state, or of another run that was there

@@ -184,7 +184,8 @@ class Suite:
         if has_noise(model, Thinking(langevin_noise=noise)):  # else all candidates are the same
             several = [number for number in self.options.candidates if number > 1]
             ways += [Thinking(candidates=number, langevin_noise=noise) for number in several]
-        ways += [Thinking(steps=most)]
+        if most != self.trained.trained_steps:
+            ways += [Thinking(steps=most)]
         ways += [Thinking(steps=most, energy_tolerance=limit) for limit in self.options.energy_tolerances]
         ways += [Thinking(steps=most, prediction_tolerance=limit) for limit in self.options.prediction_tolerances]
         ways += [Thinking(steps=most, accept_only_decrease=True)]

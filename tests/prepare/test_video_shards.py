@@ -259,3 +259,8 @@ def test_stats_of_tokens(tiny: Manifest, tmp_path: Path, capsys: pytest.CaptureF
     assert "tokens: 16 a sample, vocabulary of 320" in output and "held out: book 0" in output
     with pytest.raises(UserError, match="only video has a contact sheet"):
         stats.main([str(tiny.folder), "--contact-sheet", str(tmp_path / "x.png")])
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    with pytest.raises(SystemExit):
+        stats.main([str(tiny.folder), "--contact-sheet", str(other)])
+    assert other.read_text() == "mine" and "must end in .png" in capsys.readouterr().err
