@@ -2,11 +2,11 @@
 
 python benchmarks/attention.py --json
 
-First attention alone, for 4096 candidates with as many keys as positions (at least one sequence): the candidate pass
-and its gradient, and the tangent pass and its backward; torch's causal attention of one stream stands beside them. Then
-whole training steps in bfloat16, eager and compiled, and those of the autoregressive twin. `peak_mib` is what a call
-holds at most beyond what was there before it. All kernels and the compiled models are built at first, in processes side
-by side. What fails or does not fit into memory or into `--budget` seconds is recorded as that, and the rest goes on.
+First whole training steps in bfloat16, and those of the autoregressive twin. Then attention alone: the candidate pass
+and its gradient, and the tangent pass and its backward, beside torch's causal attention of one stream. Last the
+compiled training steps. `peak_mib` is what a call holds at most beyond what was there before it. Kernels and compiled
+models are built at first, in processes side by side; `built` says whether all were before the first measurement. What
+fails or does not fit into memory or into `--budget` seconds is recorded as that, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,10 +46,10 @@ ATTENTION = {"fused": attend_fused, "math": attend_by_matrices}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = ("fused", "math", "math_512", "ar")
 COMPILED = ("fused_compiled", "ar_compiled")
-CANDIDATES = 4096
+CANDIDATES = 16384
 MCMC_STEPS = 2
-PREPARATION = 45.0
-"""Seconds that compiled steps may take to be built before the others are measured beside that."""
+PREPARATION = 30.0
+"""Seconds after which the first measurement begins, at the latest."""
 START = time.monotonic()
 
 
@@ -124,7 +125,7 @@ def build_step(method: str, sequence: int, args: argparse.Namespace) -> tuple[Ca
         model.compile_blocks()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    rows = max(1, 2 * args.candidates // sequence)
+    rows = max(1, args.candidates // sequence)
     tokens = torch.randint(1, args.vocab, (rows, sequence + 1)).to(args.device)
     plan: Any = None if kind == "ar" else StepPlan(MCMC_STEPS)
 
@@ -195,19 +196,26 @@ class Child:
         self.method, self.sequence = method, sequence
         command = [sys.executable, __file__, *arguments_of(args), "--child", f"{method},{sequence}"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ},
         )
 
-    def wait(self, seconds: float) -> None:
-        """Wait until the step is built, or so long."""
-        select.select([self.process.stdout], [], [], max(0.0, seconds))
+    def wait(self, seconds: float) -> bool:
+        """Wait until the step is built, or so long; return whether it is."""
+        return bool(select.select([self.process.stdout], [], [], max(0.0, seconds))[0])
 
-    def measure(self) -> Record:
-        """Wait until the step is built, and measure it."""
+    def measure(self, budget: float) -> Record:
+        """Wait until the step is built, some seconds beyond the budget at most, and measure it."""
         try:
-            out, _ = self.process.communicate("measure\n", timeout=120)
+            out, _ = self.process.communicate("measure\n", timeout=max(0.0, budget - (time.monotonic() - START)) + 2)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the compiler's own processes
+            self.process.wait()
             return {"error": "not built in time"}
         lines = out.splitlines()
         return json.loads(lines[-1]) if lines else {"error": f"ended with status {self.process.returncode}"}
@@ -251,18 +259,26 @@ def arguments_of(args: argparse.Namespace) -> list[str]:
 
 def measurements(args: argparse.Namespace) -> Iterator[Record]:
     """Yield a record for every setting and method."""
-    steps = [Child(method, sequence, args) for sequence in args.step_sequences for method in COMPILED]
+
+    def left() -> float:
+        return max(0.0, PREPARATION - (time.monotonic() - START))
+
+    compiled = () if args.no_compile else product(args.step_sequences, COMPILED)
+    steps = [Child(method, sequence, args) for sequence, method in compiled]
+    built = True
     if args.device == "cuda":
         parts = len(args.dtypes) * len(args.head_widths)
         commands = [
             [sys.executable, __file__, *arguments_of(args), "--prepare", f"{part},{parts}"] for part in range(parts)
         ]
-        workers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]
-        for worker in workers:
-            worker.wait()
+        for worker in [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]:
+            try:
+                worker.wait(left())
+            except subprocess.TimeoutExpired:
+                built = False
     for child in steps:
-        child.wait(PREPARATION - (time.monotonic() - START))
-    yield {"what": "preparation", "seconds": round(time.monotonic() - START, 1)}
+        built &= child.wait(left())
+    yield {"what": "preparation", "seconds": round(time.monotonic() - START, 1), "built": built}
     for sequence, method in product(args.step_sequences, STEPS):
 
         def eager(sequence: int = sequence, method: str = method) -> Record:
@@ -278,7 +294,7 @@ def measurements(args: argparse.Namespace) -> Iterator[Record]:
             measure = (method, sequence, width, dtype, args)
             yield about | guarded(lambda measure=measure: measure_attention(*measure), args)
     for child in steps:
-        yield {"what": "training step", "method": child.method, "sequence": child.sequence} | child.measure()
+        yield {"what": "training step", "method": child.method, "sequence": child.sequence} | child.measure(args.budget)
 
 
 def arguments() -> argparse.Namespace:
@@ -292,13 +308,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-widths", type=numbers, default=[64, 128])
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=[*DTYPES])
     parser.add_argument("--step-sequences", type=numbers, default=[1024, 4096], help="of training steps")
-    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="of attention alone; a step has twice those")
+    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="positions at a time, at least a sequence")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=80.0, help="seconds after which nothing more is started")
+    parser.add_argument("--budget", type=float, default=62.0, help="seconds after which nothing more is started")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the program out")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled training steps out")
     parser.add_argument("--json", action="store_true", help="print a JSON list at the end; the rest goes to stderr")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
