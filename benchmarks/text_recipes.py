@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "distance head, wide read-in, chain": Recipe([*CHAIN, *WIDE_ALPHA], head="distance", **WIDE),
     "wide read-in": Recipe(WIDE_ALPHA, **WIDE),
     "wide read-in, chain": Recipe([*CHAIN, *WIDE_ALPHA], **WIDE),
+    "read-in times 4, chain": Recipe([*CHAIN, "mcmc.step_size=0.25"], read_in_scale=4.0),
     "wide read-in, chain, two or three steps": Recipe([*CHAIN, *WIDE_ALPHA, "mcmc.num_steps=2"], **WIDE),
     "wide read-in, chain, mirror": Recipe([*CHAIN, *WIDE_ALPHA, "mcmc.update=mirror"], **WIDE),
     "tied embeddings, chain": Recipe([*CHAIN, "mcmc.step_size=0.042", "model.tie_embeddings=true"]),
