@@ -77,12 +77,12 @@ def _accuracy(figure: SubFigure, summary: dict[str, Any], unit: str) -> None:
             number: [ebt["accuracy"][level][number] for level in levels] for number in steps
         },
         "EBT stops\nby itself": {"": list(ebt["stopped"]["accuracy"].values())},
-        "autoregressive twins": {
+        "autoregressive twins" if len(summary["twins"]) > 1 else "autoregressive\ntwin": {
             f"{layers} layer{'s' * (layers != '1')}": list(twin["accuracy"].values())
             for layers, twin in summary["twins"].items()
         },
     }
-    panels = figure.subplots(1, 3, sharey=True, width_ratios=[len(steps), 1.4, 1.4 * len(summary["twins"])])
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=[len(steps), 1.4, max(2.0, 1.4 * len(summary["twins"]))])
     for axes, (name, columns) in zip(panels, blocks.items(), strict=True):
         grid = np.array(list(columns.values())).T
         axes.pcolormesh(grid, cmap=_WRONG_TO_RIGHT, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)

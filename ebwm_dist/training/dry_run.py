@@ -14,7 +14,6 @@ from ebwm_dist.config.deepspeed import GATHERED_NUMBERS
 from ebwm_dist.config.loading import to_yaml
 from ebwm_dist.config.schema import Config, ZeroConfig
 from ebwm_dist.data.loading.mixture import Mixture, describe_weights
-from ebwm_dist.data.loading.quotas import BLOCK
 from ebwm_dist.data.remote import is_remote
 from ebwm_dist.errors import UserError
 from ebwm_dist.mcmc.build import build_model
@@ -54,7 +53,7 @@ def describe(config: Config) -> str:
         row = [state_bytes(parameters, zero, world_size, training.precision)[0] for zero in LAYOUTS.values()]
         lines.append(f"  {world_size:4}  " + "".join(f"{(size + activations) / GIB:14.2f}" for size in row))
     if config.data.mixture:
-        lines.insert(2, f"mixture: of every {BLOCK:,} training sequences, {describe_weights(config.data.mixture)}")
+        lines.insert(2, f"mixture: {describe_weights(config.data.mixture)}")
     if share < 1:
         lines.insert(2, f"targets: {100 * share:.1f} % of the positions, which alone are refined")
     zero = config.zero

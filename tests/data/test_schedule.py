@@ -173,11 +173,14 @@ def test_held_out_samples_and_words_follow_the_schedule(halves: dict[str, Manife
     mixture = Mixture.of(halves, {"easy": [(0, 1.0), (30_000, 0.0)], "hard": [(10_000, 0.0), (30_000, 1.0)]})
     numbers, (sources, _, _) = mixture.held_out(10)
     assert {mixture.sources[source].name for source in sources} == {"hard"} and len(numbers) == 10
-    assert mixture.describe_shares("").startswith(
-        f"of every 10,000 training sequences, at sample 0 of the run 10,000 are of easy (it has "
-        f"{halves['easy'].train.samples:,}), 0 are of hard (it has "
-    )
+    words = "training sequences by their number in the run: "
+    assert mixture.describe_shares("") == f"{words}up to 10,000 easy; from 30,000 hard; in proportion in between"
     assert describe_weights({"easy": [(0, 1.0), (30_000, 0.0)], "hard": 1.0}) == (
-        "at sample 0 of the run 5,000 are of easy, 5,000 are of hard; "
-        "at sample 30,000 of the run 0 are of easy, 10,000 are of hard; in between in proportion"
+        f"{words}up to 0 50 % easy, 50 % hard; from 30,000 hard; in proportion in between"
     )
+    lessons = {
+        "one": [(20, 1.0), (21, 0.0)],
+        "two": [(20, 0.0), (21, 1.0), (60, 1.0), (61, 3.0)],
+        "all": [(60, 0), (61, 1)],
+    }
+    assert describe_weights(lessons) == f"{words}up to 20 one; 21 to 60 two; from 61 25 % all, 75 % two"

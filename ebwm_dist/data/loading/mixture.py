@@ -147,7 +147,7 @@ class Mixture:
         """Return the shares in words; `path` is `data.path`, which a mixture replaces."""
         sizes = {source.name: source.manifest.train.samples for source in self.sources}
         unread = "" if path in ("", DataConfig.path) else f"; data.path = {path} is not read, data.mixture replaces it"
-        return f"of every {BLOCK:,} training sequences, {describe_weights(self._weights, sizes)}{unread}"
+        return f"{describe_weights(self._weights, sizes)}{unread}"
 
     def check_files(self, splits: Iterable[str] = SPLITS) -> None:
         """Check that every shard of every data set exists."""
@@ -260,15 +260,35 @@ def final_quotas(weights: Mapping[str, Weight]) -> dict[str, int]:
 
 
 def describe_weights(weights: Mapping[str, Weight], sizes: Mapping[str, int] | None = None) -> str:
-    """Return how many samples of a block are of each data set, at every point where weights change."""
+    """Return in words how many training sequences are of each data set, which may have so many of them."""
     points = points_of(weights.values())
+    if points:
+        return f"training sequences by their number in the run: {_describe_points(weights, points)}"
     named = {name: f"{name} (it has {sizes[name]:,})" if sizes else name for name in weights}
-    parts = []
-    for number, quotas in enumerate(quotas_at(weights, points or [0]).tolist()):
-        of_each = sorted((name, quota) for name, quota in zip(weights, quotas, strict=True))
-        shares = ", ".join(f"{quota:,} are of {name if number else named[name]}" for name, quota in of_each)
-        parts.append(f"at sample {points[number]:,} of the run {shares}" if points else shares)
-    return "; ".join(parts) + ("; in between in proportion" if len(points) > 1 else "")
+    of_each = sorted(zip(weights, quotas_at(weights, [0])[0].tolist(), strict=True))
+    return f"of every {BLOCK:,} training sequences, " + ", ".join(
+        f"{quota:,} are of {named[n]}" for n, quota in of_each
+    )
+
+
+def _describe_points(weights: Mapping[str, Weight], points: Sequence[int]) -> str:
+    """Return the shares of data sets at the points where weights change; what stays the same is one part."""
+    parts: list[tuple[int, int, list[int]]] = []
+    for point, quotas in zip(points, quotas_at(weights, points).tolist(), strict=True):
+        first = parts.pop()[0] if parts and parts[-1][2] == quotas else point
+        parts.append((first, point, quotas))
+    lines = []
+    for first, last, quotas in parts:
+        shares = sorted((name, quota) for name, quota in zip(weights, quotas, strict=True) if quota)
+        text = ", ".join(name if quota == BLOCK else f"{100 * quota / BLOCK:g} % {name}" for name, quota in shares)
+        place = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        if (first, last, quotas) == parts[0]:
+            place = f"up to {last:,}"
+        elif (first, last, quotas) == parts[-1]:
+            place = f"from {first:,}"
+        lines.append(f"{place} {text}")
+    gradual = any(after[0] - before[1] > 1 for before, after in pairwise(parts))
+    return "; ".join(lines) + ("; in proportion in between" if gradual else "")
 
 
 def pooled(sources: Sequence[Source], moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
