@@ -43,7 +43,12 @@ def main() -> None:
     thinking = parser.add_argument_group("thinking (default: as the model was trained)")
     thinking.add_argument("--think-steps", dest="steps", type=int, help="most MCMC steps for a token")
     thinking.add_argument("--candidates", type=int, default=1, help="refinements of every token, the best is taken")
-    thinking.add_argument("--select", choices=("energy", "drop"), default="energy", help="best: lowest energy, or drop")
+    thinking.add_argument(
+        "--select",
+        choices=("energy", "drop", "surprisal"),
+        default="energy",
+        help="best: lowest energy, largest drop of it, or most certain steps",
+    )
     thinking.add_argument(
         "--energy-tolerance", type=float, help="stop when a step changes the energy by no more than this"
     )

@@ -97,11 +97,23 @@ def accuracy_by_steps(tables: Mapping[int, Table]) -> dict[str, Any]:
     }
     if first.energies is not None:
         energies = [answers.mean(table.energies) for table in tables.values() if table.energies is not None]
-        pairs = [(energy[~one], energy[one]) for energy, one in zip(energies, right.values(), strict=True)]
+        pairs = _wrong_and_right(energies, right.values())
         # Chance that a wrong answer has more energy than a right one; None where all are of one kind.
-        result["auroc"] = [auroc(*pair)[0] if all(map(len, pair)) else None for pair in pairs]
+        result["auroc"] = _aurocs(pairs)
         result["energies"] = [_histogram(*pair) for pair in pairs]
+        surprisals = [answers.mean(table.surprisals) for table in tables.values() if table.surprisals is not None]
+        if surprisals:
+            result["auroc_of_surprisal"] = _aurocs(_wrong_and_right(surprisals, right.values()))
     return result
+
+
+def _wrong_and_right(scores: Iterable[Tensor], right: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the scores [N] of wrong and of right answers."""
+    return [(score[~one], score[one]) for score, one in zip(scores, right, strict=True)]
+
+
+def _aurocs(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[float | None]:
+    return [auroc(*pair)[0] if all(map(len, pair)) else None for pair in pairs]
 
 
 def _histogram(wrong: Tensor, right: Tensor) -> dict[str, Any]:
@@ -130,7 +142,7 @@ def stopping(table: Table) -> dict[str, Any]:
 
 
 def best_of(tables: Sequence[Table]) -> dict[str, list[float]]:
-    """Return the accuracy of one candidate for each answer, of the one with the lowest energy, and of the majority.
+    """Return the accuracy of one candidate for each answer, of those that the scores choose, and of the majority.
 
     Args:
         tables: of the same sequences, each with noise of its own.
@@ -139,15 +151,16 @@ def best_of(tables: Sequence[Table]) -> dict[str, list[float]]:
     assert first.difficulty is not None
     answers = Answers(first.difficulty)
     right = torch.stack([answers.right(table) for table in tables])
-    energies = torch.stack([answers.mean(table.energies) for table in tables if table.energies is not None])
     tokens = [table.predicted for table in tables if table.predicted is not None]
     votes = torch.stack([sum(answers.mean(one == other) == 1 for other in tokens) for one in tokens])  # type: ignore[misc]
-    lowest = energies.nan_to_num(nan=torch.inf).argmin(0)
-    return {
-        "one": answers.share(right.double().mean(0)),
-        "lowest energy": answers.share(right.gather(0, lowest[None])[0]),
-        "majority": answers.share(right.gather(0, votes.argmax(0)[None])[0]),
-    }
+    columns = {"energy": [t.energies for t in tables], "surprisal": [t.surprisals for t in tables]}
+    result = {"one": answers.share(right.double().mean(0))}
+    for name, column in columns.items():
+        scores = [answers.mean(score) for score in column if score is not None]
+        if scores:
+            lowest = torch.stack(scores).nan_to_num(nan=torch.inf).argmin(0)
+            result[f"lowest {name}"] = answers.share(right.gather(0, lowest[None])[0])
+    return result | {"majority": answers.share(right.gather(0, votes.argmax(0)[None])[0])}
 
 
 def example(tables: Mapping[int, Table]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Table:
     """Mean squared difference of a predicted embedding from the last observed one; None for tokens."""
     observed: Tensor | None = None
     """Energy of the state that truly comes next; None without an energy, and of `tabulate_steps`."""
+    surprisals: Tensor | None = None
+    """Surprisal of the least certain step, as of a `Thought`; None where it was not asked for."""
     predicted: Tensor | None = None
     """The most probable token; None for embeddings."""
     difficulty: Tensor | None = None
@@ -99,6 +101,8 @@ def tabulate(
                     "steps": thought.steps,
                     "nfe": thought.nfe,
                 }
+                if thought.surprisal is not None:
+                    own_columns["surprisals"] = thought.surprisal
                 columns.add(where, thought.state, **own_columns)
             columns.parts["observed"] = [model.energies(observed)]
         else:
@@ -118,7 +122,7 @@ def tabulate_steps(
 ) -> dict[int, Table]:
     """Predict every target of the batches of all ranks by each of these numbers of MCMC steps, 0 for none.
 
-    All are met on the way to the largest. The noise is that of `evaluate`.
+    All are met on the way to the largest. The noise is that of `evaluate`; surprisals do not see it.
     """
     own: dict[int, list[dict[str, Tensor]]] = {number: [] for number in steps}
     for batch in batches:
@@ -126,10 +130,14 @@ def tabulate_steps(
         found = {number: _Columns(model, batch, observed) for number in steps}
         first = next(iter(found.values()))
         for where, states in model.refine_slices(first.context, max(steps), batch.sample_ids, first.needed):
+            surprisal = torch.zeros((), device=observed.device)
             for number, (energy, state) in enumerate(states):
+                if number:
+                    surprisal = model.space.surprisal(state, state).maximum(surprisal)
                 if number in found:
                     taken = torch.full_like(energy, number)
-                    found[number].add(where, state, energies=energy, steps=taken, nfe=taken + 1)
+                    numbers = {"energies": energy, "surprisals": surprisal.expand_as(taken)}
+                    found[number].add(where, state, **numbers, steps=taken, nfe=taken + 1)
         for number, columns in found.items():
             own[number].append(columns.rows())
     return {number: _gathered(rows, world) for number, rows in own.items()}

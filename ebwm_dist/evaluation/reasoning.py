@@ -94,6 +94,9 @@ class Reasoning:
                     "correlation": stopped["correlation"],
                 },
                 "auroc_by_steps": {str(n): value for n, value in zip(found["steps"], found["auroc"], strict=True)},
+                "auroc_of_surprisal_by_steps": dict(
+                    zip(map(str, found["steps"]), found["auroc_of_surprisal"], strict=True)
+                ),
             },
             "twins": {
                 str(layers): {

@@ -169,7 +169,7 @@ class Suite:
     def best_of(self, model: EnergyBasedTransformer, steps: int) -> list[dict[str, Any]]:
         """Return the accuracy of the best of several candidates for each answer, if they differ."""
         numbers = [number for number in self.options.candidates if number > 1]
-        way = Thinking(steps=steps, langevin_noise=self.options.langevin_noise)
+        way = Thinking(steps=steps, langevin_noise=self.options.langevin_noise, select="surprisal")
         if numbers and not has_noise(model, way):
             self.log("no best of several candidates: all are the same without noise; set --langevin-noise")
             return []

@@ -1,8 +1,7 @@
 """Thinking: predictions refined for as long as each of them needs, with several candidates for each.
 
-A prediction starts from noise and descends its energy. Positions need different numbers of steps: a candidate whose
-energy has converged leaves the batch and costs nothing from then on. There is no graph of parameters or of second
-order: a step is one energy evaluation, differentiated to the state.
+Positions need different numbers of steps: a candidate that has converged leaves the batch and costs nothing more.
+There is no graph of parameters or of second order: a step is one energy evaluation, differentiated to the state.
 
 Energies of different landscapes cannot be compared. So the steps that lead to the last landscape are always taken, and
 stopping, accepting and choosing look at energies of that landscape alone.
@@ -38,7 +37,7 @@ class Thinking:
     candidates: int = 1
     """Refinements of every position from different noise, of which one is chosen."""
     select: str = "energy"
-    """Choose the candidate that ends with the lowest `energy`, or whose energy has had the largest `drop`."""
+    """Choose the candidate with the lowest `energy` in the end, the largest `drop` of it, or the least `surprisal`."""
     langevin_noise: float | None = None
     """Standard deviation of the noise added to the state before every step."""
     step_size: float | None = None
@@ -66,8 +65,10 @@ class Thinking:
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf and (value > 0 or name != "step_size")):
                 raise UserError(f"{name} = {value}: must be {'more than' if name == 'step_size' else 'at least'} 0")
-        if self.select not in ("energy", "drop"):
-            raise UserError(f"select = {self.select!r}: choose from energy, drop")
+        if self.select not in ("energy", "drop", "surprisal"):
+            raise UserError(f"select = {self.select!r}: choose from energy, drop, surprisal")
+        if self.select == "surprisal" and self.accept_only_decrease:
+            raise UserError("select = 'surprisal': not with accept_only_decrease, which takes steps back")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Thought:
     """MCMC steps that it has taken [B, C]."""
     nfe: Tensor
     """Energy evaluations that the position has cost, over all its candidates [B, C]."""
+    surprisal: Tensor | None = None
+    """Minus the log-probability of its least certain step, of the token it led to [B, C]; set if it chooses."""
 
 
 @torch.no_grad()
@@ -155,6 +158,8 @@ def check_thinking(model: EnergyBasedTransformer, thinking: Thinking) -> None:
             f"candidates = {thinking.candidates}: all would be the same, as this model starts without noise "
             f"({model.mcmc.initial_state}); set langevin_noise, or use 1"
         )
+    if thinking.select == "surprisal" and model.space.pad_id is None:
+        raise UserError("select = 'surprisal': embeddings have no probabilities; choose from energy, drop")
     fewest = thinking.candidates * max(2, len(landscapes(model, thinking)))
     if thinking.max_nfe is not None and thinking.max_nfe < fewest:
         raise UserError(
@@ -204,6 +209,7 @@ class _Refinement:
         self.state = model.space.initial_state(self.ids, model.seed, _ALONE, observed)
         self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
+        self.surprisals = torch.zeros_like(self.energies[0])
         self.steps, self.nfe = (torch.zeros_like(self.index) for _ in range(2))
         self.done: list[tuple[Tensor, Tensor]] = []
         self.newest: Tensor | None = None  # embedded observed states [B, 1, D] that the contexts still lack
@@ -248,7 +254,7 @@ class _Refinement:
         """Return the chosen candidate of every position."""
         rows, positions, group = self.shape
         ends, drops = self.energies[-1], self.energies[self.final] - self.energies[-1]
-        score = (ends if self.thinking.select == "energy" else -drops).view(-1, group)
+        score = {"energy": ends, "drop": -drops, "surprisal": self.surprisals}[self.thinking.select].view(-1, group)
         best = score.nan_to_num(nan=math.inf).argmin(-1) + torch.arange(0, len(self.ids), group, device=score.device)
         order, states = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self.done, strict=True))
         place = torch.empty_like(order)
@@ -259,15 +265,21 @@ class _Refinement:
             energies=self.energies[:, best].unflatten(1, (rows, positions)),
             steps=self.steps[best].view(rows, positions),
             nfe=self.nfe.view(rows, positions, group).sum(-1),
+            surprisal=self.surprisals[best].view(rows, positions) if self.thinking.select == "surprisal" else None,
         )
 
     def _measure(self, step: int, landscape: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the states with the noise of this step, their energies [n] and dE/de [n, 1, D] (of the last: none)."""
-        model, layout, state = self.model, self.layout, self.state
+        model, layout, state, expected = self.model, self.layout, self.state, self.state
         del self.state
         if not last:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
             state = model.space.add_langevin_noise(state, model.seed, ids, step, _ALONE, self.thinking.langevin_noise)
+        if self.thinking.select == "surprisal":
+            own = 0.0 if step else model.space.surprisal(expected, expected)  # no step leads to the initial state
+            surprisal = (model.space.surprisal(expected, state) - own)[:, 0]
+            self.surprisals[self.index] = self.surprisals[self.index].maximum(surprisal)
+        del expected
         embedded = layout.pack(model.space.embed_state(state)[:, 0])
         # Each landscape is first visited by the step of its number, when all rows are still there.
         newest = self.newest if step <= self.final else None

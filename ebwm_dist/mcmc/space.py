@@ -140,6 +140,10 @@ class Space(nn.Module, ABC):
     def change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return how much a prediction has changed [B, C]: the largest change of a probability, or of a number."""
 
+    def surprisal(self, expected: Tensor, state: Tensor) -> Tensor:
+        """Return minus the log-probability [B, C] that `expected` gives to the most probable token of `state`."""
+        raise NotImplementedError  # embeddings have no probabilities
+
     @abstractmethod
     def embed_context(self, observed: Tensor) -> Tensor:
         """Return the embedding [B, S, D] of observed states [B, S, ...]."""

@@ -48,6 +48,10 @@ class VocabularySpace(Space):
         """Return the largest change of a probability [B, C] between two states."""
         return (after.softmax(-1) - before.softmax(-1)).abs().amax(-1)
 
+    def surprisal(self, expected: Tensor, state: Tensor) -> Tensor:
+        """Return minus the log-probability [B, C] that `expected` gives to the most probable token of `state`."""
+        return expected.logsumexp(-1) - expected.gather(-1, state.argmax(-1, keepdim=True))[..., 0]
+
     def step_with_loss(
         self,
         state: Tensor,

@@ -35,7 +35,12 @@ OVERRIDES = ["data.sequence_length=40", "mcmc.max_num_steps=3", "mcmc.initial_st
 SETTINGS = Options((1, 2, 5), (1, 3), (), (0.1, 0.3), max_sequences=9, batch_size=4, langevin_noise=0.5)
 
 
-def table(correct: list[list[int]], energies: list[list[float]] | None = None, steps: Tensor | None = None) -> Table:
+def table(
+    correct: list[list[int]],
+    energies: list[list[float]] | None = None,
+    steps: Tensor | None = None,
+    surprisals: list[list[float]] | None = None,
+) -> Table:
     """Return a table; wrong tokens are all the same one."""
     right, mask = torch.tensor(correct, dtype=torch.float64), DIFFICULTY >= 0
     zeros = torch.zeros_like(right)
@@ -47,6 +52,7 @@ def table(correct: list[list[int]], energies: list[list[float]] | None = None, s
         correct=right,
         predicted=right,
         energies=None if energies is None else torch.tensor(energies, dtype=torch.float64),
+        surprisals=None if surprisals is None else torch.tensor(surprisals, dtype=torch.float64),
         difficulty=DIFFICULTY.double(),
     )
 
@@ -98,6 +104,20 @@ def test_best_of_several() -> None:
     assert found["majority"][0] == pytest.approx(3 / 5)
 
 
+def test_surprisals_judge_beside_energies() -> None:
+    """They choose the right candidate for the first two answers, where energies choose the wrong one for the second."""
+    one = table(
+        [[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1]], [[9, 0, 1, 9, 6, 9], [2, 7, 9, 9, 9, 4]], None, [[5.0] * 6] * 2
+    )
+    ways = [[9.0, 2, 4, 9, 7, 9], [9, 9, 9, 9, 9, 2]]
+    other = table([[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 1]], [[9, 0, 2, 9, 5, 9], [1, 7, 9, 9, 9, 3]], None, ways)
+    found = best_of([one, other])
+    assert found["lowest energy"][0] == pytest.approx(2 / 5) and found["lowest surprisal"][0] == pytest.approx(4 / 5)
+    # Right answers of the second have 3, 9 and 2, wrong ones 7 and 9: of six pairs four and a half are in order.
+    assert accuracy_by_steps({1: one, 4: other})["auroc_of_surprisal"] == [0.5, pytest.approx(4.5 / 6)]
+    assert "auroc_of_surprisal" not in accuracy_by_steps({4: RIGHT}) and "lowest surprisal" not in best_of([RIGHT] * 2)
+
+
 def test_example_is_a_right_answer_of_the_greatest_difficulty() -> None:
     found = example({0: HALF, 2: RIGHT})
     assert (found["sequence"], found["position"], found["difficulty"]) == (1, 0, 3)
@@ -133,7 +153,18 @@ def test_one_refinement_has_every_number_of_steps(models: Path) -> None:
         found, wanted = tables[number], tabulate(run.model, batches(), Thinking(steps=number), world)
         mask = wanted.target_mask
         assert mask.any() and not mask.all() and torch.equal(found.target_mask, mask)
-        for name in ("losses", "energies", "entropies", "predicted", "correct", "difficulty", "steps", "nfe"):
+        wanted = tabulate(run.model, batches(), Thinking(steps=number, select="surprisal"), world)
+        for name in (
+            "surprisals",
+            "losses",
+            "energies",
+            "entropies",
+            "predicted",
+            "correct",
+            "difficulty",
+            "steps",
+            "nfe",
+        ):
             torch.testing.assert_close(getattr(found, name)[mask], getattr(wanted, name)[mask], rtol=1e-5, atol=1e-5)
     whole = next(iter(data.batches(9, 9)))
     losses = run.model.evaluate(whole.observed, whole.sample_ids, 3, whole.targets).step_losses
@@ -155,7 +186,8 @@ def test_evaluation_by_difficulty(models: Path, tiny: Manifest, tmp_path: Path) 
     assert all(1 <= mean <= 5 for one in model["stopped"] for mean, _ in one["steps"])
     assert model["example"]["steps"] == [0, 1, 2, 3, 5]
     (best,) = model["best_of"]
-    assert best["candidates"] == 3 and best["steps"] == 5
+    assert best["candidates"] == 3 and best["steps"] == 5 and 0 <= best["lowest surprisal"][0] <= 1
+    assert len(model["auroc_of_surprisal"]) == 4
     page = (models / "alone" / "evaluation.html").read_text()
     assert "Answers by difficulty" in page and "best of 3" in page and "stop at a change of 0.3" in page
     finished_run(write_config(tmp_path), tiny, tmp_path / "text")

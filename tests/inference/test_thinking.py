@@ -38,6 +38,9 @@ def whole(model: EnergyBasedTransformer, states: Tensor, thinking: Thinking, see
         torch.cat([t.energies for t in slices], 2),
         torch.cat([t.steps for t in slices], 1),
         torch.cat([t.nfe for t in slices], 1),
+        None
+        if thinking.select != "surprisal"
+        else torch.cat([t.surprisal for t in slices if t.surprisal is not None], 1),
     )
 
 
@@ -52,6 +55,7 @@ def alone(
     ids = [torch.tensor([mix_seed(seed, last, g)]) for g in range(thinking.candidates)]
     state = [model.space.initial_state(i, model.seed, Slice(0, 1), states[:, -1:]) for i in ids]
     energies: list[list[float]] = [[] for _ in ids]
+    surprisals = [0.0] * len(ids)
     kept: list[Any] = [None] * len(ids)
     contexts = {landscape: model.context_stream(states, landscape) for landscape in range(number(steps - 1) + 1)}
     going, nfe = list(range(len(ids))), 0
@@ -66,6 +70,10 @@ def alone(
             )
             _, energy, gradient = model.descend(x, contexts[landscape], landscape, last)
             energies[g].append(energy.item())
+            if thinking.select == "surprisal":
+                led_to, token = state[g][0, 0].softmax(-1), x[0, 0].argmax()
+                chance = led_to[token] if step else led_to[token] / led_to.max()
+                surprisals[g] = max(surprisals[g], -math.log(chance))
             nfe += 1
             if step and landscape == number(step - 1):
                 before, now = energies[g][-2:]
@@ -88,8 +96,12 @@ def alone(
             x, gradient = kept[g]
             state[g] = model.space.update(x, gradient * alpha / model.space.step_size())
     first = number(steps - 1)
-    scores = [e[-1] if thinking.select == "energy" else e[-1] - e[first] for e in energies]
-    best = min(range(len(ids)), key=scores.__getitem__)
+    scores = {
+        "energy": [e[-1] for e in energies],
+        "drop": [e[-1] - e[first] for e in energies],
+        "surprisal": surprisals,
+    }
+    best = min(range(len(ids)), key=scores[thinking.select].__getitem__)
     return kept[best][0][0, 0], energies[best], len(energies[best]) - 1, nfe
 
 
@@ -98,6 +110,8 @@ WAYS = {
     "longer": Thinking(steps=5),
     "candidates": Thinking(steps=3, candidates=4),
     "largest drop": Thinking(steps=3, candidates=4, select="drop"),
+    "surprisal": Thinking(steps=3, candidates=4, select="surprisal", langevin_noise=0.6),
+    "surprisal, stop": Thinking(steps=6, candidates=3, select="surprisal", prediction_tolerance=0.05),
     "noise and alpha": Thinking(steps=4, langevin_noise=0.3, step_size=1.5),
     "stop": Thinking(steps=6, energy_tolerance=0.05),
     "stop prediction": Thinking(steps=6, prediction_tolerance=0.02),
@@ -235,7 +249,8 @@ def test_memory_is_that_of_one_candidate_pass(thinking: Thinking, embedding_dim:
     [
         ({"steps": 0}, "steps = 0: must be at least 1"),
         ({"candidates": 0}, "candidates = 0: must be at least 1"),
-        ({"select": "best"}, "choose from energy, drop"),
+        ({"select": "best"}, "choose from energy, drop, surprisal"),
+        ({"select": "surprisal", "accept_only_decrease": True}, "not with accept_only_decrease"),
         ({"step_size": 0.0}, "step_size = 0.0: must be more than 0"),
         ({"energy_tolerance": -1.0}, "energy_tolerance = -1.0: must be at least 0"),
         ({"prediction_tolerance": math.nan}, "prediction_tolerance = nan: must be at least 0"),
@@ -253,5 +268,8 @@ def test_what_the_model_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="all would be the same, as this model starts without noise"):
         whole(zeros, observed(), Thinking(candidates=2))
     whole(zeros, observed(), Thinking(candidates=2, langevin_noise=1.0))
+    frames = build(settings(), embedding_dim=5)
+    with pytest.raises(UserError, match="embeddings have no probabilities; choose from energy, drop"):
+        whole(frames, observed(5), Thinking(select="surprisal"))
     with pytest.raises(UserError, match="3 candidates of this model need at least 6 energy evaluations"):
         whole(build(variant="adaln"), observed(), replace(WAYS["max_nfe"], max_nfe=5))
