@@ -2,12 +2,12 @@
 
     python benchmarks/energy_as_judge.py --task letters --contrast 0.1 --seed 0 --out FILE
 
-Trains the model of `configs/reasoning.yaml` on documents made as they are needed, with terms beside its loss that are of
-first order in the weights: plain energies of given states, run with their gradients.
+Trains the model of `configs/reasoning.yaml` on documents made as they are needed, with terms beside its loss that are
+of first order in the weights: plain energies of given states, run with their gradients.
 
---contrast W: cross-entropy over minus the energies of the true answer and of wrong ones: the document's other answers and
-    whatever the chain has predicted on its way, as one-hot distributions;
---path W:     the same over the summed energies of whole chains from disturbed starts, the right ones against the wrong ones;
+--contrast W: cross-entropy over minus the energies of the true answer and of wrong ones: the document's other answers
+    and whatever the chain has predicted on its way, as one-hot distributions;
+--path W:     softplus of the summed energies of whole chains from disturbed starts, right ones minus wrong ones;
 --judge-only: the contrastive term alone, over all finished answers: what can one evaluation of the energy verify?
 --fall W:     softplus of the rise of the energy over each step of the chain up to the answer.
 
@@ -159,6 +159,13 @@ class Trial:
             found["path"] = args.path * self._path_term(context, tokens, where, answers)
         return found
 
+    def _looped_loss(self, observed: Tensor, where: Tensor, answers: Tensor, steps: int) -> Tensor:
+        context = self.model.context_stream(observed, 0)
+        z = start_of(self.model, observed, where)
+        for _ in range(steps):
+            z = looped_step(self.model, z, context, where)
+        return F.cross_entropy(z.flatten(0, 1), answers.flatten())
+
     def _path_term(self, context: Any, tokens: Tensor, where: Tensor, answers: Tensor) -> Tensor:
         rows, copies = max(1, len(tokens) // 4), 4  # a quarter of the documents, four chains each
         tokens, where, answers = tokens[:rows], where[:rows], answers[:rows]
@@ -166,7 +173,7 @@ class Trial:
         again = tuple((k.detach().repeat(1, 1, 1, 1), v.detach()) for k, v in pairs)
         start = where.repeat(1, copies)
         noise = self.args.path_noise
-        states, *_ = chains(self.model, again, tokens[:, :-1], start, len(self.visited), noise, noise / 4)
+        states, *_ = chains(self.model, False, again, tokens[:, :-1], start, len(self.visited), noise, noise / 4)
         right = (states[-1].argmax(-1) == answers.repeat(1, copies)).view(rows, copies, -1)
         energies = [self.model.transformer.energy(self.model.space.embed_state(s), pairs, 0, start) for s in states]
         total = torch.stack(energies).sum(0).view(rows, copies, -1) / self.args.temperature
@@ -186,7 +193,12 @@ class Trial:
             set_lr(optimizer, config, step)
             self.visited = []
             loss = torch.zeros(())
-            if not args.judge_only:
+            if args.looped:
+                loss = self._looped_loss(
+                    tokens[:, :-1], where, answers, plan_at(config.mcmc, args.seed, step, 0).num_steps
+                )
+                loss.backward()
+            elif not args.judge_only:
                 plan, ids = plan_at(config.mcmc, args.seed, step, 0), torch.arange(size) + step * size
                 loss = model.training_step(tokens, ids, plan, targets=targets).loss
             terms = self.terms(tokens, where, answers, finished, step)
@@ -210,7 +222,7 @@ class Trial:
         observed = tokens[:, :-1]
         context = model.context_stream(observed, 0)
         # 1. accuracy by difficulty and steps
-        states, energies, sure = chains(model, context, observed, where, STEPS, 0.0, 0.0)
+        states, energies, sure = chains(model, self.args.looped, context, observed, where, STEPS, 0.0, 0.0)
         predicted = torch.stack([state.argmax(-1) for state in states])  # [K+1, B, C]
         right = predicted[-1] == answers
         result: dict[str, Any] = {
@@ -260,7 +272,7 @@ class Trial:
         rows, c = where.shape
         torch.manual_seed(1)
         again = where.repeat(1, CANDIDATES)
-        states, energies, sure = chains(self.model, context, observed, again, STEPS, start, langevin)
+        states, energies, sure = chains(self.model, self.args.looped, context, observed, again, STEPS, start, langevin)
         chosen = states[-1].argmax(-1).view(rows, CANDIDATES, c)
         right = chosen == answers[:, None]
         done = (chosen[..., None] == finished[:, None]).any(-1)
@@ -276,16 +288,31 @@ class Trial:
         return found
 
 
+def start_of(model: Any, observed: Tensor, where: Tensor) -> Tensor:
+    """Return the initial logits [B, C, V] of predictions at positions [B, C]."""
+    rows = torch.arange(len(where))[:, None]
+    return torch.zeros(*where.shape, model.space.state_width).scatter_(-1, observed[rows, where][..., None], 10.0)
+
+
+def looped_step(model: Any, z: Tensor, context: Any, where: Tensor) -> Tensor:
+    """Return the next logits without an energy: the output of the blocks takes the place of -dE/de."""
+    p, weight, transformer = z.softmax(-1), model.space.vocab_to_embed.weight, model.transformer
+    x = p @ weight
+    seen, rotary, mask = transformer._positions(x, context, where)
+    for block, (keys, values) in zip(transformer.blocks, seen, strict=True):
+        x = transformer.blocks.run(block, block.candidate, x, keys, values, rotary, mask, None)
+    return p + model.space.step_size() * (transformer.norm(x) @ weight.T)
+
+
 @torch.no_grad()
 def chains(
-    model: Any, context: Any, observed: Tensor, where: Tensor, steps: int, start: float, langevin: float
+    model: Any, looped: bool, context: Any, observed: Tensor, where: Tensor, steps: int, start: float, langevin: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return states and energies [K+1, B, C] of chains, and minus the log-probability of what each step led to.
 
     A step leads to the most probable token of the state that enters the next one, noise included.
     """
-    rows = torch.arange(len(where))[:, None]
-    z = torch.zeros(*where.shape, model.space.state_width).scatter_(-1, observed[rows, where][..., None], 10.0)
+    z = start_of(model, observed, where)
     states, energies, unsure, before = [], [], [], z
     z = z + start * torch.randn_like(z) if start else z
     for step in range(steps + 1):
@@ -296,7 +323,7 @@ def chains(
         states.append(z)
         energies.append(energy)
         if step < steps:
-            z = before = model.space.update(z, gradient)
+            z = before = looped_step(model, z, context, where) if looped else model.space.update(z, gradient)
     return states, torch.stack(energies), torch.stack(unsure)
 
 
@@ -312,7 +339,7 @@ def scores_of(energies: Tensor, unsure: Tensor) -> dict[str, Tensor]:
 
 
 def aurocs(scores: dict[str, Tensor], wrong: Tensor, right: Tensor, hops: Tensor) -> dict[str, Any]:
-    """Return the AUROC of wrong against right answers by each score, over all and as a mean over pairs of one difficulty."""
+    """Return the AUROC of wrong against right answers by each score, over all and within one difficulty (mean)."""
     if not (wrong.any() and right.any()):
         return {}
     found = {}
@@ -349,6 +376,7 @@ def main() -> None:
     )
     parser.add_argument("--all-finished", action="store_true", help="all finished answers instead of the document's")
     parser.add_argument("--judge-only", action="store_true", help="train the contrastive term alone")
+    parser.add_argument("--looped", action="store_true", help="no energy: the prediction is fed back")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--fall", type=float, default=0.0)
     parser.add_argument("--margin", type=float, default=0.0)
