@@ -27,7 +27,6 @@ UNCERTAINTY = {
     "chance": "chance",
 }
 """The columns of the table of calibration."""
-_JUDGES = {"energy": "auroc", "surprisal of the least certain step": "auroc_of_surprisal"}
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -194,10 +193,8 @@ def _by_difficulty(models: Models) -> str:
         axes.set_title(f"after {number} step{'s' * (number != 1)}{auroc}", fontsize="small")
         axes.set_yticks([])
     note = "Below: energies of right (blue) and wrong (orange) answers. AUROC is the chance that a wrong one has more."
-    if "auroc_of_surprisal" in found:
-        steps = [f"{n} step{'s' * (n != 1)}" for n in found["steps"]]
-        rows = [[name, *("" if area is None else area for area in found[key])] for name, key in _JUDGES.items()]
-        page += "<p>AUROC of wrong against right answers.</p>" + _table(["judged by", *steps], rows)
+    rows = [["energy", *found["auroc"]], ["surprisal of the least certain step", *found["auroc_of_surprisal"]]]
+    page += "<p>AUROC of wrong against right answers.</p>" + _table(["", *head[2 : 2 + len(found["steps"])]], rows)
     return page + _best_of(found["best_of"]) + f"<p>{note}</p>" + _svg(figure)
 
 
@@ -335,7 +332,7 @@ def _plus_minus(value: float, error: float) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     def cell(value: Any) -> str:
-        return html.escape(f"{value:.4f}" if isinstance(value, float) else str(value))
+        return html.escape(f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value))
 
     lines = ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
     top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
