@@ -52,14 +52,15 @@ def forward(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, TANGENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs [(2)B, H, S, d] and stats: the log-sum-exp, and with a tangent mu, [(2), B, H, S]."""
-    # The last candidates see most: they start first.
-    block, program = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    # Programs of a head stand together; the last candidates see most, so they start first.
+    count = tl.cdiv(size, M)
+    block, program = count - 1 - tl.program_id(0) % count, tl.program_id(0) // count
     row, head = (program // heads).to(tl.int64), program % heads
     wide: tl.constexpr = stats_ptr.dtype.element_ty
     m, d = block * M + tl.arange(0, M), tl.arange(0, D)
     exists = m < size
     inside = exists[:, None] & (d < WIDTH)[None, :]
-    seen = tl.load(seen_ptr + row * seen_b + m, mask=exists, other=0).to(tl.int32)
+    seen = tl.minimum(tl.load(seen_ptr + row * seen_b + m, mask=exists, other=0).to(tl.int32), length)
     q = tl.load(_at(q_ptr, row, head, m, d, q_b, q_h, q_s), mask=inside, other=0.0)
     k = tl.load(_at(k_ptr, row, head, m, d, k_b, k_h, k_s), mask=inside, other=0.0).to(wide)
     v = tl.load(_at(v_ptr, row, head, m, d, v_b, v_h, v_s), mask=inside, other=0.0).to(wide)
@@ -117,13 +118,14 @@ def backward_candidates(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, TANGENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of q, k, v, laid out as the outputs are, and the sums eta, beta [(2), B, H, S]."""
-    block, program = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    count = tl.cdiv(size, M)
+    block, program = count - 1 - tl.program_id(0) % count, tl.program_id(0) // count
     row, head = (program // heads).to(tl.int64), program % heads
     wide: tl.constexpr = stats_ptr.dtype.element_ty
     m, d = block * M + tl.arange(0, M), tl.arange(0, D)
     exists = m < size
     inside = exists[:, None] & (d < WIDTH)[None, :]
-    seen = tl.load(seen_ptr + row * seen_b + m, mask=exists, other=0).to(tl.int32)
+    seen = tl.minimum(tl.load(seen_ptr + row * seen_b + m, mask=exists, other=0).to(tl.int32), length)
     q = tl.load(_at(q_ptr, row, head, m, d, q_b, q_h, q_s), mask=inside, other=0.0)
     a = tl.load(_at(a_ptr, row, head, m, d, a_b, a_h, a_s), mask=inside, other=0.0)
     k = tl.load(_at(k_ptr, row, head, m, d, k_b, k_h, k_s), mask=inside, other=0.0).to(wide)
@@ -201,7 +203,8 @@ def backward_context(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, TANGENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients [B, H, T, d] of keys and values, from stats and what `backward_candidates` has summed."""
-    block, program = tl.program_id(0), tl.program_id(1)
+    count = tl.cdiv(length, N)
+    block, program = tl.program_id(0) % count, tl.program_id(0) // count
     row, head = (program // heads).to(tl.int64), program % heads
     wide: tl.constexpr = stats_ptr.dtype.element_ty
     n, d = block * N + tl.arange(0, N), tl.arange(0, D)

@@ -77,7 +77,7 @@ def _forward(
     output, stats = _empty_output(q), _empty_stats(q, keys)
     tensors, strides = (q, k, v, keys, values), [x.stride()[:3] for x in (q, k, v, keys, values)]
     sizes, meta = _arguments(q, keys, tangent, "forward")
-    grid = (_blocks(q.shape[2], meta["M"]), keys.shape[0] * keys.shape[1])
+    grid = (keys.shape[0] * keys.shape[1] * _blocks(q.shape[2], meta["M"]),)
     with torch.cuda.device_of(q):
         forward[grid](
             *tensors, seen, output, stats, *sum(strides, ()), _row_stride(seen), *output.stride()[:3], *sizes, **meta
@@ -109,20 +109,23 @@ def _backward(
     from ebwm_dist.models.attention_kernels import backward_candidates, backward_context
 
     a, q, k, v, keys, values = map(_dense, (a, q, k, v, keys, values))
-    gq, gk, gv, sums = _empty_output(q), _empty_output(q), _empty_output(q), torch.empty_like(stats)
+    gq, gk, gv, stats = _empty_output(q), _empty_output(q), _empty_output(q), stats.contiguous()
+    sums = torch.empty_like(stats)
+    if output.stride() != gq.stride():  # whoever kept it has laid it out in another way
+        output = _empty_output(q).copy_(output)
     gkeys, gvalues = _empty_context(keys, context), _empty_context(keys, context)
     rows = keys.shape[0] * keys.shape[1]
     strides = [x.stride()[:3] for x in (q, k, v, keys, values)]
     with torch.cuda.device_of(q):
         sizes, meta = _arguments(q, keys, tangent, "candidates")
-        backward_candidates[(_blocks(q.shape[2], meta["M"]), rows)](
+        backward_candidates[(rows * _blocks(q.shape[2], meta["M"]),)](
             q, k, v, keys, values, seen, output, a, stats, gq, gk, gv, sums, *sum(strides, ()),
             _row_stride(seen), *output.stride()[:3], *a.stride()[:3], *sizes, **meta,
         )  # fmt: skip
         if context:
             sizes, meta = _arguments(q, keys, tangent, "context")
             strides = [x.stride()[:3] for x in (q, keys, values)]
-            backward_context[(_blocks(keys.shape[2], meta["N"]), rows)](
+            backward_context[(rows * _blocks(keys.shape[2], meta["N"]),)](
                 q, keys, values, seen, a, stats, sums, gkeys, gvalues, *sum(strides, ()),
                 _row_stride(seen), *a.stride()[:3], *gkeys.stride()[:3], *sizes, **meta,
             )  # fmt: skip

@@ -20,7 +20,10 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def inputs(
     shape: tuple[int, int, int, int, int], tangent: bool, order: str, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensors, Tensor, Tensor]:
-    """Return (q, k, v, keys, values), what the candidates see (`causal`, or `any` numbers), and a cotangent."""
+    """Return (q, k, v, keys, values), how many keys the candidates see, and a cotangent.
+
+    They see those before them (`causal`), or `any` number, beyond the last key too.
+    """
     rows, heads, size, length, width = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
@@ -33,7 +36,7 @@ def inputs(
     if order == "causal":
         seen = torch.arange(length - size + 1, length + 1).clamp(min=0)
     else:
-        seen = torch.randint(0, length + 1, (rows, 1, size), generator=generator)
+        seen = torch.randint(0, length + 3, (rows, 1, size), generator=generator)
     return tensors, seen.to(device), draw(stacked, size).detach()
 
 
