@@ -22,6 +22,7 @@ WAYS = {
     "stage 2": ["zero.stage=2", "training.activation_checkpointing=block"],
     "stage 3": ["zero.stage=3"],
     "compiled": ["zero.stage=1", "training.compile=true"],
+    "fused": ["zero.stage=1", "training.attention=fused"],
 }
 
 
