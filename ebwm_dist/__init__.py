@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from ebwm_dist import torchvision_compat as torchvision_compat  # Its import prepares that of torchvision.
+# OpenMP reads these when torch is imported. By default its threads wait for each other in loops, and beside other busy
+# processes they take the very cores that those they wait for would need.
+WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+if not any(name in os.environ for name in WAIT_POLICIES):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+from ebwm_dist import torchvision_compat as torchvision_compat  # noqa: E402  Its import prepares that of torchvision.
 
 if TYPE_CHECKING:
     from pathlib import Path

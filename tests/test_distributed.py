@@ -1,17 +1,24 @@
-"""The processes of a run: collectives, their timeout, and the helper that starts ranks for tests."""
+"""The processes of a run: their threads, collectives and timeout, and the helper that starts ranks for tests."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ebwm_dist import WAIT_POLICIES
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.errors import DataError
 from ebwm_dist.training.backend import set_collective_timeout
 from tests.distributed import run_distributed_test
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def collectives(rank: int, world_size: int) -> None:
@@ -60,3 +67,13 @@ def fails(rank: int, world_size: int) -> None:
 
 def hangs(rank: int, world_size: int) -> None:
     time.sleep(60)
+
+
+@pytest.mark.parametrize(("chosen", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_leave_cores_to_others_unless_the_user_has_set_it(chosen: dict[str, str], policy: str) -> None:
+    """As OpenMP itself tells when a launcher loads torch."""
+    unset = {name: value for name, value in os.environ.items() if name not in WAIT_POLICIES}
+    command = [sys.executable, "launchers/train.py", "--config", "configs/ar_quickstart.yaml", "--dry-run"]
+    environment = {**unset, "OMP_DISPLAY_ENV": "true", **chosen}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr

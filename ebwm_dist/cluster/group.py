@@ -6,6 +6,7 @@ as in any other run and not reported to Ray, whose record of them lags behind.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ebwm_dist import WAIT_POLICIES
 from ebwm_dist.cluster import worker
 from ebwm_dist.cluster.capacity import resources_of_worker, tolerant
 from ebwm_dist.config.schema import Config
@@ -113,7 +115,8 @@ class Group:
 
     def _trainer(self) -> TorchTrainer:
         config, cluster = self.config, self.config.cluster
-        environment = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = {name: os.environ[name] for name in WAIT_POLICIES if name in os.environ}
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         if not cluster.gpus_per_node:
             environment["DS_ACCELERATOR"] = "cpu"
         return TorchTrainer(

@@ -32,6 +32,7 @@ def setup_distributed(startup_timeout: float, stop_reason: Callable[[], str | No
     if not os.environ.get("EBWM_DEBUG"):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+        warnings.filterwarnings("ignore", message=r"barrier\(\): using the device", category=UserWarning)
     if cuda:
         torch.set_float32_matmul_precision("high")  # the published fp32 recipes multiply in TF32
     elif hasattr(deepspeed.ops, "_probe_compatible_ops"):
