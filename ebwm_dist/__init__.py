@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-# OpenMP reads these when torch is imported. By default its threads wait for each other in loops, and beside other busy
-# processes they take the very cores that those they wait for would need.
+# OpenMP reads these when torch is imported. By default its threads wait for each other in loops of milliseconds, and
+# beside other busy processes they take the very cores that those they wait for would need. So few rounds cost nothing
+# on an idle machine, where sleeping at once would cost a third (docs/training.md).
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in WAIT_POLICIES):
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 from ebwm_dist import torchvision_compat as torchvision_compat  # noqa: E402  Its import prepares that of torchvision.
 
