@@ -332,9 +332,9 @@ def scores_of(energies: Tensor, unsure: Tensor) -> dict[str, Tensor]:
     return {
         "energy": energies[-1],
         "path energy": energies.sum(0),
-        "unsure": unsure.sum(0),
-        "most unsure": unsure.amax(0),
-        "last unsure": unsure[-1],
+        "summed surprisal": unsure.sum(0),
+        "surprisal": unsure.amax(0),
+        "surprisal at the end": unsure[-1],
     }
 
 
@@ -358,8 +358,8 @@ def by(hops: Tensor, values: Tensor) -> dict[int, float]:
     return {n: values[hops == n].double().mean().item() for n in hops.unique().tolist()}
 
 
-def main() -> None:
-    """Train and measure one model."""
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(WORDS), default="letters")
     parser.add_argument("--seed", type=int, default=0)
@@ -386,7 +386,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--weights", type=Path, help="save the trained weights here")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train and measure one model."""
+    args = parser().parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
     trial = Trial(args)
