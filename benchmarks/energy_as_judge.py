@@ -12,7 +12,8 @@ of first order in the weights: plain energies of given states, run with their gr
 --fall W:     softplus of the rise of the energy over each step of the chain up to the answer.
 
 Appends a line to FILE: accuracy, the rank of the right answer among finished ones, AUROC of the model's own finished
-answers, best of 8 disturbed chains, and in how many steps the energy falls.
+answers, best of 8 disturbed chains, and in how many steps the energy falls. Scores of a chain are its energy in the
+end, the sum of its energies, and its surprisal: minus the log-probability of what its least certain step led to.
 """
 
 from __future__ import annotations
