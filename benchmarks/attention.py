@@ -3,10 +3,10 @@
 python benchmarks/attention.py --json
 
 First whole training steps in bfloat16, and those of the autoregressive twin. Then attention alone: the candidate pass
-and its gradient, and the tangent pass and its backward, beside torch's causal attention of one stream. Last the
-compiled training steps. `peak_mib` is what a call holds at most beyond what was there before it. Kernels and compiled
-models are built at first, in processes side by side; `built` says whether all were before the first measurement. What
-fails or does not fit into memory or into `--budget` seconds is recorded as that, and the rest goes on.
+and its gradient, and the tangent pass and its backward, beside torch's causal attention of one stream. With
+`--compiled`, last, compiled training steps, whose first step takes minutes. `peak_mib` is what a call holds at most
+beyond what was there before it. Kernels are built at first, in processes side by side. What fails or does not fit into
+memory or into `--budget` seconds is recorded as that, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
-import signal
 import statistics
 import subprocess
 import sys
@@ -48,8 +46,6 @@ STEPS = ("fused", "math", "math_512", "ar")
 COMPILED = ("fused_compiled", "ar_compiled")
 CANDIDATES = 16384
 MCMC_STEPS = 2
-PREPARATION = 30.0
-"""Seconds after which the first measurement begins, at the latest."""
 START = time.monotonic()
 
 
@@ -98,9 +94,9 @@ def measure_attention(method: str, sequence: int, width: int, dtype: str, args: 
         ) -> None:
             torch.autograd.grad(attend(*x), wrt, cotangent)
 
-        found[f"{name}_forward_ms"] = round(milliseconds(forward, args), 4)
-        found[f"{name}_ms"] = round(milliseconds(both, args), 4)
-        found[f"{name}_peak_mib"] = peak_mib(both, args)
+        whole = measure(both, args)
+        found[f"{name}_forward_ms"] = measure(forward, args)["ms"]
+        found |= {f"{name}_ms": whole["ms"], f"{name}_peak_mib": whole["peak_mib"]}
     return found
 
 
@@ -135,51 +131,54 @@ def build_step(method: str, sequence: int, args: argparse.Namespace) -> tuple[Ca
     return step, training_flops_per_token(shape, mcmc, sequence) * rows * sequence
 
 
-def measure_step(step: Callable[[], Tensor], flops: float, args: argparse.Namespace) -> Record:
-    """Time a training step that has run before."""
-    seconds = milliseconds(step, args) / 1000
-    found: Record = {"seconds": round(seconds, 4), "peak_mib": peak_mib(step, args), "loss": round(step().item(), 4)}
+def measure_step(method: str, sequence: int, args: argparse.Namespace) -> Record:
+    """Time a training step, after a first one that may compile."""
+    step, flops = build_step(method, sequence, args)
+    losses: list[Tensor] = []
+    found = measure(lambda: losses.append(step()), args)
+    seconds = found["ms"] / 1000
     peak = peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
-    return found | {"tflops": round(flops / seconds / 1e12, 3), "mfu": peak and round(flops / seconds / peak, 4)}
+    return {
+        "seconds": round(seconds, 4),
+        "peak_mib": found["peak_mib"],
+        "loss": round(losses[-1].item(), 4),
+        "tflops": round(flops / seconds / 1e12, 3),
+        "mfu": peak and round(flops / seconds / peak, 4),
+    }
 
 
-def milliseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
-    """Return the median time of a call, by the events of the GPU."""
+def measure(call: Callable[[], object], args: argparse.Namespace) -> Record:
+    """Return the median time of a call, by the events of the GPU, and the most MiB that it holds (None on the CPU)."""
     call()
-    times = []
+    times, before = [], 0
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     for _ in range(args.repeats):
         if args.device == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
             call()
-            after.record()
+            last.record()
             torch.cuda.synchronize()
-            times.append(before.elapsed_time(after))
+            times.append(first.elapsed_time(last))
         else:
             start = time.perf_counter()
             call()
             times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    peak = None
+    if args.device == "cuda":
+        peak = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return {"ms": round(statistics.median(times), 4), "peak_mib": peak}
 
 
-def peak_mib(call: Callable[[], object], args: argparse.Namespace) -> float | None:
-    """Return the most MiB that a call holds, or None on the CPU."""
-    if args.device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def guarded(measure: Callable[[], Record], args: argparse.Namespace) -> Record:
+def guarded(measurement: Callable[[], Record], args: argparse.Namespace) -> Record:
     """Return what is measured, or why it is not."""
     if time.monotonic() - START > args.budget:
         return {"error": "out of time"}
     try:
-        return measure()
+        return measurement()
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:
@@ -187,57 +186,6 @@ def guarded(measure: Callable[[], Record], args: argparse.Namespace) -> Record:
     finally:
         if args.device == "cuda":
             torch.cuda.empty_cache()
-
-
-class Child:
-    """A compiled training step in a process of its own, which builds it at once and measures when it is asked."""
-
-    def __init__(self, method: str, sequence: int, args: argparse.Namespace):
-        self.method, self.sequence = method, sequence
-        command = [sys.executable, __file__, *arguments_of(args), "--child", f"{method},{sequence}"]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-            env={"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ},
-        )
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until the step is built, or so long; return whether it is."""
-        return bool(select.select([self.process.stdout], [], [], max(0.0, seconds))[0])
-
-    def measure(self, budget: float) -> Record:
-        """Wait until the step is built, some seconds beyond the budget at most, and measure it."""
-        try:
-            out, _ = self.process.communicate("measure\n", timeout=max(0.0, budget - (time.monotonic() - START)) + 2)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with the compiler's own processes
-            self.process.wait()
-            return {"error": "not built in time"}
-        lines = out.splitlines()
-        return json.loads(lines[-1]) if lines else {"error": f"ended with status {self.process.returncode}"}
-
-
-def serve(method: str, sequence: int, args: argparse.Namespace) -> None:
-    """Build a training step, wait for a line and print what is measured."""
-
-    def measure() -> Record:
-        step, flops = build_step(method, sequence, args)
-        start = time.monotonic()
-        step()
-        first = {"first_step_seconds": round(time.monotonic() - start, 1)}
-        step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        print("{}", flush=True)  # built
-        sys.stdin.readline()
-        return first | measure_step(step, flops, args)
-
-    print(json.dumps(guarded(measure, args)), flush=True)
 
 
 def prepare(part: int, parts: int, args: argparse.Namespace) -> None:
@@ -259,42 +207,29 @@ def arguments_of(args: argparse.Namespace) -> list[str]:
 
 def measurements(args: argparse.Namespace) -> Iterator[Record]:
     """Yield a record for every setting and method."""
-
-    def left() -> float:
-        return max(0.0, PREPARATION - (time.monotonic() - START))
-
-    compiled = () if args.no_compile else product(args.step_sequences, COMPILED)
-    steps = [Child(method, sequence, args) for sequence, method in compiled]
-    built = True
     if args.device == "cuda":
         parts = len(args.dtypes) * len(args.head_widths)
         commands = [
             [sys.executable, __file__, *arguments_of(args), "--prepare", f"{part},{parts}"] for part in range(parts)
         ]
         for worker in [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]:
-            try:
-                worker.wait(left())
-            except subprocess.TimeoutExpired:
-                built = False
-    for child in steps:
-        built &= child.wait(left())
-    yield {"what": "preparation", "seconds": round(time.monotonic() - START, 1), "built": built}
-    for sequence, method in product(args.step_sequences, STEPS):
+            worker.wait()
+    yield {"what": "preparation", "seconds": round(time.monotonic() - START, 1)}
 
-        def eager(sequence: int = sequence, method: str = method) -> Record:
-            step, flops = build_step(method, sequence, args)
-            step()
-            return measure_step(step, flops, args)
+    def steps(methods: tuple[str, ...]) -> Iterator[Record]:
+        for sequence, method in product(args.step_sequences, methods):
+            about = {"what": "training step", "method": method, "sequence": sequence}
+            measure = (method, sequence, args)
+            yield about | guarded(lambda measure=measure: measure_step(*measure), args)
 
-        about = {"what": "training step", "method": method, "sequence": sequence}
-        yield about | guarded(eager, args)
+    yield from steps(STEPS)
     for dtype, width, sequence in product(args.dtypes, args.head_widths, args.sequences):
         for method in ("fused", "math", "sdpa"):
             about = {"what": "attention", "method": method, "sequence": sequence, "head_width": width, "dtype": dtype}
             measure = (method, sequence, width, dtype, args)
             yield about | guarded(lambda measure=measure: measure_attention(*measure), args)
-    for child in steps:
-        yield {"what": "training step", "method": child.method, "sequence": child.sequence} | child.measure(args.budget)
+    if args.compiled:
+        yield from steps(COMPILED)
 
 
 def arguments() -> argparse.Namespace:
@@ -312,12 +247,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=62.0, help="seconds after which nothing more is started")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=75.0, help="seconds after which nothing more is started")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the program out")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled training steps out")
+    parser.add_argument("--compiled", action="store_true", help="compiled training steps too; needs a larger budget")
     parser.add_argument("--json", action="store_true", help="print a JSON list at the end; the rest goes to stderr")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -329,10 +263,6 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")  # as in training
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if args.child:
-        method, sequence = args.child.split(",")
-        serve(method, int(sequence), args)
-        return 0
     if args.prepare:
         prepare(*map(int, args.prepare.split(",")), args)
         return 0

@@ -162,8 +162,8 @@ class TrainingConfig:
     activation_checkpointing: str = choice("none", "block")
     """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
     attention: str = choice("auto", "math", "fused")
-    """How candidates attend: by a matrix of positions and context, or by Triton kernels without one (CUDA only); `auto`
-    lets the program choose. The twin's attention is torch's own."""
+    """How candidates attend: by matrices of positions and context, or without them by Triton kernels (CUDA only);
+    `auto`: by kernels where they work, unless blocks are compiled. The twin's attention is torch's own."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     max_nonfinite_steps: int = number(10, at_least=1)

@@ -9,8 +9,8 @@ from ebwm_dist.errors import ConfigError
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.models.fused_attention import why_unavailable
 
-AUTO = "math"
-"""What `training.attention: auto` tries first. To be `fused` once it has been measured on a GPU."""
+AUTO = "fused"
+"""What `training.attention: auto` tries first."""
 
 
 def set_attention(config: Config, model: Model, device: torch.device) -> str | None:
@@ -26,6 +26,8 @@ def set_attention(config: Config, model: Model, device: torch.device) -> str | N
         return f"attention: math (training.attention = {wanted})"
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     reason = why_unavailable(device, dtype, config.model.dim // config.model.num_heads)
+    if reason is None and wanted == "auto" and config.training.compile:
+        reason = "compiled blocks with the kernels have not been measured; training.attention=fused tries"
     if reason is None:
         model.fuse_attention()
         return f"attention: fused (training.attention = {wanted})"

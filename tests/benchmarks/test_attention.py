@@ -23,7 +23,6 @@ def test_the_command_line() -> None:
         "16",
         "--vocab",
         "50",
-        "--no-compile",
         "--json",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -78,14 +78,14 @@ def resources(kernel: str, width: int, dtype: str, architecture: int, tangent: b
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_nothing_is_spilled(
+def test_next_to_nothing_is_spilled(
     kernel: str, architecture: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At head width 64; with a tangent, where most is held."""
+    """At head width 64, with a tangent, where most is held: to spill a few words costs less than smaller blocks."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = resources(kernel, 64, dtype, architecture, tangent=True)
-    assert found["stack"] == found["local"] == 0 and 0 < found["reg"] <= 255, found
-    assert 0 < found["shared"] <= 99 * 1024, found  # what the smallest of these GPUs gives a block
+    assert found["stack"] <= 128 and found["local"] == 0 and 0 < found["reg"] <= 255, found
+    assert 0 < found["shared"] <= 99 * 1024, found  # what the smallest GPUs give a block
 
 
 def configuration(**training: Any) -> Config:
@@ -156,9 +156,11 @@ def test_a_training_step_on_a_gpu(variant: str, compiled: bool) -> None:
         fused.compile_blocks()
     expected = model.training_step(observed.cuda(), ids, StepPlan(2)).loss.item()
     assert fused.training_step(observed.cuda(), ids, StepPlan(2)).loss.item() == pytest.approx(expected, rel=1e-4)
-    norm = sum(gradient.square().sum().item() for gradient in gradients(model).values()) ** 0.5
-    for name, gradient in gradients(fused).items():
-        assert (gradient.double() - gradients(model)[name]).norm().item() < 1e-3 * norm, name
+    wanted, found = gradients(model), gradients(fused)
+    assert wanted.keys() == found.keys()
+    norm = torch.nn.utils.get_total_norm(wanted.values()).item()
+    for name, gradient in found.items():
+        assert (gradient.double() - wanted[name]).norm().item() < 1e-3 * norm, name
 
 
 @needs_gpu
