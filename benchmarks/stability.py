@@ -189,7 +189,7 @@ def row(runs: list[dict[str, Any]]) -> str:
         str(len(runs)),
         str(min(r["done"] for r in runs)),
         span(losses) if losses else "none",
-        span([r["median_norm"] for r in runs]),
+        span([r["median_norm"] for r in runs], ".3g"),
         span([r["largest_norm"] for r in runs], ".3g"),
         str(max(r["spikes"] for r in runs)),
         str(max(r["skipped"] for r in runs)),

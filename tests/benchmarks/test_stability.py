@@ -39,7 +39,6 @@ def test_curves_count_spikes_and_skipped_steps() -> None:
     assert validation == {"step": 4, "loss": [2.0, None], "alpha": 0.5, "curvature": [1.0, -3.0]}
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="nothing is stored")
 def test_page_shows_the_stored_results() -> None:
     for lines in tables(read_records(RESULTS)).values():
         assert "\n".join(lines) in PAGE.read_text(), "run `python -m benchmarks.stability --page`"
