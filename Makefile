@@ -12,7 +12,8 @@ VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
 SHAPES_CLIPS := data/shapes/manifest.json
 SHAPES_LATENTS := data/shapes_latents/manifest.json
-# Of the task of pointers: documents of at most 1, 2, 3 and 4 hops, and harder ones, which are only evaluated.
+# Of the task of pointers: documents of at most 1, 2, 3 and 4 hops, and harder ones, which are only evaluated. The trees
+# of the first three are no deeper than that, so that most of their nodes can be asked for.
 LESSONS := hops1 hops2 hops3 hops4 harder
 WORDS := data/reasoning/tokenizer.model
 # Which of the slow tests run beside the fast ones: the commit decides, so that every part gets its turn.
@@ -103,18 +104,19 @@ $(SHARDS): $(TOKENIZER)
 
 .PRECIOUS: data/raw/pointers_hops%.jsonl
 data/raw/pointers_hops%.jsonl: | setup
-	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 40000 --hops 1 $* --seed $*
+	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 40000 --hops 1 $* --seed $* \
+		--deepest $(if $(filter 4,$*),9,$*)
 
 data/raw/pointers_harder.jsonl: | setup
-	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 1000 --hops 1 9 --seed 9
+	$(VENV)/bin/python data_tools/tasks/pointers.py --out $@ --documents 4000 --hops 1 9 --queries 1 --seed 9
 
 $(WORDS): data/raw/pointers_hops4.jsonl
-	$(VENV)/bin/python data_tools/train_tokenizer.py --input $< --model-type word --vocab-size 430 --out $@ \
+	$(VENV)/bin/python data_tools/train_tokenizer.py --input $< --model-type word --vocab-size 702 --out $@ \
 		--exclude-fraction 0.99
 
 data/reasoning/%/manifest.json: data/raw/pointers_%.jsonl $(WORDS)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $< --tokenizer $(WORDS) --out $(dir $@) \
-		--sequence-length 21 --holdout-fraction $(if $(filter harder,$*),0.99,$(HOLDOUT))
+		--sequence-length 29 --holdout-fraction $(if $(filter harder,$*),0.99,$(HOLDOUT))
 
 # Every frame of the sample videos is used: they are short, and between frames further apart much changes.
 $(VIDEO_SHARDS): | setup

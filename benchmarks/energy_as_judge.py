@@ -104,7 +104,7 @@ class Trial:
         overrides = [f"seed={args.seed}", f"model.vocab_size={self.task.vocab_size}", f"model.num_layers={args.layers}"]
         overrides += [f"model.energy_head={'linear' if args.head == 'squared' else args.head}"]
         overrides += [f"training.max_steps={args.steps}", f"optimizer.lr={args.lr}"]
-        overrides += [f"mcmc.num_steps_warmup={args.warmup}", f"model.num_heads={args.heads}"]
+        overrides += [f"mcmc.num_steps_warmup={args.warmup}", "model.dim=64", f"model.num_heads={args.heads}"]
         self.config: Config = load_config(ROOT / "configs" / "reasoning.yaml", overrides)
         torch.manual_seed(args.seed)
         self.model: Any = build_model(self.config, PAD)

@@ -12,27 +12,32 @@ import argparse
 import json
 import random
 import statistics
-import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.tasks import pointers
 from ebwm_dist.prepare.reasoning_tasks import way
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_tools" / "tasks"))
-import pointers  # noqa: E402 (a script of the data tools)
-
 RESULTS = ROOT / "benchmarks" / "results" / "reasoning.json"
 LOOPED = ROOT / "benchmarks" / "results" / "looped.jsonl"
 PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "reasoning.md", "looped": ROOT / "docs" / "reasoning.md"}
+GUESSED_DOCUMENTS = 8000
 HOPS = [str(hops) for hops in range(1, 10)]
-ITERATING = {"candidate": "prediction fed back, no energy", "whole": "looped transformer"}
+LOOPED_KINDS = {
+    "ebt": "EBT",
+    "candidate": "prediction fed back, no energy",
+    "whole": "looped transformer",
+    "steps": "autoregressive, 1 layer, writes its steps out",
+}
 
 
 def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
-    """Return mean and standard deviation, which is left out where it rounds to 0."""
-    mean, deviation = scale * statistics.mean(values), scale * statistics.stdev(values)
+    """Return mean and standard deviation, which is left out where it rounds to 0 or there is one value."""
+    mean = scale * statistics.mean(values)
+    deviation = scale * statistics.stdev(values) if len(values) > 1 else 0.0
     text = f"{mean:.{digits}f}"
     return text if float(f"{deviation:.{digits}f}") == 0 else f"{text} ± {deviation:.{digits}f}"
 
@@ -43,23 +48,48 @@ def head(name: str, trained: int) -> Iterator[str]:
     yield "|---|" + "--:|" * len(HOPS)
 
 
-def guesses() -> dict[str, float]:
-    """Return by hops how often the root of the largest tree is the answer, in documents like the held-out ones."""
-    found: dict[str, list[bool]] = {}
-    for number in range(1000):
-        document = pointers.document(random.Random(f"9/{number}"), 1, 9)
-        parent = dict(word.split("<") for word in document["prompt"][0].split() if "<" in word)
-        roots = [way(parent, node)[-1] for node in sorted(parent)]
-        largest = max(sorted(set(roots)), key=roots.count)
-        for completion, hops in zip(document["completion"], document["difficulty"], strict=True):
-            found.setdefault(str(hops), []).append(completion.strip() == largest)
-    return {hops: statistics.mean(right) for hops, right in found.items()}
+def guesses(parent: dict[str, str], asked: str) -> dict[str, str]:
+    """Return the roots that guesses name which follow no pointer from the node that is asked for.
+
+    `parent` holds the statements in their order, and the first of what is equal is taken.
+    """
+    roots, order = [node for node, above in parent.items() if node == above], list(parent)
+    ways = [way(parent, node) for node in parent]
+    size = Counter(one[-1] for one in ways)
+    depth = {root: max(len(one) for one in ways if one[-1] == root) for root in roots}
+    children = Counter(parent.values())
+    return {
+        "stated first": roots[0],
+        "stated last": roots[-1],
+        "stated nearest to the node": min(roots, key=lambda root: abs(order.index(root) - order.index(asked))),
+        "of the largest tree": max(roots, key=size.__getitem__),
+        "of the deepest tree": max(roots, key=depth.__getitem__),
+        "with the most children": max(roots, key=children.__getitem__),
+        "first in the alphabet": min(roots),
+        "nearest in the alphabet": min(roots, key=lambda root: abs(ord(root) - ord(asked))),
+    }
+
+
+def guessed(documents: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return by guesses and hops how often they are the answer in documents with one query each."""
+    right: dict[str, dict[str, list[bool]]] = {}
+    for document in documents:
+        (prompt,), (completion,), (hops,) = document["prompt"], document["completion"], document["difficulty"]
+        *statements, asked = prompt.split()
+        for name, root in guesses(dict(word.split("<") for word in statements), asked).items():
+            right.setdefault(name, {}).setdefault(str(hops), []).append(root == completion.strip())
+    return {name: {hops: statistics.mean(found) for hops, found in one.items()} for name, one in right.items()}
+
+
+def held_out() -> Iterator[dict[str, Any]]:
+    """Yield documents like the held-out ones."""
+    return (pointers.document(random.Random(f"9/{number}"), 1, 9, queries=1) for number in range(GUESSED_DOCUMENTS))
 
 
 def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
     """Return the lines of the short and of the long table."""
     runs = list(summaries.values())
-    trained, twins = runs[0]["trained"]["max_hops"], list(runs[0]["twins"])
+    trained, twins = runs[0]["trained"]["max_hops"], sorted({layers for run in runs for layers in run["twins"]})
 
     def row(name: str, accuracy: list[dict[str, float]], scale: float = 100.0) -> str:
         return f"| {name} | " + " | ".join(spread([one[hops] for one in accuracy], scale) for hops in HOPS) + " |"
@@ -69,30 +99,43 @@ def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
         return row(name, [{hops: run["ebt"]["accuracy"][hops][str(number)] for hops in HOPS} for run in runs])
 
     def twin(layers: str) -> str:
-        name = f"autoregressive, {layers} layer{'s' * (layers != '1')}"
-        return row(name, [run["twins"][layers]["accuracy"] for run in runs])
+        own = [run["twins"][layers]["accuracy"] for run in runs if layers in run["twins"]]
+        seeds = "" if len(own) == len(runs) else f" ({len(own)} seed{'s' * (len(own) > 1)})"
+        return row(f"autoregressive, {layers} layer{'s' * (layers != '1')}{seeds}", own)
 
     stopped = [run["ebt"]["stopped"] for run in runs]
     own = row("**EBT, 1 layer, stops by itself**", [one["accuracy"] for one in stopped])
     taken = row("steps that it takes", [one["steps"] for one in stopped], 1.0)
     begin = list(head("accuracy (%) by hops", trained))
-    guessed = guesses()
-    guess = (
-        "| guess: the root of the largest tree | " + " | ".join(f"{100 * guessed[hops]:.1f}" for hops in HOPS) + " |"
-    )
-    short = [*begin, guess, twin(twins[-1]), steps(1), own, taken]
+    by_guess = guessed(held_out()).values()
+    best = {hops: max(one[hops] for one in by_guess) for hops in HOPS}
+    guess = f"| best of {len(by_guess)} guesses | " + " | ".join(f"{100 * best[hops]:.1f}" for hops in HOPS) + " |"
+    short = [*begin, guess, *map(twin, twins[-1:]), steps(1), own, taken]
     every = [steps(number) for number in (1, 2, 3, 4, 5, 6, 8, 10, 16)]
     return {"short": short, "long": [*begin, guess, *map(twin, twins), *every, own, taken]}
 
 
+def looped_name(record: dict[str, Any]) -> str:
+    """Return what a model of `looped.py` is called in its table."""
+    if record["kind"] != "ar":
+        task = record["task"].removeprefix("pointers")  # an earlier form of the task is named after a comma
+        return LOOPED_KINDS[record["kind"]] + task
+    layers = f"{record['layers']} layer{'s' * (record['layers'] != 1)}"
+    more = ", FLOPs of the EBT" * record["equal_flops"] + ", all hops from the start" * (not record["lessons"])
+    return f"autoregressive, {layers}{more}"
+
+
 def looped_table(records: list[dict[str, Any]], trained: int) -> list[str]:
-    """Return the lines of the table of models that iterate without an energy, after 16 steps."""
-    lines = list(head("accuracy (%) after 16 steps, by hops", trained))
-    for kind, name in ITERATING.items():
-        found = [record["accuracy"] for record in records if record["kind"] == kind]
-        if len(found) > 1:
-            cells = " | ".join(spread([one[hops]["16"] for one in found]) for hops in HOPS)
-            lines.append(f"| {name} ({len(found)} seeds) | {cells} |")
+    """Return the lines of the table of models of `looped.py`, those with steps after 16."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for record in sorted(records, key=lambda one: ([*LOOPED_KINDS, "ar"].index(one["kind"]), one.get("layers", 1))):
+        accuracy = {hops: by_steps.get("16", by_steps["1"]) for hops, by_steps in record["accuracy"].items()}
+        found.setdefault(looped_name(record), []).append(accuracy)
+    lines = list(head("accuracy (%) by hops", trained))
+    for name, runs in found.items():
+        cells = [spread([one[hops] for one in runs]) for hops in HOPS]
+        seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+        lines.append(f"| {name} ({seeds}) | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -100,6 +143,7 @@ def every_table() -> dict[str, list[str]]:
     """Return all tables from the stored results."""
     summaries = json.loads(RESULTS.read_text())
     records = [json.loads(line) for line in LOOPED.read_text().splitlines()]
+    records = [record for record in records if not record.get("overrides")]  # which are trials of recipes
     trained = next(iter(summaries.values()))["trained"]["max_hops"]
     return {**tables(summaries), "looped": looped_table(records, trained)}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.files import write_atomically
+
+Name = TypeVar("Name", str, int)
 
 DEEPER = 0.85
 """Probability that a node joins the deepest node of a tree, which makes long ways; else it joins any node."""
@@ -53,8 +55,10 @@ def write_documents(
     print(f"{options.documents:,} documents in {options.out}")
 
 
-def parents(random_: random.Random, names: Sequence[str], num_roots: int) -> dict[str, str]:
-    """Return the parent of every node of random trees; a root is its own."""
+def parents(
+    random_: random.Random, names: Sequence[Name], num_roots: int, deepest: int | None = None
+) -> dict[Name, Name]:
+    """Return the parent of every node of random trees, which are no deeper than `deepest`; a root is its own."""
     nodes = random_.sample(names, len(names))
     roots = nodes[:num_roots]
     weights = [random_.random() ** 4 for _ in roots]  # uneven, so that one tree may grow deep
@@ -64,13 +68,14 @@ def parents(random_: random.Random, names: Sequence[str], num_roots: int) -> dic
             parent[node], depth[node], tree[node] = node, 0, node
             continue
         root = random_.choices(roots, weights)[0]
-        deepest = max((other for other in tree if tree[other] == root), key=depth.__getitem__)
-        above = deepest if random_.random() < DEEPER else random_.choice(list(tree))
+        may_have_children = [other for other in tree if deepest is None or depth[other] < deepest]
+        lowest = max((other for other in may_have_children if tree[other] == root), key=depth.__getitem__)
+        above = lowest if random_.random() < DEEPER else random_.choice(may_have_children)
         parent[node], depth[node], tree[node] = above, depth[above] + 1, tree[above]
     return parent
 
 
-def way(parent: dict[str, str], node: str) -> list[str]:
+def way(parent: Mapping[Name, Name], node: Name) -> list[Name]:
     """Return the nodes on the way from `node` to its root, both included."""
     nodes = [node]
     while parent[nodes[-1]] != nodes[-1]:
@@ -78,7 +83,7 @@ def way(parent: dict[str, str], node: str) -> list[str]:
     return nodes
 
 
-def draw_query(random_: random.Random, parent: dict[str, str], least: int, most: int) -> list[str]:
+def draw_query(random_: random.Random, parent: Mapping[str, str], least: int, most: int) -> list[str]:
     """Return the way from a random node that is as near to hops drawn from `least` to `most` as the trees have."""
     drawn = random_.randint(least, most)
     ways = [way(parent, node) for node in random_.sample(sorted(parent), len(parent))]
