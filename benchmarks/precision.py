@@ -36,7 +36,7 @@ from ebwm_dist.mcmc import second_order, space, vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Slice
-from ebwm_dist.models import energy_transformer, layers
+from ebwm_dist.models import candidate_attention, energy_transformer, layers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAD_ID = 0  # never drawn
@@ -108,7 +108,7 @@ PARTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         energy_transformer.EnergyHead, "forward", lambda self, h, *_: F.linear(h, self.weight).squeeze(-1)
     ),
     "alpha": lambda: patch.object(space.StepSize, "forward", lambda self: self.alpha.clamp(min=space.MIN_STEP_SIZE)),
-    "softmax of attention": lambda: patch.object(layers, "softmax", low_softmax),
+    "softmax of attention": lambda: patch.object(candidate_attention, "softmax", low_softmax),
     "softmax of the vocabulary": low_vocabulary_softmax,
     "RMSNorm statistics": lambda: patch.object(layers.RMSNorm, "forward", low_norm),
     "sums of the context's gradient": lambda: patch.object(second_order, "_zeros_like", torch.zeros_like),

@@ -48,4 +48,9 @@ def _softmax(scores: Tensor, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     own = (q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1])
     unseen = torch.arange(scores.shape[-1], device=scores.device) >= seen[..., None]
     scores = torch.cat((scores.masked_fill(unseen, -math.inf), own), -1)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return softmax(scores)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Return the softmax over the last dimension, computed in float32 or wider."""
+    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
