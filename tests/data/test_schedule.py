@@ -176,7 +176,7 @@ def test_held_out_samples_and_words_follow_the_schedule(halves: dict[str, Manife
     words = "training sequences by their number in the run: "
     assert mixture.describe_shares("") == f"{words}up to 10,000 easy; from 30,000 hard; in proportion in between"
     assert describe_weights({"easy": [(0, 1.0), (30_000, 0.0)], "hard": 1.0}) == (
-        f"{words}up to 0 50 % easy, 50 % hard; from 30,000 hard; in proportion in between"
+        f"{words}at first 50 % easy, 50 % hard; from 30,000 hard; in proportion in between"
     )
     lessons = {
         "one": [(20, 1.0), (21, 0.0)],

@@ -75,7 +75,10 @@ def test_shares_of_targets_and_of_data_sets_are_described(tiny: Manifest, tmp_pa
     assert f"targets: {100 * share:.1f} % of the positions" in text and f"FLOPs per token: {flops:.4g}" in text
     config.data.mixture = {"a": [(0, 1.0), (30_000, 0.0)], "b": 1.0}
     text = describe(config)
-    assert "at sample 30,000 of the run 0 are of a, 10,000 are of b" in text and "targets" not in text.split("---")[1]
+    assert (
+        "at first 50 % a, 50 % b; from 30,000 b; in proportion in between" in text
+        and "targets" not in text.split("---")[1]
+    )
 
 
 def test_depth_is_extrapolated() -> None:

@@ -283,7 +283,7 @@ def _describe_points(weights: Mapping[str, Weight], points: Sequence[int]) -> st
         text = ", ".join(name if quota == BLOCK else f"{100 * quota / BLOCK:g} % {name}" for name, quota in shares)
         place = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         if (first, last, quotas) == parts[0]:
-            place = f"up to {last:,}"
+            place = f"up to {last:,}" if last else "at first"
         elif (first, last, quotas) == parts[-1]:
             place = f"from {first:,}"
         lines.append(f"{place} {text}")
