@@ -28,11 +28,18 @@ unexport PYTHONPATH PYTHONHOME
 
 # Train a configuration into its run folder. A run that was stopped leaves with 0 as well, but what follows needs its end.
 define train
-$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/$(1).yaml run_dir=$(2)
+$(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/$(1).yaml run_dir=$(2) $(3)
 $(VENV)/bin/python launchers/watch.py $(2) --finished
 endef
 
-.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes test check clean
+# The same beside another run, which has the console: what this one prints goes into a file.
+define train_beside
+@mkdir -p $(dir $(2)) && echo "$(2) trains beside the others, its console is in $(2).log"
+$(call train,$(1),$(2),> $(2).log 2>&1 || { tail $(2).log >&2; exit 1; })
+endef
+
+.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes test check clean \
+	reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1
 
 setup: $(STAMP)
 
@@ -57,13 +64,21 @@ train: setup data
 	$(call train,ar_quickstart,runs/quickstart_ar)
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/quickstart --baseline runs/quickstart_ar
 
+# These models are small: two side by side, a thread each, are done much sooner than one after the other.
 train-reasoning: setup data-reasoning
-	$(call train,reasoning,runs/reasoning)
-	$(call train,ar_reasoning,runs/reasoning_ar1)
-	$(call train,ar_reasoning_2layers,runs/reasoning_ar2)
-	$(call train,ar_reasoning_4layers,runs/reasoning_ar4)
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$$(getconf _NPROCESSORS_ONLN) \
+		reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/reasoning --data data/reasoning/harder \
 		--baseline runs/reasoning_ar1 --baseline runs/reasoning_ar2 --baseline runs/reasoning_ar4
+
+reasoning-ebt:
+	$(call train,reasoning,runs/reasoning)
+
+reasoning-ar1:
+	$(call train_beside,ar_reasoning,runs/reasoning_ar1)
+
+reasoning-ar2 reasoning-ar4: reasoning-ar%:
+	$(call train_beside,ar_reasoning_$*layers,runs/reasoning_ar$*)
 
 train-video: setup data-video
 	$(call train,ebwm_video_quickstart,runs/video_quickstart)
@@ -89,7 +104,7 @@ check: setup
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
 		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar runs/reasoning \
-		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4
+		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4 runs/reasoning_ar*.log
 
 $(SAMPLE): | setup
 	$(VENV)/bin/python data_tools/fetch_text.py --out $@

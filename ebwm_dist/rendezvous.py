@@ -119,12 +119,13 @@ def meet(place: Place, node: str, timeout: float, stop_reason: Callable[[], str 
 
 
 def _serve(place: Place) -> Store:
+    port = place.port if place.world_size > 1 else 0  # one that is free serves a process that nobody has to find
     try:
         # By this name, as MASTER_ADDR is how others reach this machine, and may be wrong.
-        return _c10d.TCPStore("localhost", place.port, place.world_size, is_master=True, wait_for_workers=False)
+        return _c10d.TCPStore("localhost", port, place.world_size, is_master=True, wait_for_workers=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
-            raise UserError(f"port {place.port} of this machine cannot be served: {error}") from None
+            raise UserError(f"port {port} of this machine cannot be served: {error}") from None
     raise UserError(
         f"port {place.port} of this machine is taken, perhaps by another run: name a free one, "
         "with `deepspeed --master_port PORT` or `torchrun --master_port PORT`"

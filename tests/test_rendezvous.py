@@ -135,7 +135,8 @@ def test_a_taken_port_is_one_line() -> None:
         with pytest.raises(
             UserError, match=rf"^port {port} of this machine is taken, .* `deepspeed --master_port PORT`"
         ):
-            meet(place(0, port=port), "here", 60, never)
+            meet(place(0, 2, port=port), "here", 60, never)
+        meet(place(0, 1, port=port), "here", 60, never)  # nobody has to find a process that is alone
 
 
 def test_two_processes_of_one_rank_and_other_sizes_are_refused() -> None:

@@ -83,9 +83,20 @@ class AutoregressiveTransformer(SequenceModel):
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
-    def summed_loss(self, observed: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of the predictions after each of S observed states, summed over the targets."""
-        return self.losses(self.predict(observed), targets).sum()
+    def target_losses(self, observed: Tensor, targets: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the loss [B, S] of the predictions after each of S observed states, 0 where a target is padding.
+
+        With the places of the `chosen` targets among all of them, flattened [N], the head runs only there.
+        """
+        if chosen is None:
+            return self.losses(self.predict(observed), targets)
+        hidden = self.norm(self._run(observed)[0].flatten(0, 1)[chosen])
+        found = self.losses(self.head(hidden)[None], targets.flatten()[chosen][None])[0]
+        return found.new_zeros(targets.numel()).index_put((chosen,), found).view_as(targets)
+
+    def summed_loss(self, observed: Tensor, targets: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the sum of `target_losses`."""
+        return self.target_losses(observed, targets, chosen).sum()
 
     def training_step(
         self,
@@ -100,13 +111,13 @@ class AutoregressiveTransformer(SequenceModel):
     ) -> TrainingOutput:
         """Run forward and backward of S+1 observed states; there is no noise, and there are no MCMC steps to plan.
 
-        `targets` [B, S] are the true next tokens, padding where there is no loss; unset, the observed states. The
-        summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
+        `targets` [B, S] on the CPU are the true next tokens, padding where there is no loss; unset, the observed
+        states. The summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
         """
-        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
+        chosen, targets = self._targets(observed, targets)
         if num_targets is None:
             num_targets = self.target_mask(targets).sum().clamp(min=1)
-        loss = (forward or self)(self.summed_loss, observed[:, :-1], targets)
+        loss = (forward or self)(self.summed_loss, observed[:, :-1], targets, chosen)
         loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
         backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
@@ -116,6 +127,13 @@ class AutoregressiveTransformer(SequenceModel):
         self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
     ) -> Evaluation:
         """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
-        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
-        loss = self.losses(self.predict(observed[:, :-1]), targets).sum(-1)
+        chosen, targets = self._targets(observed, targets)
+        loss = self.target_losses(observed[:, :-1], targets, chosen).sum(-1)
         return Evaluation(loss[None], None, self.target_mask(targets).sum(-1))
+
+    def _targets(self, observed: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Return where targets were chosen, if they were, and the targets on the device of the observed states."""
+        if targets is None:
+            return None, observed[:, 1:]
+        chosen = self.target_mask(targets).flatten().nonzero()[:, 0]  # on the CPU, where nothing has to wait for it
+        return chosen.to(observed.device), targets.to(observed.device)

@@ -19,7 +19,7 @@ def training_flops_per_token(
     With F one forward of a stream and M = 2VD one product with the vocabulary matrix, or, for embeddings, 2ED one with
     the projection (none, where E = D):
 
-    * autoregressive: 3 (F + M), M being that with the head; embeddings that are projected: 2 M more.
+    * autoregressive: 3 (F + M), M being that with the head, at targets only; embeddings that are projected: 2 M more.
     * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (embedding, read-out); each
       step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products;
       and for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings
@@ -28,7 +28,7 @@ def training_flops_per_token(
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
-        return 3 * (costs.stream + costs.head) + 2 * costs.projection
+        return 3 * (costs.stream + target_share * costs.head) + 2 * costs.projection
     contexts = min(mcmc.num_steps, config.num_landscapes)
     steps = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps

@@ -56,6 +56,33 @@ def test_the_loss_of_tokens_is_the_mean_cross_entropy_over_the_targets(padding: 
         assert torch.allclose(weight.grad, gradient)
 
 
+def test_the_head_runs_at_chosen_targets_only() -> None:
+    torch.manual_seed(0)
+    config = Config(model=ModelConfig(kind="ar", vocab_size=41, dim=DIM, num_heads=2, num_layers=2))
+    model = build_model(config, pad_id=3).double()
+    tokens, rows = torch.randint(4, 41, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1)), []
+    targets = tokens[:, 1:].clone()
+    targets[0], targets[1, :3], targets[2, 5:] = 3, 3, 3
+    model.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].flatten(0, -2).shape[0]))
+    expected = F.cross_entropy(model.predict(tokens[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=3)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    output = model.training_step(tokens, torch.arange(3), targets=targets)
+    assert torch.allclose(output.loss, expected)
+    for weight, gradient in zip(model.parameters(), wanted, strict=True):
+        assert torch.allclose(weight.grad, gradient)
+    found = model.evaluate(tokens, torch.arange(3), 1, targets)
+    assert found.tokens.tolist() == [0, 4, 5] and found.step_losses[0, 0] == 0
+    assert torch.allclose(found.step_losses.sum() / 9, expected)
+    assert rows == [3 * LENGTH, 9, 9]
+
+
+def test_a_micro_batch_may_have_no_target() -> None:
+    config = Config(model=ModelConfig(kind="ar", vocab_size=41, dim=DIM, num_heads=2, num_layers=2))
+    model, tokens = build_model(config, pad_id=3), torch.randint(4, 41, (3, LENGTH + 1))
+    output = model.training_step(tokens, torch.arange(3), targets=torch.full((3, LENGTH), 3), num_targets=5)
+    assert output.loss == 0 and all(not weight.grad.any() for weight in model.parameters())
+
+
 @WIDTHS
 def test_gradients_equal_finite_differences(width: int) -> None:
     model, observed = build(width), frames(width)

@@ -56,8 +56,8 @@ def test_formula_counts_what_a_step_needs(kind: str, loss: str, embedding_dim: i
 
 
 @pytest.mark.parametrize(("kind", "gradient"), [("ebt", "truncated"), ("ebt", "full"), ("ar", "full")])
-def test_only_targets_are_refined(kind: str, gradient: str) -> None:
-    """A quarter of the positions are targets: the context and an autoregressive twin still cost all of them."""
+def test_only_targets_are_refined_or_read_out(kind: str, gradient: str) -> None:
+    """A quarter of the positions are targets: the context, and the blocks of a twin, still cost all of them."""
     model_config = ModelConfig(kind=kind, vocab_size=400, dim=128, num_heads=2, num_layers=3)
     config = Config(model=model_config, mcmc=MCMCConfig(num_steps=2, step_size=1.0, gradient=gradient))
     model, executed = build_model(config, pad_id=0), []
@@ -70,7 +70,7 @@ def test_only_targets_are_refined(kind: str, gradient: str) -> None:
         executed.append(counter.total / (4 * 8))
     whole, quarter = (training_flops_per_token(config.model, config.mcmc, 8, share) for share in (1.0, 0.25))
     assert executed[1] / executed[0] == pytest.approx(quarter / whole, rel=0.05)
-    assert (quarter == whole) == (kind == "ar")
+    assert quarter < whole
 
 
 def test_an_unknown_device_has_no_peak() -> None:
