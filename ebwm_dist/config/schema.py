@@ -1,7 +1,7 @@
 """The whole configuration as one typed tree of plain dataclasses.
 
 Only the standard library is imported here, so that models and MCMC can use their sections without OmegaConf.
-What a single key accepts is declared here; conditions that span several keys are in `checks.py`.
+What a single key accepts is declared here, by `fields.py`; conditions that span several keys are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-
-def number(default: Any, **limits: float) -> Any:
-    """Declare a number, or a tuple of them, within limits: `at_least`, `above`, `at_most`, `below`."""
-    return field(default=default, metadata={"limits": limits})
-
-
-def location(default: str | None) -> Any:
-    """Declare the path of a file or folder, or the address of one."""
-    return field(default=default, metadata={"location": True})
-
-
-def choice(default: str, *others: str) -> Any:
-    """Declare a string field that accepts `default` and `others` only."""
-    return field(default=default, metadata={"choices": (default, *others)})
+from ebwm_dist.config.fields import choice, location, number
 
 
 @dataclass
