@@ -24,7 +24,8 @@ import torch
 from ebwm_dist.checkpoint.folder import MARKER, fingerprint, list_checkpoints, newest_step, step_of
 from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster.results import EVALUATIONS_FILE, console_line, follow_command, read_evaluations
-from ebwm_dist.config.schema import Config, EvaluationConfig
+from ebwm_dist.config.schema import Config
+from ebwm_dist.config.services import EvaluationConfig
 from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.errors_by_step import ErrorsByStep, evaluate_shard, merge
 from ebwm_dist.files import Record, append_record

@@ -1,7 +1,8 @@
 """The whole configuration as one typed tree of plain dataclasses.
 
 Only the standard library is imported here, so that models and MCMC can use their sections without OmegaConf.
-What a single key accepts is declared here, by `fields.py`; conditions that span several keys are in `checks.py`.
+What a single key accepts is declared here, by `fields.py`, and in `services.py` for what surrounds a training;
+conditions that span several keys are in `checks.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebwm_dist.config.fields import choice, location, number
+from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, WandbConfig
 
 
 @dataclass
@@ -219,28 +221,6 @@ class ValidationConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    """Evaluation of every checkpoint by separate processes on a Ray cluster, in parallel with the training."""
-
-    workers: int = number(0, at_least=0)
-    """Processes that share the evaluation of each checkpoint; 0: no automatic evaluation."""
-    cpus_per_worker: int = number(1, at_least=1)
-    """CPUs and threads of each worker."""
-    gpus_per_worker: float = number(0.0, at_least=0, at_most=1)
-    """GPUs of each worker, or a fraction of one; 0: evaluate on the CPU."""
-    max_mcmc_steps: int = number(8, at_least=1)
-    """Losses are measured after every MCMC step up to this one."""
-    max_sequences: int = number(512, at_least=1)
-    """At most this many held-out sequences, always the same ones."""
-    batch_size: int = number(16, at_least=1)
-    """Sequences at a time on each worker."""
-    timeout: float = number(3600.0, above=0)
-    """Seconds for one checkpoint after which a worker counts as hung and is replaced."""
-    drain_timeout: float = number(600.0, at_least=0)
-    """Seconds after the training to evaluate the remaining checkpoints."""
-
-
-@dataclass
 class CheckpointConfig:
     """Sharded checkpoints of the whole training state."""
 
@@ -248,6 +228,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = number(3, at_least=1)
     """Number of newest checkpoints kept."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while the training goes on; false: train on once it is written."""
     resume: str = choice("auto", "never")
     """`auto`: continue from the run folder's newest intact checkpoint; `never`: refuse a run folder that has any."""
     remote: str | None = location(None)
@@ -265,41 +247,6 @@ class ZeroConfig:
     """Keep the optimizer state on the CPU and step there (stages 1 to 3)."""
     offload_parameters: bool = False
     """Keep the parameters on the CPU until a block needs them (stage 3)."""
-
-
-@dataclass
-class WandbConfig:
-    """Weights & Biases, in addition to metrics.jsonl."""
-
-    mode: str = choice("disabled", "offline", "online")
-    """`offline` writes a local run that `wandb sync` uploads later."""
-    project: str = "ebwm"
-    """Name of the project."""
-    name: str | None = None
-    """Name of the run; null: that of the run folder."""
-
-
-@dataclass
-class ClusterConfig:
-    """Resources of a run on a Ray cluster, with one worker per accelerator; unused by other launchers."""
-
-    num_nodes: int = number(1, at_least=1)
-    """Number of nodes."""
-    min_nodes: int | None = number(None, at_least=1)
-    """Train on as few nodes as this while others are missing; null: `num_nodes`."""
-    gpus_per_node: int = number(0, at_least=0)
-    """GPUs, and so workers, of each node; 0: train on CPUs."""
-    cpus_per_node: int = number(1, at_least=1)
-    """Workers of each node without GPUs; each has one CPU."""
-    max_restarts: int = number(5, at_least=0)
-    """Restarts in a row without a newer checkpoint until the run fails."""
-    capacity_timeout: float = number(1800.0, above=0)
-    """Seconds to wait for `min_nodes` before giving up."""
-
-    @property
-    def workers_per_node(self) -> int:
-        """Number of workers on each node."""
-        return self.gpus_per_node or self.cpus_per_node
 
 
 @dataclass

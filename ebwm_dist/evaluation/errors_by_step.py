@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ebwm_dist.config.schema import EvaluationConfig
+from ebwm_dist.config.services import EvaluationConfig
 from ebwm_dist.evaluation.frames import FrameErrors, frame_errors
 from ebwm_dist.evaluation.losses import Sums, accumulate
 from ebwm_dist.run import Run, ValidationData

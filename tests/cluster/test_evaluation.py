@@ -18,7 +18,8 @@ from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.cluster import evaluation
 from ebwm_dist.cluster.evaluation import Follower, evaluation_workers
 from ebwm_dist.cluster.results import console_line, read_evaluations
-from ebwm_dist.config.schema import Config, EvaluationConfig
+from ebwm_dist.config.schema import Config
+from ebwm_dist.config.services import EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.encoders.preprocessing import build_preprocessor, embedding_statistics

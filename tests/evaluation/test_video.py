@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebwm_dist.config.schema import EvaluationConfig
+from ebwm_dist.config.services import EvaluationConfig
 from ebwm_dist.data.format.manifest import Manifest, Split
 from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.format.video_codec import encode_jpeg
