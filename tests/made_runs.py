@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.folder import commit, prepare_staging
 from ebwm_dist.config.loading import load_config, save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
@@ -20,6 +20,7 @@ from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, build_preprocessor
 from ebwm_dist.files import METRICS_FILE, write_json
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import Run, save_sample_format
+from tests.staging import hash_files
 
 
 def make_run(config_file: Path, manifest: Manifest, run_dir: Path, overrides: Sequence[str] = ()) -> Config:
@@ -38,7 +39,7 @@ def add_checkpoint(config: Config, step: int) -> Path:
     staging = prepare_staging(run_dir / "checkpoints", step)
     torch.save({"module": state}, staging / "mp_rank_00_model_states.pt")
     metadata = {"model": dataclasses.asdict(config.model), "zero_stage": 1, "world_size": 1, "precision": "fp32"}
-    return commit(staging, [hash_share(staging)], metadata)
+    return commit(staging, [hash_files(staging)], metadata)
 
 
 def add_records(config: Config) -> None:

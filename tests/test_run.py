@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebwm_dist.checkpoint.folder import commit, hash_share, list_checkpoints, prepare_staging, read_marker
+from ebwm_dist.checkpoint.folder import commit, list_checkpoints, prepare_staging, read_marker
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import validation_batches
@@ -24,6 +24,7 @@ from ebwm_dist.inference.export import export_run
 from ebwm_dist.run import FORMAT_FILE, Run
 from tests.made_runs import add_checkpoint, finished_run, make_run, share_tokenizer
 from tests.runs import write_config
+from tests.staging import hash_files
 from tests.tiny_data import make_tiny_data
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents, tiny_latents
 
@@ -40,7 +41,7 @@ def run(tmp_path: Path) -> Run:
     older = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
     (staging / "mp_rank_00_model_states.pt").write_bytes((older / "mp_rank_00_model_states.pt").read_bytes())
     (staging / "optim_states.pt").write_bytes(b"moments")
-    commit(staging, [hash_share(staging)], read_marker(older)["metadata"])
+    commit(staging, [hash_files(staging)], read_marker(older)["metadata"])
     return Run(tmp_path / "run")
 
 

@@ -1,6 +1,6 @@
 """The folder protocol of checkpoints: committed atomically, verified by hash, pruned.
 
-All ranks write to `step-000100.tmp/` and hash their share of it (`hash_share`); then one rank calls `commit`, which
+All ranks write to `step-000100.tmp/` and hash what they write (`writing.py`); then one rank calls `commit`, which
 writes the marker `COMMITTED.json` with the size and SHA-256 of every file and renames the folder to `step-000100/`. A
 folder is a checkpoint if and only if it holds the marker and its name does not end in `.tmp`. A checkpoint that is
 replaced stays as `step-000100.old/` until the new one is committed. Leased checkpoints (`leases.py`) are not pruned.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,24 +143,6 @@ def prepare_staging(root: Path, step: int) -> Path:
     return path
 
 
-def hash_share(staging: Path, rank: int = 0, world_size: int = 1) -> Files:
-    """Flush and hash this rank's share of all files, for `commit`, once all ranks have written theirs."""
-    sizes = {path.relative_to(staging).as_posix(): path.stat().st_size for path in _files(staging)}
-    return _hash_files(staging, balanced_share(sizes, rank, world_size), sync=True)
-
-
-def balanced_share(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
-    """Divide files of given sizes among the ranks so that all have about as much to do; return this rank's names."""
-    load = [0] * world_size
-    mine = []
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = load.index(min(load))
-        load[least] += sizes[name] + 1
-        if least == rank:
-            mine.append(name)
-    return mine
-
-
 def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> Path:
     """Make a checkpoint of the staging folder, in place of one of the same step, and return its path.
 
@@ -251,10 +233,8 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _hash_files(folder: Path, names: Iterable[str], sync: bool = False) -> Files:
+def _hash_files(folder: Path, names: Iterable[str]) -> Files:
     def describe(name: str) -> dict[str, Any]:
-        if sync:
-            flush(folder / name)
         return {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_file(folder / name)}
 
     names = list(names)

@@ -1,32 +1,34 @@
 """Save and load the whole state of a run: DeepSpeed's shards, every rank's random state, data position, counters.
 
-`checkpoint/folder.py` makes a checkpoint of a folder; this module fills it. Checkpoints of another ZeRO stage or number
-of ranks are read by `resharding.py`.
+`checkpoint/folder.py` makes a checkpoint of a folder, `checkpoint/writing.py` fills it in a thread; this module says
+with what, and lets the ranks agree on the outcome. Checkpoints of another ZeRO stage or number of ranks are read by
+`resharding.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from ebwm_dist.checkpoint import folder as checkpoints
+from ebwm_dist.checkpoint.host_memory import HostMemory
 from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
+from ebwm_dist.checkpoint.writing import Save
 from ebwm_dist.checkpoint.zero_files import open_zero_state
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.engine import TrainingEngine
+from ebwm_dist.training.random_state import random_state, seed_random_state, set_random_state
 from ebwm_dist.training.resume_checks import check_resume, resume_settings
 
 
@@ -55,57 +57,129 @@ Reshard = Callable[[list[dict[str, Any]], int, int], dict[str, Any]]
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run, on all ranks together."""
+    """Writes and reads the checkpoints of one run, on all ranks together.
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    Args:
+        config: of the whole run.
+        world: this process and the others.
+        committed: called on every rank with the path of a checkpoint that is now there.
+    """
+
+    def __init__(self, config: Config, world: World, committed: Callable[[Path], None] = lambda path: None):
+        self.config, self.world, self._committed = config, world, committed
         self.root = Path(config.run_dir) / "checkpoints"
         self.uploader: Uploader | None = None
         """On rank 0, with `checkpoint.remote`."""
+        self._memory = HostMemory(pinned=world.device.type == "cuda")
+        self._pending: Save | None = None
+        """The save that goes on; the ranks agree on whether there is one."""
 
-    def save(
+    def begin(
         self,
         engine: TrainingEngine,
         state: TrainingState,
         progress: Callable[[], None] = lambda: None,
         extra: dict[str, Any] | None = None,
-    ) -> Path:
-        """Commit a checkpoint of `state.step`, on all ranks together; if one fails, all do.
+    ) -> None:
+        """Begin to save `state.step`, on all ranks together; without `checkpoint.asynchronous`, wait for the end.
+
+        A save that goes on is waited for first.
 
         Args:
             engine: model and optimizer.
             state: the same on all ranks.
-            progress: called between its phases, on every rank.
+            progress: called between its phases and while it waits, on every rank.
             extra: further state of this rank: tensors, numbers and strings, in lists and dictionaries.
         """
-
+        self.wait(progress)
         world, root, staging = self.world, self.root, checkpoints.staging_path(self.root, state.step)
+        asynchronous, files = self.config.checkpoint.asynchronous, dict[str, Any]()
 
-        def write() -> None:
-            engine.save_checkpoint(staging, {"training_state": dataclasses.asdict(state)})
-            rank_state = {"random": _random_state(world.device), "extra": extra or {}}
-            torch.save(rank_state, staging / _rank_file(world.rank))
+        def collect() -> None:
+            keep = _itself
+            if asynchronous:
+                self._memory.recycle()
+                keep = self._memory.copy
+            client = {"training_state": dataclasses.asdict(state)}
+            files.update(engine.checkpoint_files(staging, client, keep))
+            files[_rank_file(world.rank)] = keep({"random": random_state(world.device), "extra": extra or {}})
 
-        def commit() -> None:
-            if world.rank == 0:
-                path = checkpoints.commit(staging, shares, self._metadata())
-                if self.uploader is not None:
-                    self.uploader.offer(path)
-                checkpoints.prune(root, self.config.checkpoint.keep, latest=state.step)
+        def commit(shares: list[checkpoints.Files]) -> None:
+            path = checkpoints.commit(staging, shares, self._metadata())
+            if self.uploader is not None:
+                self.uploader.offer(path)
+            checkpoints.prune(root, self.config.checkpoint.keep, latest=checkpoints.step_of(path))
 
+        save = Save(staging, files, world.rank, world.world_size, commit)
         try:
             self._write_together(lambda: checkpoints.prepare_staging(root, state.step) if world.rank == 0 else None)
             progress()
-            self._write_together(write)
-            progress()
-            shares = self._write_together(lambda: checkpoints.hash_share(staging, world.rank, world.world_size))
-            progress()
-            self._write_together(commit)
+            self._write_together(collect)
         except Exception:
-            if world.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)  # the room it takes may be what is missing
+            self._remove(staging)
             raise
-        return checkpoints.checkpoint_path(root, state.step)
+        self._pending = save
+        save.start()
+        if not asynchronous:
+            self.wait(progress)
+
+    def poll(self) -> None:
+        """Notice the end of a save that goes on, if there is one, on all ranks together; all raise its failure."""
+        save = self._pending
+        if save is None:
+            return
+
+        def ended() -> bool:
+            alive = save.is_alive()
+            if save.failure is not None:
+                raise save.failure
+            return not alive
+
+        try:
+            if not all(self._write_together(ended)):
+                return
+        except Exception as error:
+            if save.failure is None and not isinstance(error, UserError):
+                raise  # another rank is gone: see `settle`
+            self._pending = None
+            save.abandon()
+            self.world.gather_objects(None)  # no rank writes any longer
+            self._remove(save.staging)
+            raise
+        self._pending = None
+        self._committed(checkpoints.checkpoint_path(self.root, checkpoints.step_of(save.staging)))
+
+    def wait(self, progress: Callable[[], None]) -> None:
+        """Wait for the end of a save that goes on, if there is one, as `poll` does."""
+        while self._pending is not None:
+            progress()
+            self._pending.join(0.05)
+            self.poll()
+
+    def save(self, engine: TrainingEngine, state: TrainingState, extra: dict[str, Any] | None = None) -> Path:
+        """Commit a checkpoint of `state.step`, on all ranks together, and return its path; see `begin`."""
+        self.begin(engine, state, extra=extra)
+        self.wait(lambda: None)
+        return checkpoints.checkpoint_path(self.root, state.step)
+
+    def activity(self) -> tuple[int | None, int] | None:
+        """Return the thread of a save that goes on here and a number that grows with its progress, None without one."""
+        save = self._pending
+        return (save.ident, save.activity) if save is not None and save.is_alive() else None
+
+    def settle(self, progress: Callable[[], None], warn: Callable[[str], None]) -> None:
+        """After an error, let a save that goes on come to its end, as far as that is possible without other ranks."""
+        save = self._pending
+        if save is None:
+            return
+        save.settle(progress)
+        self._pending = None
+        if save.failure is not None:
+            warn(f"the checkpoint of step {checkpoints.step_of(save.staging)} was not saved: {save.failure}")
+
+    def _remove(self, staging: Path) -> None:
+        if self.world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # the room it takes may be what is missing
 
     def find(self, warn: Callable[[str], None]) -> Path | None:
         """Return the checkpoint to continue from, the same on every rank, or None for a fresh run."""
@@ -148,7 +222,8 @@ class Checkpointer:
         return path
 
     def finish(self, step: int, progress: Callable[[], None]) -> None:
-        """Wait until the checkpoints up to `step` are in remote storage, if any; raise a failure on all ranks."""
+        """Wait until checkpoints up to `step` are saved, and in remote storage, if any; all ranks raise a failure."""
+        self.wait(progress)
         if self.config.checkpoint.remote is None:
             return
         while self.world.any_rank(self.uploader is not None and self.uploader.busy):
@@ -206,9 +281,9 @@ class Checkpointer:
         with restricted_loading():
             states = {rank: torch.load(path / _rank_file(rank), weights_only=True, mmap=True) for rank in ranks}
         if world.rank in states:
-            _set_random_state(states[world.rank]["random"], world.device)
+            set_random_state(states[world.rank]["random"], world.device)
         else:
-            _seed_random_state(mix_seed(self.config.seed, step, world.rank))
+            seed_random_state(mix_seed(self.config.seed, step, world.rank))
         if world.world_size > world_size:
             first, last = world_size, world.world_size - 1
             new = f"rank {first} is new: its" if first == last else f"ranks {first} to {last} are new: their"
@@ -232,18 +307,20 @@ class Checkpointer:
         def attempt() -> Any:
             try:
                 return action()
-            except (OSError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
-                    raise
-                reason = error.strerror if isinstance(error, OSError) else "a file could not be written whole"
+            except OSError as error:
                 saved = checkpoints.list_checkpoints(self.root)
+                reason, free = error.strerror or error, shutil.disk_usage(self.root).free / 2**30
                 raise CheckpointError(
-                    f"saving to {self.root} failed: {reason}, {shutil.disk_usage(self.root).free / 2**30:.2f} GiB are "
-                    "free there; make room or lower checkpoint.keep, then start the same command again: it goes on "
-                    f"from {saved[0].name if saved else 'the beginning'}"
+                    f"saving to {self.root} failed: {reason}, {free:.2f} GiB are free there; make room or lower "
+                    "checkpoint.keep, then start the same command again: it goes on from "
+                    f"{saved[0].name if saved else 'the beginning'}"
                 ) from error
 
         return self.world.together(attempt)
+
+
+def _itself(content: Any) -> Any:
+    return content
 
 
 def _layout(metadata: dict[str, Any]) -> tuple[Any, ...]:
@@ -258,32 +335,3 @@ def _ranks(number: int) -> str:
 
 def _rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.pt"
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _seed_random_state(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

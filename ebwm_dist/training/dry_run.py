@@ -65,6 +65,10 @@ def describe(config: Config) -> str:
     for world_size in WORLD_SIZES if offloaded else ():
         on_cpu = state_bytes(parameters, zero, world_size, training.precision)[1]
         lines.append(f"  memory of the CPU per GPU, with {world_size:2} GPUs: {on_cpu / GIB:.2f}")
+    if config.checkpoint.asynchronous:
+        sizes = [saved_bytes(parameters, zero, world_size, training.precision) / GIB for world_size in WORLD_SIZES]
+        copies = ", ".join(f"{size:.2f} with {number}" for size, number in zip(sizes, WORLD_SIZES, strict=True))
+        lines.append(f"  copy of the state in memory of the CPU for saves (checkpoint.asynchronous), GPUs: {copies}")
     return "\n".join(lines)
 
 
@@ -106,6 +110,14 @@ def state_bytes(parameters: int, zero: ZeroConfig, world_size: int, precision: s
     else:
         on_device += parameters * weights
     return on_device, on_cpu
+
+
+def saved_bytes(parameters: int, zero: ZeroConfig, world_size: int, precision: str) -> float:
+    """Return the bytes of weights, their fp32 copy and moments that rank 0, which writes the most, saves."""
+    weights = 2.0 if precision == "bf16" else 4.0
+    if zero.stage == 0:
+        return parameters * (weights + (12.0 if precision == "bf16" else 8.0))
+    return parameters * ((0.0 if zero.stage == 3 else weights) + 12.0 / world_size)
 
 
 def activation_bytes(config: Config) -> int:

@@ -125,29 +125,38 @@ class TrainingEngine:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def save_checkpoint(self, folder: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's part of model and optimizer into `folder`.
+    def checkpoint_files(
+        self, folder: Path, client_state: dict[str, Any], keep: Callable[[Any], Any]
+    ) -> dict[str, Any]:
+        """Return this rank's files of a checkpoint in `folder` of model and optimizer: name -> `keep` of the content.
 
-        A rank that cannot write fails once all ranks are through: DeepSpeed lets them meet at the end.
+        DeepSpeed lets the ranks meet at the end: a rank that fails does so once all are through.
         """
-        engine, failures = self.deepspeed, list[Exception]()
+        engine, files, failures = self.deepspeed, dict[str, Any](), list[Exception]()
 
-        def attempt(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(action: Callable[..., None]) -> Callable[..., None]:
             def wrapped(*args: Any, **kwargs: Any) -> None:
                 try:
-                    write(*args, **kwargs)
+                    action(*args, **kwargs)
                 except Exception as error:
                     failures.append(error)
 
             return wrapped
 
+        def collect(state_dict: Any, path: str) -> None:
+            files[Path(path).name] = keep(state_dict)
+
         with ExitStack() as patches:
-            for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
-                setattr(owner, name, attempt(getattr(owner, name)))
+            for owner, name, action in (
+                (engine.checkpoint_engine, "save", collect),
+                (engine, "_copy_recovery_script", engine._copy_recovery_script),
+            ):
+                setattr(owner, name, attempt(action))
                 patches.callback(delattr, owner, name)
             engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False)
         if failures:
             raise failures[0]
+        return files
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Read it back, on as many ranks and at the stage that wrote it; return the client state."""

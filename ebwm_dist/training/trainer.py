@@ -71,7 +71,8 @@ class Trainer:
                 dp_rank=world.rank,
                 dp_world_size=world.world_size,
             )
-        self.checkpointer = Checkpointer(config, world)
+        self.checkpointer = Checkpointer(config, world, lambda path: self.log.log(f"saved {path}"))
+        watchdog.watch_save(self.checkpointer.activity)
         checkpoint = self.checkpointer.find(self.log.warn)
         if world.rank == 0:
             save_config(config, self.run_dir / CONFIG_FILE)
@@ -155,6 +156,7 @@ class Trainer:
                     self.watchdog.first_step_done()
                     # Longer than the watchdog's, whose message says more than a failed collective's.
                     set_collective_timeout(training.step_timeout + COLLECTIVE_MARGIN)
+                self.checkpointer.poll()
                 if state.step % self.config.checkpoint.interval == 0 or state.step == last or stop:
                     self._save()
                 if self._validation_due() and not stop:
@@ -163,8 +165,10 @@ class Trainer:
                         self._save()
             self.checkpointer.finish(state.step, partial(self.watchdog.beat, state.step, "upload"))
             self.log.log(self._outcome(first, stop))
-        except BaseException:
+        except BaseException as error:
             self.log.failure()
+            if isinstance(error, Exception):  # a second Ctrl-C ends the run at once
+                self.checkpointer.settle(partial(self.watchdog.beat, state.step, "checkpoint"), self.log.warn)
             raise
         finally:
             self.stream.close()
@@ -310,9 +314,8 @@ class Trainer:
         state = self.state
         progress = partial(self.watchdog.beat, state.step, "checkpoint")
         progress()
-        path = self.checkpointer.save(self.engine, state, progress, self.model.extra_state())
+        self.checkpointer.begin(self.engine, state, progress, self.model.extra_state())
         self.saved_step = state.step
-        self.log.log(f"saved {path}")
 
     def _step_size(self) -> float | None:
         """Return alpha; under ZeRO-3 all ranks have to ask for it."""

@@ -86,6 +86,7 @@ class Watchdog:
         self._timeout = startup_timeout
         self._limit_key = "training.startup_timeout"
         self._silence = 0.0
+        self._saving: Callable[[], tuple[int | None, int] | None] = lambda: None
         self._beats = 0
         self._report: Report = {"step": 0, "count": 0, "phase": "starting", "host": world.node}
         self._report |= {"end": None, "blames": None}
@@ -117,6 +118,10 @@ class Watchdog:
         self._timeout, self._limit_key = self.step_timeout, "training.step_timeout"
         self._silence = 0.0
 
+    def watch_save(self, activity: Callable[[], tuple[int | None, int] | None]) -> None:
+        """Also watch a thread that writes checkpoints: `activity` returns it and a number that grows, or None."""
+        self._saving = activity
+
     def explain(self, error: BaseException) -> str:
         """Return one line on an `error` of a collective: the step, and the rank that has caused it."""
         if self._giving_up:
@@ -138,25 +143,30 @@ class Watchdog:
             self._watcher.join(_STORE_PATIENCE)
 
     def _watch(self) -> None:
-        last = time.monotonic()
+        last, save, save_silence = time.monotonic(), self._saving(), 0.0
         tick = min(_INTERVAL, self.step_timeout / 10)
         while not self._closed.wait(tick):
             now = time.monotonic()
             # A longer gap is a stop of this very process (Ctrl-Z, say), which is no lack of progress.
-            self._silence += min(now - last, 2 * tick)
-            last = now
+            gap = min(now - last, 2 * tick)
+            self._silence += gap
+            last, before, save = now, save, self._saving()
+            save_silence = save_silence + gap if save == before and save is not None else 0.0
             if self._silence > self._timeout:
-                self._give_up()
+                self._giving_up = True
+                where, outage = _point(self._current()), self._outage()
+                cause = f": {outage}" if outage else ""
+                self._give_up(self._silence, f"{where}{cause}", f"it made no progress{cause}", self._verdict())
+            elif save is not None and save_silence > self._timeout:
+                self._giving_up = True
+                place = {"phase": "checkpoint, beside the training", "place": _place(_stack(save[0]))[0]}
+                self._give_up(save_silence, _point({**self._report, **place}), "it could not write a checkpoint", None)
 
-    def _give_up(self) -> None:
-        self._giving_up = True
-        where, outage = _point(self._current()), self._outage()
-        cause = f": {outage}" if outage else ""
-        verdict = self._verdict()
-        reason = f"{self._here()}: no progress for {self._silence:.0f} s in {where}{cause}. {verdict}"
+    def _give_up(self, silence: float, where: str, end: str, verdict: str | None) -> None:
+        reason = f"{self._here()}: no progress for {silence:.0f} s in {where}. {verdict or self._advice()}"
         print(reason, file=sys.stderr, flush=True)
         self._on_timeout(reason)
-        self._publish_end(f"it made no progress{cause}", verdict)
+        self._publish_end(end, verdict)
         self._wait_for_readers()
         sys.stdout.flush()
         os._exit(EXIT_CODE)
@@ -173,8 +183,11 @@ class Watchdog:
         place, in_collective = _place(_stack(self._trainer_thread))
         return {**self._report, "place": place, "in_collective": in_collective}
 
+    def _advice(self) -> str:
+        return f"If it may take this long, raise {self._limit_key}."
+
     def _verdict(self) -> str:
-        advice = f"If it may take this long, raise {self._limit_key}."
+        advice = self._advice()
         if self.store is None:
             return advice
         first, second = self._read(), None
@@ -273,8 +286,8 @@ def _point(report: Report) -> str:
     return f"step {report['step']} (phase {report['phase']}, {report['place']})"
 
 
-def _stack(thread: int) -> Iterator[FrameType]:
-    frame = sys._current_frames().get(thread)
+def _stack(thread: int | None) -> Iterator[FrameType]:
+    frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -13,7 +13,6 @@ from ebwm_dist.checkpoint.folder import (
     checkpoint_path,
     clean_leftovers,
     commit,
-    hash_share,
     list_checkpoints,
     newest_intact,
     prepare_staging,
@@ -22,6 +21,7 @@ from ebwm_dist.checkpoint.folder import (
     verify,
 )
 from ebwm_dist.errors import CheckpointError
+from tests.staging import hash_files
 
 
 def save(root: Path, step: int, content: str = "x", world_size: int = 2) -> Path:
@@ -30,7 +30,7 @@ def save(root: Path, step: int, content: str = "x", world_size: int = 2) -> Path
         (staging / f"rank-{rank}.pt").write_text(f"{content} {step} {rank}")
     (staging / "sub").mkdir()
     (staging / "sub" / "data.json").write_text(content)
-    return commit(staging, [hash_share(staging, rank, world_size) for rank in range(world_size)], {"zero_stage": 1})
+    return commit(staging, [hash_files(staging)], {"zero_stage": 1})
 
 
 def content_of(path: Path) -> str:
@@ -52,13 +52,11 @@ def test_committed_checkpoint_is_listed_and_intact(tmp_path: Path) -> None:
     assert set(marker["files"]) == {"rank-0.pt", "rank-1.pt", "sub/data.json"}
 
 
-def test_ranks_share_the_hashing(tmp_path: Path) -> None:
+def test_every_file_belongs_to_a_rank(tmp_path: Path) -> None:
     staging = prepare_staging(tmp_path, 1)
-    for index in range(8):
+    for index in range(3):
         (staging / f"{index}.pt").write_bytes(bytes(1000 * (index + 1)))
-    shares = [hash_share(staging, rank, 3) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == [f"{index}.pt" for index in range(8)]
-    assert all(shares)
+    shares = [{name: file} for name, file in hash_files(staging).items()]
     with pytest.raises(CheckpointError, match="share"):
         commit(staging, shares[:2], {})
     commit(staging, shares, {})

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ebwm_dist.checkpoint import mirror as remote_run
-from ebwm_dist.checkpoint.folder import MARKER, commit, hash_share, list_checkpoints, prepare_staging, prune, verify
+from ebwm_dist.checkpoint.folder import MARKER, commit, list_checkpoints, prepare_staging, prune, verify
 from ebwm_dist.checkpoint.mirror import CheckpointMirror, Uploader
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
@@ -25,6 +25,7 @@ from tests.distributed import run_distributed_test
 from tests.launchers.jobs import Job, steps_done
 from tests.object_storage import gs_bucket, s3_bucket
 from tests.runs import assert_equal_runs, metrics, train_in_turn, write_config
+from tests.staging import hash_files
 from tests.tiny_data import make_tiny_data
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "here")
@@ -55,7 +56,7 @@ def add(run_dir: Path, step: int, text: str = "") -> Path:
     (staging / "a.pt").write_text(f"a {step} {text}")
     (staging / "shards").mkdir()
     (staging / "shards" / "b.pt").write_text(f"b {step} {text}" * 1000)
-    return commit(staging, [hash_share(staging)], {})
+    return commit(staging, [hash_files(staging)], {})
 
 
 def elsewhere(run: CheckpointMirror, folder: Path) -> CheckpointMirror:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ebwm_dist.checkpoint.folder import checkpoint_path, commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.folder import checkpoint_path, commit, prepare_staging
 from ebwm_dist.checkpoint.zero_files import load_module_state, open_zero_state
 from ebwm_dist.errors import CheckpointError
+from tests.staging import hash_files
 
 
 class Malicious:
@@ -25,7 +26,7 @@ class Malicious:
 def two_shares(root: Path, step: int, weight: str = "weight", alpha: float = 0.5, scaler: Any = None) -> Path:
     """Commit what two ranks write at stage 3: five numbers are shares of three, the last one padded."""
     # Of the model and the MCMC settings of tests/training/test_engine.py, as far as that counts here.
-    from ebwm_dist.training.checkpointing import _random_state
+    from ebwm_dist.training.random_state import random_state
     from tests.training.test_engine import settings
 
     staging = prepare_staging(root, step)
@@ -46,11 +47,11 @@ def two_shares(root: Path, step: int, weight: str = "weight", alpha: float = 0.5
         torch.save(model, staging / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         torch.save({"optimizer_state_dict": optimizer}, staging / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         torch.save(
-            {"random": _random_state(torch.device("cpu")), "extra": {"of": rank}}, staging / f"rank_{rank:05d}.pt"
+            {"random": random_state(torch.device("cpu")), "extra": {"of": rank}}, staging / f"rank_{rank:05d}.pt"
         )
     config = {name: dataclasses.asdict(getattr(settings(), name)) for name in ("model", "mcmc")}
     metadata = {**config, "zero_stage": 3, "world_size": 2, "offload_optimizer": False, "precision": "fp32"}
-    return commit(staging, [hash_share(staging)], metadata)
+    return commit(staging, [hash_files(staging)], metadata)
 
 
 def test_weights_are_read_without_executing_anything(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_weights_are_read_without_executing_anything(tmp_path: Path) -> None:
     for step, content in enumerate(({"module": weights}, {"module": Malicious(victim)}, {"other": 1}), start=1):
         staging = prepare_staging(tmp_path, step)
         torch.save(content, staging / "mp_rank_00_model_states.pt")
-        commit(staging, [hash_share(staging)], {})
+        commit(staging, [hash_files(staging)], {})
     loaded = load_module_state(checkpoint_path(tmp_path, 1))
     assert torch.equal(loaded["layer.weight"], weights["layer.weight"])
     for step, reason in ((2, "not a file of model weights"), (3, "does not hold weights as they are saved")):

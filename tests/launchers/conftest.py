@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launchers.jobs import Job, Start
+from tests.launchers.jobs import PROGRAM, Job, Start
 from tests.runs import write_config
 from tests.tiny_data import make_tiny_data
 
@@ -25,11 +25,11 @@ def launch_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Return a function that starts a job: launcher name, arguments, further environment variables."""
+    """Return a function that starts a job: launcher name, arguments, program, further environment variables."""
     jobs: list[Job] = []
 
-    def start_job(launcher: str, arguments: list[str], **environment: str) -> Job:
-        jobs.append(Job(launcher, arguments, tmp_path_factory.mktemp("job") / "output", environment))
+    def start_job(launcher: str, arguments: list[str], program: str = PROGRAM, **environment: str) -> Job:
+        jobs.append(Job(launcher, arguments, tmp_path_factory.mktemp("job") / "output", environment, program))
         return jobs[-1]
 
     yield start_job

@@ -22,22 +22,24 @@ BESIDE_PYTHON = Path(sys.executable).parent
 MARK = "EBWM_TEST_JOB"
 
 Start = Callable[..., "Job"]
-"""`start(launcher, arguments, **environment)`."""
+"""`start(launcher, arguments, program, **environment)`."""
 
 
-def command(launcher: str) -> list[str]:
+def command(launcher: str, program: str = PROGRAM) -> list[str]:
     """Return how a user starts the program: alone with `python`, on two ranks with `torchrun` or `deepspeed`."""
     return {
         "python": [sys.executable],
         "torchrun": [str(BESIDE_PYTHON / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()],
         "deepspeed": [str(BESIDE_PYTHON / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()],
-    }[launcher] + [PROGRAM]
+    }[launcher] + [program]
 
 
 class Job:
     """A running command. Its processes bear a mark in their environment, as torchrun's ranks leave its session."""
 
-    def __init__(self, launcher: str, arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, launcher: str, arguments: list[str], output: Path, environment: dict[str, str], program: str = PROGRAM
+    ) -> None:
         self.mark = uuid.uuid4().hex
         self.output = output
         launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -45,7 +47,7 @@ class Job:
         own = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", MARK: self.mark}
         with output.open("w") as stream:
             self.process = subprocess.Popen(
-                [*command(launcher), *arguments],
+                [*command(launcher, program), *arguments],
                 cwd=REPOSITORY,
                 env={**inherited, **own, **environment},
                 stdin=subprocess.DEVNULL,

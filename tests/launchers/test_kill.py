@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ebwm_dist.checkpoint.folder import MARKER, list_checkpoints, step_of, verify
 from tests.launchers.jobs import Job, Start, steps_done
-from tests.runs import assert_equal_runs
+from tests.runs import assert_equal_runs, assert_same
 
 KILLS = 10
 STEPS = 80
@@ -90,3 +91,44 @@ def test_kills_change_nothing(start: Start, launch_arguments: list[str], tmp_pat
     assert {path.name for path in (killed / "checkpoints").glob("step-*")} == {
         path.name for path in (whole / "checkpoints").glob("step-*")
     }
+
+
+SLOW = "tests/launchers/slow_saves.py"
+
+
+def test_kills_while_a_slow_save_goes_on_change_nothing(
+    start: Start, launch_arguments: list[str], tmp_path: Path
+) -> None:
+    """A checkpoint takes longer to write than several steps; each one that is there is that of the undisturbed run."""
+    generator = random.Random(0)
+    arguments = [*launch_arguments, f"training.max_steps={STEPS}", "checkpoint.interval=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start("python", [*arguments, "checkpoint.keep=99", f"run_dir={whole}"]).end(400) == 0
+
+    beside = 0
+    for number in range(2 * KILLS):
+        before, done = committed(killed), steps_done(killed)
+        job = start("python", [*arguments, f"run_dir={killed}"], SLOW)
+        while job.process.poll() is None and steps_done(killed) == done:
+            time.sleep(0.001)  # what the kill before has left is gone
+        while job.process.poll() is None and not list((killed / "checkpoints").glob("step-*.tmp")):
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 2))
+        if job.process.poll() is not None:
+            assert job.end(400) == 0 and committed(killed) == STEPS
+            break
+        job.kill()
+        left = sorted(path.name for path in (killed / "checkpoints").glob("step-*"))
+        print(f"{number}: from {before}, killed in step {steps_done(killed)}: {left}")
+        after = committed(killed)
+        assert after >= before
+        beside += steps_done(killed) > after + 3
+        for path in list_checkpoints(killed / "checkpoints"):
+            for file in path.glob("*.pt"):
+                twin = whole / "checkpoints" / path.name / file.name
+                states = [torch.load(each, weights_only=False) for each in (file, twin)]
+                assert_same(*states, skip=lambda where: where.endswith("training_state/seconds"))
+    assert beside  # steps of training that a kill has cost, as their save was still going on
+
+    assert start("python", [*arguments, f"run_dir={killed}"]).end(400) == 0
+    assert_equal_runs(killed, whole)

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ebwm_dist.checkpoint.folder import commit, hash_share, prepare_staging
+from ebwm_dist.checkpoint.folder import commit, prepare_staging
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.backend import restricted_loading, setup_distributed
 from tests.distributed import run_distributed_test
+from tests.staging import hash_files
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
@@ -97,7 +98,7 @@ def save_and_load(rank: int, world_size: int, root: Path) -> None:
         staging = world.from_rank_0(prepare_staging(root, number) if rank == 0 else None)
         engine.save_checkpoint(str(root), tag=staging.name, client_state={"step": number}, save_latest=False)
         dist.barrier()
-        shares = world.gather_objects(hash_share(staging, rank, world_size))
+        shares = [hash_files(staging)]
         path = world.from_rank_0(commit(staging, shares, {}) if rank == 0 else None)
         step(engine)
 

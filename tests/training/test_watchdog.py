@@ -206,6 +206,35 @@ time.sleep(60)
     assert f"in step 1 (phase data, <string>:{line}). If it may take this long, raise training.step_timeout." in text
 
 
+def test_a_save_that_hangs_beside_the_training_ends_the_rank_and_a_slow_one_does_not() -> None:
+    program = """
+import threading, time, torch
+from ebwm_dist.distributed import World
+from ebwm_dist.training.watchdog import Watchdog
+watchdog = Watchdog(World(0, 0, 1, torch.device("cpu"), "h"), None, 60, 1)
+watchdog.first_step_done()
+written = 0
+def write():
+    global written
+    for written in range(20):
+        time.sleep(0.15)
+    print("hangs", flush=True)
+    time.sleep(60)
+save = threading.Thread(target=write, daemon=True)
+save.start()
+watchdog.watch_save(lambda: (save.ident, written))
+while True:
+    watchdog.beat(3, "data")
+    time.sleep(0.05)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = program.splitlines().index("    time.sleep(60)") + 1
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "hangs\n")
+    assert (
+        f"in step 3 (phase checkpoint, beside the training, <string>:{line}). If it may take this long" in done.stderr
+    )
+
+
 def test_a_rank_that_waits_for_the_network_is_ended_with_the_reason() -> None:
     program = """
 import time, torch
