@@ -166,6 +166,16 @@ def key(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["change"], record["precision"], record["gradient"], record["steps"]
 
 
+def longest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return of every setting and seed the run that has done most; no run that did nothing or has further settings."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        name = (*key(record), record["seed"])
+        if record["done"] > found.get(name, {"done": 0})["done"] and not record["set"]:
+            found[name] = record
+    return list(found.values())
+
+
 def row(runs: list[dict[str, Any]]) -> str:
     """Return the line of a table of the runs of one setting over seeds."""
 
@@ -203,9 +213,8 @@ def row(runs: list[dict[str, Any]]) -> str:
 def tables(records: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the lines of the tables of the page."""
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for record in records:
-        if record["done"] and not record["set"]:
-            grouped.setdefault(key(record), []).append(record)
+    for record in longest(records):
+        grouped.setdefault(key(record), []).append(record)
     head = "steps | gradient | precision | seeds | done | final loss | median norm | largest norm | above 10 | skipped"
     head += " | alpha | alpha x curvature | largest"
     rule = "--:|---|---|" + "--:|" * 10
@@ -236,7 +245,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     colors = dict(zip((2, 4, 8, 16), plt.get_cmap("viridis")([0.0, 0.35, 0.65, 0.9]), strict=True))
     for column, (gradient, precision) in enumerate(kinds):
         axes[0, column].set_title(f"{'chain' if gradient == 'full' else 'truncated'}, {precision}")
-        for record in records:
+        for record in longest(records):
             if (record["gradient"], record["precision"], record["change"]) != (gradient, precision, ""):
                 continue
             color, label = colors[record["steps"]], f"{record['steps']} steps" if record["seed"] == 0 else None

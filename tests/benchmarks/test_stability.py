@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.stability import CHANGES, PAGE, POINTS, RESULTS, ROOT, curves, settings, tables, thinned
+from benchmarks.stability import CHANGES, PAGE, POINTS, RESULTS, ROOT, curves, longest, settings, tables, thinned
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.files import read_records
 
@@ -37,6 +37,12 @@ def test_curves_count_spikes_and_skipped_steps() -> None:
     assert found["loss_last_step"] == [4.0, 3.0, 2.0, 1.0] and found["final_loss"] == 2.5
     (validation,) = found["validation"]
     assert validation == {"step": 4, "loss": [2.0, None], "alpha": 0.5, "curvature": [1.0, -3.0]}
+
+
+def test_longest_run_of_a_setting_counts() -> None:
+    fixed = {"change": "", "precision": "fp32", "gradient": "full", "steps": 16, "set": []}
+    runs = [fixed | {"seed": seed, "done": done} for seed, done in [(0, 12), (0, 250), (0, 21), (1, 0), (2, 7)]]
+    assert longest([*runs, fixed | {"seed": 0, "done": 300, "set": ["optimizer.lr=1"]}]) == [runs[1], runs[4]]
 
 
 def test_page_shows_the_stored_results() -> None:
