@@ -320,7 +320,7 @@ def chains(
         if langevin and 0 < step < steps:
             z = z + langevin * torch.randn_like(z)
         unsure.append(-before.log_softmax(-1).gather(-1, z.argmax(-1, keepdim=True))[..., 0])
-        _, energy, gradient = model.descend(z, context, 0, where)
+        _, energy, gradient, _ = model.descend(z, context, 0, where)
         states.append(z)
         energies.append(energy)
         if step < steps:

@@ -135,7 +135,7 @@ def calibrate(model: EnergyBasedTransformer, args: argparse.Namespace) -> None:
     """Set alpha so that the first step moves the logits by `move`: rules differ by what their gradient is taken by."""
     tokens, ids = batch(args, 0)
     state = model.space.initial_state(ids, model.seed, Slice(0, args.seq_len), tokens[:, :-1])
-    _, _, gradient = model.descend(state, model.context_stream(tokens[:, :-1], 0), 0, 0)
+    _, _, gradient, _ = model.descend(state, model.context_stream(tokens[:, :-1], 0), 0, 0)
     moved = model.space.update(state, gradient) - model.space.update(state, torch.zeros_like(gradient))
     model.space.step_size.alpha.fill_(args.move / moved.square().mean().sqrt().item())
 

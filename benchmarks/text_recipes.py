@@ -127,9 +127,8 @@ class WideTransformer(EnergyTransformer):
 
     read_in_scale: float
 
-    def energy(self, candidate: Tensor, *rest: Any) -> Tensor:  # type: ignore[override]
-        """Return the energies of candidates [B, C, D]."""
-        return super().energy(self.read_in_scale * candidate, *rest)
+    def _energy(self, candidate: Tensor, *rest: Any) -> Any:  # type: ignore[override]
+        return super()._energy(self.read_in_scale * candidate, *rest)
 
     def energy_with_tangent(self, candidate: Tensor, tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return energies and derivatives of candidates along tangents [B, C, D]."""

@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.double_backward import DoubleBackward
-from ebwm_dist.config.schema import MCMCConfig, ModelConfig
-from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.mcmc.vocabulary import VocabularySpace
+from ebwm_dist.config.schema import Config, MCMCConfig, ModelConfig
+from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.models.flops import training_flops_per_token
 
 LIBC = ctypes.CDLL(None)
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -52,6 +51,9 @@ class Setting:
     threads: int
     memory_limit: float | None = None
     """GiB of memory that the process may take on the CPU after its imports; None: no limit."""
+    landscapes: int = 1
+    gradient: str = "truncated"
+    """`mcmc.gradient`, of the first-order methods."""
     time_limit: int | None = None
     """Seconds of processor time after which the process is ended, on the CPU; None: no limit."""
 
@@ -62,31 +64,40 @@ class Method:
 
     step: Callable[[], Tensor]
     weights: dict[str, Tensor]
+    flops: float | None = None
+    """Of a step by the formula."""
 
 
 def build(setting: Setting) -> Method:
     """Build the method: the weights and the tokens [B, S+1] depend only on the sizes, and all states start at zero."""
     torch.manual_seed(0)
+    twin, first_order = setting.method == "autoregressive", setting.method.startswith("first_order")
     shape = ModelConfig(
+        kind="ar" if twin else "ebt",
+        variant="default" if setting.landscapes == 1 else "time_embed",
+        num_landscapes=setting.landscapes,
         vocab_size=setting.vocab,
         dim=setting.width,
         num_layers=setting.layers,
         num_heads=max(1, setting.width // 64),
     )
-    mcmc = MCMCConfig(num_steps=setting.steps, step_size=STEP_SIZE, initial_state="zeros")
-    model = EnergyBasedTransformer(shape, mcmc, VocabularySpace(shape, mcmc, PAD_ID), seed=0)
+    mcmc = MCMCConfig(
+        num_steps=max(1, setting.steps), step_size=STEP_SIZE, initial_state="zeros", gradient=setting.gradient
+    )
+    model = build_model(Config(model=shape, mcmc=mcmc), PAD_ID)
     model.to(setting.device, getattr(torch, setting.dtype))
     tokens = torch.randint(PAD_ID + 1, setting.vocab, (setting.batch, setting.seq_len + 1)).to(setting.device)
+    weights = dict(model.named_parameters())
 
-    if setting.method.startswith("first_order"):
-        sample_ids, plan = torch.arange(setting.batch), StepPlan(setting.steps)
+    if twin or first_order:
+        sample_ids, plan = torch.arange(setting.batch), model.plan(1, 0)
         if setting.method == "first_order_compiled":
             model.compile_blocks()
-
-        return Method(lambda: model.training_step(tokens, sample_ids, plan).loss, dict(model.named_parameters()))
+        flops = training_flops_per_token(shape, mcmc, setting.seq_len) * setting.batch * setting.seq_len
+        return Method(lambda: model.training_step(tokens, sample_ids, plan).loss, weights, flops)
 
     layout = setting.method.removeprefix("double_backward_")
-    double = DoubleBackward(dict(model.named_parameters()), shape, setting.seq_len, layout)
+    double = DoubleBackward(weights, shape, setting.seq_len, layout)
     wide = torch.promote_types(getattr(torch, setting.dtype), torch.float32)
 
     def double_backward() -> Tensor:
@@ -180,7 +191,8 @@ def main() -> None:
             weight.grad = torch.zeros_like(weight)
         loss = method.step().item()
         gradients = [weight.grad for weight in method.weights.values() if weight.grad is not None]
-        answer(loss=loss, gradient_norm=torch.nn.utils.get_total_norm(gradients).item())
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        answer(loss=loss, gradient_norm=norm, flops=method.flops)
         for request in sys.stdin:
             if request.strip() == "time":
                 answer(seconds=seconds(method.step, setting.device))

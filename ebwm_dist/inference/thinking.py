@@ -288,7 +288,7 @@ class _Refinement:
             energy = model.transformer.energy(embedded, *where)
             gradient = torch.zeros_like(embedded)
         else:
-            energy, gradient = model.transformer.energy_and_gradient(embedded, *where, newest)
+            energy, gradient, _ = model.transformer.energy_and_gradient(embedded, *where, newest)
         return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
 
     def _over_max_nfe(self, energy: Tensor, max_nfe: int) -> Tensor:

@@ -202,7 +202,7 @@ class EnergyBasedTransformer(EnergyModel):
             for step, (_, state) in zip(range(num_steps), states, strict=False):
                 landscape = self.transformer.landscape(step)
                 pairs = self.transformer.slice_context(contexts[landscape], where.stop)
-                embedded, _, gradient = self.descend(state, pairs, landscape, where.positions)
+                embedded, _, gradient, _ = self.descend(state, pairs, landscape, where.positions)
                 found = largest_eigenvalues(self.transformer, embedded, gradient, pairs, landscape, where.positions)
                 total[step] += (found * own).sum()
         return total
@@ -216,7 +216,7 @@ class EnergyBasedTransformer(EnergyModel):
         for step in range(num_steps):
             landscape = self.transformer.landscape(step)
             noisy = self.space.add_langevin_noise(state, self.seed, sample_ids, step, where)
-            _, energy, gradient = self.descend(noisy, contexts[landscape], landscape, start)
+            _, energy, gradient, _ = self.descend(noisy, contexts[landscape], landscape, start)
             yield energy, state
             state = self.space.update(noisy, gradient)
         landscape = self.transformer.landscape(num_steps - 1)

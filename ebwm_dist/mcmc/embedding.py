@@ -12,7 +12,7 @@ from ebwm_dist.config.schema import MCMCConfig
 from ebwm_dist.mcmc.replay import Compact
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.space import Space
-from ebwm_dist.models.layers import Linear
+from ebwm_dist.models.linear import Linear
 
 
 class EmbeddingSpace(Space):

@@ -36,6 +36,7 @@ from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.energy_transformer import EnergyTransformer
 from ebwm_dist.models.layers import KeysValues
+from ebwm_dist.models.linear import Kept
 from ebwm_dist.models.output import SequenceModel, TrainingOutput
 from ebwm_dist.models.passes import Backward, Forward
 
@@ -53,11 +54,14 @@ class EnergyModel(SequenceModel):
         return self.transformer.context(self.space.embed_context(observed), landscape)
 
     def descend(
-        self, state: Tensor, context: KeysValues, landscape: int, start: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph."""
+        self, state: Tensor, context: KeysValues, landscape: int, start: int | Tensor, keep: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...]]:
+        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph.
+
+        To `keep` is to return what `tangent` can use of this pass, too.
+        """
         embedded = self.space.embed_state(state)
-        return embedded, *self.transformer.energy_and_gradient(embedded, context, landscape, start)
+        return embedded, *self.transformer.energy_and_gradient(embedded, context, landscape, start, keep=keep)
 
     def tangent(
         self,
@@ -67,10 +71,11 @@ class EnergyModel(SequenceModel):
         context: KeysValues,
         landscape: int,
         start: int | Tensor,
+        kept: tuple[Kept, ...] = (),
     ) -> Tensor:
         """Return the summed derivative of the energies along `direction` [B, C, D], with its graph."""
         embedded = self.space.embed_state_with_grad(state, embedded)
-        _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start)
+        _, derivative = self.transformer.energy_with_tangent(embedded, direction, context, landscape, start, kept)
         return derivative.sum()
 
 
@@ -104,6 +109,10 @@ class Refinement:
         self.space, steps, self.chained = model.space, plan.num_steps, model.mcmc.gradient == "full"
         self.targets, self.padding = targets, ~self.space.target_mask(targets)
         self.loss_steps = range(steps - 1 if model.mcmc.loss == "last" else 0, steps)
+        # What a step keeps for its tangent pass must not wait for later steps, and checkpointed blocks keep nothing.
+        self.kept_steps = range(steps - 1, steps) if self.chained else self.loss_steps
+        if model.transformer.blocks.checkpointing:
+            self.kept_steps = range(0)
         shares = [step + 1 if model.mcmc.loss == "ramp" else 1 for step in self.loss_steps]
         zero = torch.zeros((), device=context.device, dtype=self.space.state_dtype)
         scale = zero.new_ones((), dtype=torch.float64) / num_targets
@@ -138,18 +147,23 @@ class Refinement:
         padding = where.take(self.padding[:, where.start : where.stop])
         factor = self.space.step_factor(self.model.seed, self.sample_ids, where, state.device)
         factor = factor * self.plan.step_size_scale
-        visited: list[tuple[Tensor, Tensor, Tensor]] = []
+        visited: list[tuple[Tensor, Tensor, Tensor, tuple[Kept, ...]]] = []
         for step, landscape in enumerate(self.landscapes):
             state = self.space.add_langevin_noise(state, self.model.seed, self.sample_ids, step, where)
             context = self._context(landscape, where.stop, requires_grad=False)
-            embedded, energy, gradient = self.forward(self.model.descend, state, context, landscape, start)
+            embedded, energy, gradient, kept = self.forward(
+                self.model.descend, state, context, landscape, start, step in self.kept_steps
+            )
             self._observe(step, energy, gradient, padding)
             if self.chained:
-                visited.append((state, embedded, gradient))
+                visited.append((state, embedded, gradient, kept))
             if self.chained or step not in self.loss_steps:
                 state, loss = self.forward(self.space.step, state, gradient, factor, targets)
             else:
-                _, state, loss = self._differentiate(step, state, embedded, gradient, factor, targets, where, None)
+                _, state, loss = self._differentiate(
+                    step, state, embedded, gradient, kept, factor, targets, where, None
+                )
+            del kept
             self.losses[step] += loss
         if self.chained:
             upstream = None
@@ -163,6 +177,7 @@ class Refinement:
         state: Tensor,
         embedded: Tensor,
         gradient: Tensor,
+        kept: tuple[Kept, ...],
         factor: Tensor | float,
         targets: Tensor,
         where: Slice,
@@ -182,7 +197,7 @@ class Refinement:
         self.backward(objective)
         assert gradient.grad is not None
         context, start = self._context(landscape, where.stop, requires_grad=True), where.positions
-        self.backward(self.forward(self.model.tangent, state, embedded, gradient.grad, context, landscape, start))
+        self.backward(self.forward(self.model.tangent, state, embedded, gradient.grad, context, landscape, start, kept))
         for leaves, totals in zip(context, self.gathered[landscape], strict=True):
             for leaf, total in zip(leaves, totals, strict=True):
                 assert leaf.grad is not None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Blocks, KeysValues, Linear, RMSNorm, candidate_positions
+from ebwm_dist.models.layers import Blocks, KeysValues, RMSNorm, candidate_positions
+from ebwm_dist.models.linear import Linear
 from ebwm_dist.models.output import Evaluation, SequenceModel, TrainingOutput, prediction_losses, target_mask
 from ebwm_dist.models.passes import Backward, Forward
 

@@ -10,6 +10,8 @@ one another either, so any slice of the positions can be worked on by itself.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,6 @@ from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.layers import (
     Blocks,
     KeysValues,
-    Linear,
     Modulation,
     RMSNorm,
     Rotary,
@@ -25,6 +26,7 @@ from ebwm_dist.models.layers import (
     modulate,
     modulate_with_tangent,
 )
+from ebwm_dist.models.linear import Kept, Linear, zeros_to_add
 
 
 class EnergyHead(Linear):
@@ -108,6 +110,40 @@ class EnergyTransformer(nn.Module):
             newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
                 slot for it and not yet its keys and values: they are written there.
         """
+        return self._energy(candidate, context, landscape, start, newest)[0]
+
+    def energy_and_gradient(
+        self,
+        candidate: Tensor,
+        context: KeysValues,
+        landscape: int,
+        start: int | Tensor,
+        newest: Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor, tuple[Kept, ...]]:
+        """Return the energies [B, C] of `energy` and their gradient dE/de [B, C, D], both detached.
+
+        Candidates do not interact, so the gradient of the summed energies holds each one's own. To `keep` is to return
+        of every block what `energy_with_tangent` can use of this pass.
+        """
+        with torch.enable_grad():
+            leaf, widths = candidate.detach().requires_grad_(), self.blocks.input_widths
+            zeros = tuple(zeros_to_add(leaf, widths) for _ in self.blocks) if keep else ()
+            energy, outputs = self._energy(leaf, context, landscape, start, newest, zeros)
+            gradient, *found = torch.autograd.grad(energy.sum(), [leaf, *chain.from_iterable(zeros)])
+        adjoints = zip(*[iter(found)] * len(widths), strict=True)
+        return energy.detach(), gradient, tuple(zip(outputs, adjoints, strict=True))
+
+    def _energy(
+        self,
+        candidate: Tensor,
+        context: KeysValues,
+        landscape: int,
+        start: int | Tensor,
+        newest: Tensor | None = None,
+        zeros: tuple[tuple[Tensor, ...], ...] = (),
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """Return the energies, and with `zeros` to add to the inputs of every block's linear layers their outputs."""
         condition, cache_slot = self._condition(landscape, candidate), None
         if newest is not None:
             assert isinstance(start, Tensor)
@@ -121,43 +157,46 @@ class EnergyTransformer(nn.Module):
             assert isinstance(start, Tensor)
             x, start = torch.cat((newest, x), 1), torch.cat((start[:, :1] - 1, start), 1)
         context, rotary, seen = self._positions(x, context, start)
-        for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, condition, cache_slot)
+        outputs = []
+        for number, (block, (keys, values)) in enumerate(zip(self.blocks, context, strict=True)):
+            if zeros:
+                x, kept = self.blocks.run(
+                    block, block.candidate_kept, x, keys, values, rotary, seen, condition, zeros[number]
+                )
+                outputs.append(kept)
+            else:
+                x = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, condition, cache_slot)
         if newest is not None:
             x = x[:, 1:]
         final = None if self.modulation is None else self.modulation(condition)
-        return self.head(modulate(self.norm(x), final), candidate)
+        return self.head(modulate(self.norm(x), final), candidate), outputs
 
-    def energy_and_gradient(
+    def energy_with_tangent(
         self,
         candidate: Tensor,
+        tangent: Tensor,
         context: KeysValues,
         landscape: int,
         start: int | Tensor,
-        newest: Tensor | None = None,
+        kept: tuple[Kept, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Return the energies [B, C] of `energy` and their gradient dE/de [B, C, D], both detached.
+        """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D].
 
-        Candidates do not interact, so the gradient of the summed energies holds each one's own.
+        With what `energy_and_gradient` has `kept` of the same candidates, only the sum of the derivatives may be
+        differentiated.
         """
-        with torch.enable_grad():
-            leaf = candidate.detach().requires_grad_()
-            energy = self.energy(leaf, context, landscape, start, newest)
-            (gradient,) = torch.autograd.grad(energy.sum(), leaf)
-        return energy.detach(), gradient
-
-    def energy_with_tangent(
-        self, candidate: Tensor, tangent: Tensor, context: KeysValues, landscape: int, start: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D]."""
         x, dx, condition = self._stream(candidate, context, start), tangent, self._condition(landscape, candidate)
         context, rotary, seen = self._positions(candidate, context, start)
         if isinstance(start, Tensor):  # each row has positions of its own, and blocks stack candidate and tangent
             rotary = (rotary[0].repeat(2, 1, 1, 1), rotary[1].repeat(2, 1, 1, 1))
-        for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, dx = self.blocks.run(block, block.candidate_with_tangent, x, dx, keys, values, rotary, seen, condition)
+        for number, (block, (keys, values)) in enumerate(zip(self.blocks, context, strict=True)):
+            own = kept[number] if kept else None
+            x, dx = self.blocks.run(
+                block, block.candidate_with_tangent, x, dx, keys, values, rotary, seen, condition, own
+            )
         final = None if self.modulation is None else self.modulation(condition)
-        energy, derivative = self.head(modulate_with_tangent(self.norm(x, dx), final), candidate, tangent).chunk(2)
+        h = torch.cat(modulate_with_tangent(self.norm(x, dx), final))
+        energy, derivative = self.head(h, candidate, tangent).chunk(2)
         return energy, derivative
 
     def slice_context(self, context: KeysValues, stop: int) -> KeysValues:

@@ -21,10 +21,11 @@ def training_flops_per_token(
 
     * autoregressive: 3 (F + M), M being that with the head, at targets only; embeddings that are projected: 2 M more.
     * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (embedding, read-out); each
-      step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products;
-      and for the context stream of each landscape 3 F, whose last block only makes keys and values, and of embeddings
-      that are projected 2 M. A random number of steps counts by its mean, replayed sequences as so many more tokens.
-      Only targets are refined, or with replay all positions.
+      step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products,
+      but only 4 of the 6 in the linear layers of blocks, which take the rest from the candidate pass (in a chain of
+      steps only the last); and for the context stream of each landscape 3 F, whose last block only makes keys and
+      values, and of embeddings that are projected 2 M. A random number of steps counts by its mean, replayed sequences
+      as so many more tokens. Only targets are refined, or with replay all positions.
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
@@ -32,8 +33,10 @@ def training_flops_per_token(
     contexts = min(mcmc.num_steps, config.num_landscapes)
     steps = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
+    reusing = 1 if mcmc.gradient == "full" else trained
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
+    refinement -= reusing * 2 * costs.linear
     refined = 1.0 if mcmc.replay_size else target_share
     return rows * (refined * refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
@@ -61,6 +64,8 @@ class _Costs(NamedTuple):
 
     stream: float
     """All blocks, and of an energy model a bilinear head."""
+    linear: float
+    """The linear layers of the blocks."""
     context: float
     """All blocks, of which the last only makes keys and values."""
     head: float
@@ -80,7 +85,8 @@ def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
     product = 0.0 if config.embedding_dim == config.dim else head
     projection = 0.0 if config.embedding_dim is None else product
-    return _Costs(stream + energy, stream - (block - 4.0 * config.dim**2), head, product, projection)
+    linear = 2.0 * config.num_layers * matrices
+    return _Costs(stream + energy, linear, stream - (block - 4.0 * config.dim**2), head, product, projection)
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

@@ -8,8 +8,8 @@ The energy model runs each block in these ways:
 * candidate: position i attends to the context up to i and to itself. An observed state that is appended to a cached
   context uses this path, alone or before the candidates that follow it; its keys and values are cached.
 * candidate with tangent: the same, and beside every activation its derivative along a constant direction.
-  Linear layers take candidate and tangent as one matmul, stacked along the batch. Only ordinary differentiable
-  operations are used, so one first-order backward through this pass yields second-order gradients.
+  Only ordinary differentiable operations are used, so one first-order backward through this pass yields second-order
+  gradients. Linear layers take what the candidate pass before it has kept (`linear.py`).
 
 Every weight is drawn in the constructor of the module that owns it and used inside that module's forward: parameters
 that are sharded are whole only there.
@@ -17,9 +17,9 @@ that are sharded are whole only there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.candidate_attention import attend_by_matrices
+from ebwm_dist.models.linear import Kept, Linear, TangentLinear
 from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
@@ -58,16 +59,6 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """A linear layer that starts from the Xavier normal, its bias from 0, as in the published code."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weight."""
-        nn.init.xavier_normal_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a learned gain, computed in at least float32."""
 
@@ -76,8 +67,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, tangent: Tensor | None = None) -> Tensor:
-        """Normalise `x` [B, S, D]; with a tangent return both, stacked along the batch [2B, S, D]."""
+    def forward(self, x: Tensor, tangent: Tensor | None = None) -> Any:
+        """Normalise `x` [B, S, D]; with its tangent return both, as a pair."""
         if tangent is None:
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -85,7 +76,7 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         y = wide * scale
         dy = (d_wide - y * (y * d_wide).mean(-1, keepdim=True)) * scale
-        return torch.cat((y, dy)).to(x.dtype) * self.weight
+        return y.to(x.dtype) * self.weight, dy.to(x.dtype) * self.weight
 
 
 class Modulation(nn.Module):
@@ -110,16 +101,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.wq, self.wk, self.wv, self.wo = (Linear(dim, dim, bias=False) for _ in range(4))
+        self.wq, self.wk, self.wv, self.wo = (TangentLinear(dim, dim) for _ in range(4))
 
     def _heads(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _output(self, o: Tensor) -> Tensor:
-        return self.wo(o.transpose(1, 2).flatten(-2))
-
-    def _qkv(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        return rotate(self._heads(self.wq(h)), rotary), *self.keys_values(h, rotary)
 
     def keys_values(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H, T, d] of `h` [B, T, D]."""
@@ -127,26 +112,37 @@ class Attention(nn.Module):
 
     def context(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Attend causally within `h` [B, T, D]; return the output and this layer's keys and values."""
-        q, k, v = self._qkv(h, rotary)
-        return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
+        q, (k, v) = rotate(self._heads(self.wq(h)), rotary), self.keys_values(h, rotary)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(o.transpose(1, 2).flatten(-2)), k, v
 
     def candidate(
-        self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, seen: Tensor, cache_slot: Tensor | None = None
+        self,
+        projections: Sequence[Tensor],
+        rotary: Rotary,
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor,
+        cache_slot: Tensor | None = None,
+        tangent: bool = False,
     ) -> Tensor:
-        """Attend from `h` [B, S, D] to the context and itself.
+        """Attend from candidates to the context and themselves; return what `wo` maps [B, S, D].
 
-        Each candidate sees the first `seen` [S] or [B, 1, S] keys. With a `cache_slot` [B] the first state is an
-        observed one: its key and value are written there into the context, where the others then see them.
+        Args:
+            projections: by `wq`, `wk` and `wv` [B, S, D], or with a tangent both stacked [2B, S, D].
+            rotary: angles of the candidates.
+            keys, values: of the context [B, H, T, d], which has no tangent.
+            seen: how many of the keys each candidate sees, [S] or [B, 1, S].
+            cache_slot: [B], where the first state is an observed one: its key and value are written there into the
+                context, where the others then see them.
+            tangent: whether candidates and tangents are stacked.
         """
-        q, k, v = self._qkv(h, rotary)
+        q, k, v = (self._heads(y) for y in projections)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         if cache_slot is not None:
             rows = torch.arange(len(cache_slot), device=cache_slot.device)
             keys[rows, :, cache_slot], values[rows, :, cache_slot] = k[:, :, 0].detach(), v[:, :, 0].detach()
-        return self._output(self.attend(q, k, v, keys, values, seen, tangent=False))
-
-    def candidate_with_tangent(self, h: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """Do the same for candidate and tangent stacked as `h` [2B, S, D]; the context has no tangent."""
-        return self._output(self.attend(*self._qkv(h, rotary), keys, values, seen, tangent=True))
+        return self.attend(q, k, v, keys, values, seen, tangent=tangent).transpose(1, 2).flatten(-2)
 
 
 class FeedForward(nn.Module):
@@ -154,19 +150,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.w1, self.w3 = (Linear(dim, hidden_dim, bias=False) for _ in range(2))
-        self.w2 = Linear(hidden_dim, dim, bias=False)
+        self.w1, self.w3 = (TangentLinear(dim, hidden_dim) for _ in range(2))
+        self.w2 = TangentLinear(hidden_dim, dim)
 
     def forward(self, h: Tensor) -> Tensor:
         """Map `h` [B, S, D] to [B, S, D]."""
         return self.w2(F.silu(self.w1(h)) * self.w3(h))
 
-    def with_tangent(self, h: Tensor) -> Tensor:
-        """Map candidate and tangent stacked as `h` [2B, S, D]."""
-        (a, da), (b, db) = self.w1(h).chunk(2), self.w3(h).chunk(2)
-        s = torch.sigmoid(a)
-        silu = a * s
-        return self.w2(torch.cat((silu * b, (s + silu * (1 - s)) * da * b + silu * db)))
+
+def silu_product_with_tangent(a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
+    """Return silu(a) * b and its tangent."""
+    s = torch.sigmoid(a)
+    silu = a * s
+    return silu * b, (s + silu * (1 - s)) * da * b + silu * db
 
 
 class Block(PassModule):
@@ -183,7 +179,7 @@ class Block(PassModule):
         """Compile each stream when it is first run."""
         # Every length of slice and context that is not covered yet compiles once more, in the first step.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for stream in ("context", "context_keys_values", "candidate", "candidate_with_tangent"):
+        for stream in ("context", "context_keys_values", "candidate", "candidate_kept", "candidate_with_tangent"):
             setattr(self, stream, torch.compile(getattr(self, stream), fullgraph=True))
 
     def context(self, x: Tensor, rotary: Rotary, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,10 +206,43 @@ class Block(PassModule):
         cache_slot: Tensor | None = None,
     ) -> Tensor:
         """Run the candidate stream `x` [B, S, D]; with a `cache_slot` [B] the context keeps the first state there."""
+        return self._candidate(x, keys, values, rotary, seen, condition, cache_slot)[0]
+
+    def candidate_kept(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        seen: Tensor,
+        condition: Tensor | None,
+        zeros: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the candidate stream with `zeros` added to the inputs of linear layers, and return their outputs too."""
+        x, outputs = self._candidate(x, keys, values, rotary, seen, condition, zeros=zeros)
+        return x, tuple(y.detach() for y in outputs)
+
+    def _candidate(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        seen: Tensor,
+        condition: Tensor | None,
+        cache_slot: Tensor | None = None,
+        zeros: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        attention, feed_forward = self.attention, self.feed_forward
         attention_mod, ffn_mod = self._modulation(condition)
-        h = modulate(self.attention_norm(x), attention_mod)
-        x = x + gate(self.attention.candidate(h, rotary, keys, values, seen, cache_slot), attention_mod)
-        return x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
+        h = _add(modulate(self.attention_norm(x), attention_mod), zeros, 0)
+        q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+        o = attention.wo(_add(attention.candidate((q, k, v), rotary, keys, values, seen, cache_slot), zeros, 1))
+        x = x + gate(o, attention_mod)
+        h = _add(modulate(self.ffn_norm(x), ffn_mod), zeros, 2)
+        a, b = feed_forward.w1(h), feed_forward.w3(h)
+        y = feed_forward.w2(_add(F.silu(a) * b, zeros, 3))
+        return x + gate(y, ffn_mod), (q, k, v, o, a, b, y)
 
     def candidate_with_tangent(
         self,
@@ -224,15 +253,27 @@ class Block(PassModule):
         rotary: Rotary,
         seen: Tensor,
         condition: Tensor | None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run the candidate stream and its derivative along `tangent`, both [B, S, D]."""
+        """Run the candidate stream and its derivative along `tangent`, both [B, S, D].
+
+        With what `candidate_kept` has kept of the same candidates, linear layers compute nothing twice; the gradients
+        are then those of the summed derivatives of the energies, and of nothing else.
+        """
+        attention, feed_forward = self.attention, self.feed_forward
+        q, k, v, o, a, b, y2 = (None,) * 7 if kept is None else kept[0]
+        to_qkv, to_o, to_ab, to_y = (None,) * 4 if kept is None else kept[1]
         attention_mod, ffn_mod = self._modulation(condition)
         h = modulate_with_tangent(self.attention_norm(x, tangent), attention_mod)
-        y, dy = gate(self.attention.candidate_with_tangent(h, rotary, keys, values, seen), attention_mod).chunk(2)
-        x, tangent = x + y, tangent + dy
+        pairs = attention.wq(*h, q, to_qkv), attention.wk(*h, k), attention.wv(*h, v)
+        projections = [torch.cat(pair) for pair in pairs]
+        y, dy = attention.candidate(projections, rotary, keys, values, seen, tangent=True).chunk(2)
+        y, dy = attention.wo(y, dy, o, to_o)
+        x, tangent = x + gate(y, attention_mod), tangent + gate(dy, attention_mod)
         h = modulate_with_tangent(self.ffn_norm(x, tangent), ffn_mod)
-        y, dy = gate(self.feed_forward.with_tangent(h), ffn_mod).chunk(2)
-        return x + y, tangent + dy
+        h = silu_product_with_tangent(*feed_forward.w1(*h, a, to_ab), *feed_forward.w3(*h, b))
+        y, dy = feed_forward.w2(*h, y2, to_y)
+        return x + gate(y, ffn_mod), tangent + gate(dy, ffn_mod)
 
     def _modulation(self, condition: Tensor | None) -> tuple[tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Return (shift, scale, gate) of the attention and of the feed-forward."""
@@ -254,6 +295,8 @@ class Blocks(nn.ModuleList):
             for _ in range(config.num_layers)
         )
         self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base
+        self.input_widths = (config.dim, config.dim, config.dim, config.ffn_hidden_dim)
+        """Of a block, the widths of the inputs of linear layers that `Block.candidate_kept` adds zeros to."""
 
     def __iter__(self) -> Iterator[Block]:
         return cast("Iterator[Block]", super().__iter__())
@@ -273,17 +316,18 @@ class Blocks(nn.ModuleList):
         return block(stream, *args, **kwargs)
 
 
+def _add(h: Tensor, zeros: tuple[Tensor, ...] | None, place: int) -> Tensor:
+    return h if zeros is None else h + zeros[place]
+
+
 def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
     """Return `h * (1 + scale) + shift`, or `h` where there is no modulation (shift, scale, ...)."""
     return h if modulation is None else h * (1 + modulation[1]) + modulation[0]
 
 
-def modulate_with_tangent(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
-    """Modulate candidate and tangent stacked as `h` [2B, S, D]; a tangent is scaled and not shifted."""
-    if modulation is None:
-        return h
-    y, dy = (h * (1 + modulation[1])).chunk(2)
-    return torch.cat((y + modulation[0], dy))
+def modulate_with_tangent(pair: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+    """Modulate a candidate and its tangent; a tangent is scaled and not shifted."""
+    return pair if modulation is None else (modulate(pair[0], modulation), pair[1] * (1 + modulation[1]))
 
 
 def gate(y: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:

@@ -68,7 +68,7 @@ def alone(
                 if step == steps
                 else model.space.add_langevin_noise(state[g], model.seed, ids[g], step, Slice(0, 1), noise)
             )
-            _, energy, gradient = model.descend(x, contexts[landscape], landscape, last)
+            _, energy, gradient, _ = model.descend(x, contexts[landscape], landscape, last)
             energies[g].append(energy.item())
             if thinking.select == "surprisal":
                 led_to, token = state[g][0, 0].softmax(-1), x[0, 0].argmax()
@@ -208,9 +208,9 @@ def test_compute_falls_with_what_has_stopped(monkeypatch: pytest.MonkeyPatch) ->
     """The rows that go through the transformer are those of candidates that go on, and of sequences that have any."""
     model, states = build(settings("mirror"), position_chunk=SIZE), observed()
     sizes: list[tuple[int, ...]] = []
-    energy = model.transformer.energy
+    energy = model.transformer._energy
     monkeypatch.setattr(
-        model.transformer, "energy", lambda x, *rest: sizes.append(tuple(x.shape[:2])) or energy(x, *rest)
+        model.transformer, "_energy", lambda x, *rest: sizes.append(tuple(x.shape[:2])) or energy(x, *rest)
     )
     found = whole(model, states, Thinking(steps=8, energy_tolerance=0.02))
     going = [[int((row >= step).sum()) for row in found.steps] for step in range(int(found.steps.max()) + 1)]
