@@ -27,6 +27,7 @@ def main() -> int:
     rank = 0
     # Torch reads it when it is imported: stack traces from C++ would bury the line that says what has happened.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler says on stderr that it starts and stops
     try:
         if args.dry_run:
             from ebwm_dist.training.dry_run import describe

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebwm_dist.config.fields import choice, location, number
-from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, WandbConfig
+from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileConfig, WandbConfig
 
 
 @dataclass
@@ -266,6 +266,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Sections of the configuration for what surrounds a training: its evaluation, Weights & Biases, a Ray cluster."""
+"""Sections of the configuration for what surrounds a training: evaluation, profile, Weights & Biases, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ class EvaluationConfig:
     """Seconds for one checkpoint after which a worker counts as hung and is replaced."""
     drain_timeout: float = number(600.0, at_least=0)
     """Seconds after the training to evaluate the remaining checkpoints."""
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some training steps by torch's profiler, in `profile/` of the run folder."""
+
+    start: int | None = number(None, at_least=1)
+    """First step that is traced; null: the third one of this start."""
+    steps: int = number(0, at_least=0)
+    """Number of steps that are traced; 0: none."""
+    ranks: str = choice("first", "all")
+    """Which ranks write a trace, each its own."""
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ebwm_dist.checkpoint.run_lock import RunLock
 from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.schema import Config
@@ -18,6 +20,7 @@ from ebwm_dist.errors import PeerError, same_on_all_ranks
 from ebwm_dist.rendezvous import Place
 from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.checkpointing import TrainingState
+from ebwm_dist.training.memory import out_of_memory
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.trainer import Trainer
 from ebwm_dist.training.watchdog import Watchdog, heartbeat_store, is_communication_error
@@ -49,6 +52,8 @@ def train(
         if is_communication_error(error):
             # A failed collective says nothing of who failed it, or when; the heartbeats do.
             raise PeerError(watchdog.explain(error)) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise out_of_memory(error, config, world) from error
         raise
     finally:
         watchdog.close(failure)

@@ -34,6 +34,7 @@ from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import create_engine
 from ebwm_dist.training.optimizer import set_lr
+from ebwm_dist.training.profiling import Profile, step_ranges
 from ebwm_dist.training.run_log import RunLog
 from ebwm_dist.training.shutdown import StopSignal
 from ebwm_dist.training.step_statistics import StepStatistics, targets_per_rank
@@ -148,10 +149,13 @@ class Trainer:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""
         state, training = self.state, self.config.training
         first, last = state.step, training.last_step
+        ranges = [(self, "_next_batch", "data"), *step_ranges(self.config, self.engine, self.preprocess)]
+        profile = Profile(self.config, self.world, first + 1, ranges, self.log.log)
         try:
             stop = self._validation_due() and not self.log.has_validation(first) and self._validate()
             while state.step < last and not stop:
-                stop = self._train_step()
+                with profile.step(state.step + 1):
+                    stop = self._train_step()
                 if state.step == first + 1:
                     self.watchdog.first_step_done()
                     # Longer than the watchdog's, whose message says more than a failed collective's.
@@ -171,6 +175,7 @@ class Trainer:
                 self.checkpointer.settle(partial(self.watchdog.beat, state.step, "checkpoint"), self.log.warn)
             raise
         finally:
+            profile.close()
             self.stream.close()
             self.checkpointer.close()
             self.log.close()
@@ -255,7 +260,7 @@ class Trainer:
             for _ in range(accumulation):
                 self.watchdog.beat(step, "data")
                 waited = time.perf_counter()
-                batch = next(self.stream)
+                batch = self._next_batch()
                 self.data_wait += time.perf_counter() - waited
                 yield batch
 
@@ -265,6 +270,9 @@ class Trainer:
         self.watchdog.beat(step, "forward/backward")
         count = sum(int(self.model.target_mask(batch.next_states).sum()) for batch in batches)
         return batches, targets_per_rank(count, self.world)
+
+    def _next_batch(self) -> Batch:
+        return next(self.stream)
 
     def _warn(self, applied: bool, nonfinite: str | None, damage: list[str]) -> None:
         """Warn of what went wrong in a step, of damaged data once; end the run after too many skipped steps."""

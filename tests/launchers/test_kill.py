@@ -101,7 +101,7 @@ def test_kills_while_a_slow_save_goes_on_change_nothing(
 ) -> None:
     """A checkpoint takes longer to write than several steps; each one that is there is that of the undisturbed run."""
     generator = random.Random(0)
-    arguments = [*launch_arguments, f"training.max_steps={STEPS}", "checkpoint.interval=3"]
+    arguments = [*launch_arguments, f"training.max_steps={2 * STEPS}", "checkpoint.interval=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start("python", [*arguments, "checkpoint.keep=99", f"run_dir={whole}"]).end(400) == 0
 
@@ -113,9 +113,12 @@ def test_kills_while_a_slow_save_goes_on_change_nothing(
             time.sleep(0.001)  # what the kill before has left is gone
         while job.process.poll() is None and not list((killed / "checkpoints").glob("step-*.tmp")):
             time.sleep(0.001)
-        time.sleep(generator.uniform(0, 2))
+        later = steps_done(killed) + generator.randint(0, 7)
+        while job.process.poll() is None and steps_done(killed) < later:
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.5))
         if job.process.poll() is not None:
-            assert job.end(400) == 0 and committed(killed) == STEPS
+            assert job.end(400) == 0 and committed(killed) == 2 * STEPS
             break
         job.kill()
         left = sorted(path.name for path in (killed / "checkpoints").glob("step-*"))
