@@ -1,7 +1,7 @@
 """Measure a trained model: `python launchers/evaluate.py --run runs/quickstart --baseline runs/quickstart_ar`.
 
 Writes evaluation.json and evaluation.html. Several processes share the work:
-`torchrun --nproc_per_node 8 launchers/evaluate.py --run ...`.
+`torchrun --nproc_per_node 8 -- launchers/evaluate.py --run ...`, or `deepspeed launchers/evaluate.py --run ...`.
 
 With `--summary`, losses by MCMC steps and errors of frames on all held-out data are printed beside those of the
 autoregressive twin `--baseline`, and summary.json and a picture are written into the run folder. Where answers have a

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from ebwm_dist.data.format.video_codec import encode_clip
 from ebwm_dist.prepare.moving_shapes import moving_shapes
@@ -67,6 +68,14 @@ def test_pages_and_links_are_there() -> None:
         assert page.name == "README.md" or f"({page.name})" in index
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_torchrun_leaves_the_options_of_evaluate_alone() -> None:
+    """It takes `--run` for an abbreviation of an option of its own, unless told where its own end."""
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (command,) = re.findall(r"`torchrun ([^`]*launchers/evaluate.py[^`]*)`", page)
+    args = get_args_parser().parse_args(command.split())
+    assert args.training_script == "launchers/evaluate.py" and args.training_script_args == ["--run", "RUN"]
 
 
 @pytest.mark.slow
