@@ -177,6 +177,11 @@ class Checkpointer:
         if save.failure is not None:
             warn(f"the checkpoint of step {checkpoints.step_of(save.staging)} was not saved: {save.failure}")
 
+    def abandon(self) -> None:
+        """Let go of a save that goes on: it never becomes a checkpoint, as if the process were killed."""
+        if self._pending is not None:
+            self._pending.abandon()
+
     def _remove(self, staging: Path) -> None:
         if self.world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)  # the room it takes may be what is missing

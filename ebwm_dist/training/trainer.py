@@ -167,12 +167,14 @@ class Trainer:
                     stop = self._validate()
                     if stop and self.saved_step != state.step:
                         self._save()
-            self.checkpointer.finish(state.step, partial(self.watchdog.beat, state.step, "upload"))
+            self.checkpointer.finish(state.step, partial(self.watchdog.beat, state.step, "checkpoint"))
             self.log.log(self._outcome(first, stop))
         except BaseException as error:
             self.log.failure()
-            if isinstance(error, Exception):  # a second Ctrl-C ends the run at once
+            if isinstance(error, Exception):
                 self.checkpointer.settle(partial(self.watchdog.beat, state.step, "checkpoint"), self.log.warn)
+            else:  # a second Ctrl-C ends the run at once; torch may not be left writing as the interpreter ends
+                self.checkpointer.abandon()
             raise
         finally:
             profile.close()

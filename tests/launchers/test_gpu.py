@@ -65,3 +65,12 @@ def test_a_stopped_run_goes_on_on_a_gpu(start: Start, launch_arguments: list[str
     # Sums by atomic additions come in any order on a GPU, so not to the last bit.
     for got, wanted in zip(metrics(stopped), metrics(whole), strict=True):
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-3), f"step {got['step']}"
+
+
+def test_a_profile_has_the_time_of_kernels(start: Start, launch_arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*launch_arguments, "training.max_steps=6", "profile.steps=2", f"run_dir={tmp_path}"]
+    job = start("python", arguments, DS_ACCELERATOR=DEVICE)
+    assert job.end(300) == 0, job.text
+    assert "s a step (GPU)" in job.text
+    name = "steps_3-4_rank_00000"
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {f"{name}.json.gz", f"{name}.pickle"}

@@ -191,6 +191,23 @@ def test_an_error_of_one_rank_waits_for_the_save(
     assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [2]
 
 
+def train_and_interrupt(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    before_writing(lambda path: time.sleep(0.5))
+    before_step(3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_turn(rank, world_size, config, [overrides])
+    assert "save" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+    run_distributed_test(train_and_interrupt, 1, tiny_config, run_of(tiny_data, tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step*")] == ["step-000002.tmp"]
+
+
 ALONE = World(0, 0, 1, torch.device("cpu"), "here")
 
 
