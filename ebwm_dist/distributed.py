@@ -57,6 +57,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, count: int, flags: torch.Tensor) -> torch.Tensor:
+        """Return which flags [B] are set on all ranks of this one's group of `count` neighbours; all ranks call it."""
+        if count == 1:
+            return flags
+        first = self.rank // count * count
+        return torch.stack(self.gather_objects(flags)[first : first + count]).all(0)
+
     def from_rank_0(self, value: T | None) -> T:
         """Return on every rank the value that rank 0 passed."""
         box: list[Any] = [value]

@@ -28,7 +28,7 @@ def check_config(config: Config) -> None:
     """Refuse a configuration whose keys do not agree; the error names the first one and its value."""
     # The autoregressive twin has no MCMC steps; their settings stay as they are.
     of_mcmc = (_mcmc, _landscapes, _replay) if config.model.kind == "ebt" else ()
-    for problems in (_texts, _places, _model, *of_mcmc, _training, _data, _mixture, _zero, _cluster):
+    for problems in (_texts, _places, _model, *of_mcmc, _training, _positions, _data, _mixture, _zero, _cluster):
         for key, reason in problems(config):
             raise ConfigError(f"{key} = {getattr(*locate(config, key))!r}: {reason}")
 
@@ -43,16 +43,23 @@ def long_warmups(config: Config) -> list[tuple[str, int]]:
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Refuse `world_size` ranks that cannot share the global batch equally, in whole micro-batches."""
-    batch, micro_batch = config.training.global_batch_size, config.training.micro_batch_size
-    per_pass = micro_batch * world_size
+    """Refuse `world_size` ranks that are no whole groups, or cannot share the global batch in whole micro-batches."""
+    training = config.training
+    batch, micro_batch, group = training.global_batch_size, training.micro_batch_size, training.position_parallel
+    if world_size % group:
+        raise ConfigError(
+            f"training.position_parallel = {group}: must divide the number of ranks, {world_size}; "
+            f"allowed are {_either(_divisors(world_size))}"
+        )
+    per_pass = micro_batch * (world_size // group)
     if batch % per_pass == 0:
         return
-    worlds = _divisors(batch // micro_batch)
+    worlds = [group * groups for groups in _divisors(batch // micro_batch)]
     below = batch // per_pass * per_pass
     nearest = " or ".join(str(size) for size in (below, below + per_pass) if size > 0)
+    ranks = f"{world_size} ranks" if group == 1 else f"{world_size} ranks in groups of {group} (position_parallel)"
     raise ConfigError(
-        f"training.global_batch_size = {batch}: {world_size} ranks with training.micro_batch_size = {micro_batch} need "
+        f"training.global_batch_size = {batch}: {ranks} with training.micro_batch_size = {micro_batch} need "
         f"a multiple of {per_pass}; use {nearest}, or {_either(worlds)} {'rank' if worlds == [1] else 'ranks'}"
     )
 
@@ -147,6 +154,15 @@ def _training(config: Config) -> Problems:
     if batch % training.micro_batch_size:
         allowed = _either(_divisors(batch))
         yield "training.micro_batch_size", f"must divide training.global_batch_size = {batch}; allowed are {allowed}"
+
+
+def _positions(config: Config) -> Problems:
+    key, group, length = "training.position_parallel", config.training.position_parallel, config.data.sequence_length
+    if group > 1 and config.model.kind == "ar":
+        yield key, "must be 1 where model.kind = 'ar', whose positions are no work of their own"
+    if group > max(1, length // 2):
+        half = f"half of data.sequence_length = {length}, as each rank takes two pieces of a sequence"
+        yield key, f"at most {max(1, length // 2)}, {half}"
 
 
 def _data(config: Config) -> Problems:

@@ -57,7 +57,8 @@ def optimizer_checks(config: Config) -> bool:
 
 def micro_steps(config: Config, world_size: int) -> int:
     """Return the number of micro-batches that each rank adds up for one optimizer step."""
-    return config.training.global_batch_size // (config.training.micro_batch_size * world_size)
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * (world_size // training.position_parallel))
 
 
 def _zero(config: Config) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class MCMCConfig:
     initial_sharpness: float = number(10.0, above=0)
     """Logit of the last observed token, where `initial_state` is `most_recent_token`."""
     replay_size: int = number(0, at_least=0)
-    """Sequences per rank whose final states are kept, so that later refinements start from them; 0: none."""
+    """Sequences per rank (with `training.position_parallel` per group) whose final states are kept, so that later
+    refinements start from them; 0: none."""
     replay_top_k: int = number(1024, at_least=1)
     """Tokens whose probabilities are kept of a state, in 4 bytes each; the others share the rest evenly. Unused with
     `model.embedding_dim`."""
@@ -148,6 +149,9 @@ class TrainingConfig:
     """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
     position_chunk: int = number(128, at_least=1)
     """Positions of a sequence that are refined together: less takes less memory, more makes larger matrices."""
+    position_parallel: int = number(1, at_least=1)
+    """Neighbouring ranks that take the same sequences and share their positions: for more ranks than sequences, and for
+    many MCMC steps. The global batch is divided among world / this groups of ranks."""
     activation_checkpointing: str = choice("none", "block")
     """`block`: keep only the inputs of each transformer block and compute the rest again in the backward."""
     attention: str = choice("auto", "math", "fused")

@@ -6,7 +6,7 @@ Shapes: B batch, S observed positions, C positions refined together, D width, K 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.curvature import largest_eigenvalues
 from ebwm_dist.mcmc.noise import mix_seed
-from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, reshard
+from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, join_positions, reshard, share_positions
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 from ebwm_dist.mcmc.second_order import EnergyModel, Refinement
-from ebwm_dist.mcmc.slices import Slice, slices
+from ebwm_dist.mcmc.slices import Share, Slice, slices
 from ebwm_dist.mcmc.space import Space
 from ebwm_dist.models.layers import KeysValues
 from ebwm_dist.models.output import Evaluation, TrainingOutput
@@ -43,6 +43,18 @@ class EnergyBasedTransformer(EnergyModel):
         self.position_chunk = position_chunk
         self.transformer.blocks.checkpointing = activation_checkpointing == "block"
         self.replay = ReplayBuffer(mcmc.replay_size) if mcmc.replay_size else None
+        self.share_positions(Share())
+
+    def share_positions(self, share: Share, agree: Callable[[Tensor], Tensor] = lambda flags: flags) -> None:
+        """Refine only this share of the positions in training steps from now on.
+
+        The gradients of all shares add up to those of the whole step, and so do their losses.
+
+        Args:
+            share: which one.
+            agree: flags [B], on the CPU -> whether each is set on all processes that share the same sequences.
+        """
+        self.share, self.agree = share, agree
 
     def plan(self, step: int, micro_step: int) -> StepPlan:
         """Return the MCMC steps of a micro-batch of optimizer step `step`, counted from 1; the same on all ranks."""
@@ -50,7 +62,10 @@ class EnergyBasedTransformer(EnergyModel):
 
     def extra_state(self) -> dict[str, Any]:
         """Return the replay buffer of this rank."""
-        return {} if self.replay is None else {"replay": self.replay.state_dict()}
+        if self.replay is None:
+            return {}
+        shared = {} if self.share.count == 1 else {"position_parallel": self.share.count}
+        return {"replay": self.replay.state_dict(), **shared}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the replay buffer; it starts empty if the run had none, or another `mcmc.replay_top_k`."""
@@ -61,10 +76,13 @@ class EnergyBasedTransformer(EnergyModel):
             self.replay.load_state_dict(records if fits else {})
 
     def reshard_extra_state(self, states: list[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """Return this rank's part of the records in the replay buffers of all ranks so far."""
+        """Return this rank's part of the records, and of their positions, in the replay buffers of all ranks so far."""
         if self.replay is None:
             return {}
-        return {"replay": reshard([state.get("replay", {}) for state in states], rank, world_size)}
+        before, now = states[0].get("position_parallel", 1), self.share.count
+        buffers = [state.get("replay", {}) for state in states]
+        whole = [join_positions(buffers[first : first + before]) for first in range(0, len(buffers), before)]
+        return {"replay": share_positions(reshard(whole, rank // now, world_size // now), self.share)}
 
     def target_mask(self, targets: Tensor) -> Tensor:
         """Return which of the targets [B, S, ...] are not padding [B, S]."""
@@ -81,7 +99,7 @@ class EnergyBasedTransformer(EnergyModel):
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Run the forwards and backwards of a micro-batch.
+        """Run the forwards and backwards of a micro-batch, of which each process refines its share of the positions.
 
         Args:
             observed: observed states [B, S+1, ...]: each is the target of those before it.
@@ -90,17 +108,19 @@ class EnergyBasedTransformer(EnergyModel):
             targets: true next tokens [B, S] on the CPU, padding where there is no loss: only the other positions are
                 refined, or all of them where sequences are replayed; unset, the observed states.
             num_targets: number of targets, without padding, that the summed losses are divided by: those of all
-                micro-batches whose gradients are accumulated; unset, those of this one. A replayed row adds to it what
-                a row of the micro-batch has on average.
+                micro-batches whose gradients are accumulated, in all shares; unset, those of this one. A replayed row
+                adds to it what a row of the micro-batch has on average.
             forward: runs a pass; unset, this module.
             backward: adds the gradients of a scalar to those of the parameters, unscaled: some of them enter later
                 passes of the same step.
         """
-        fresh, chosen = len(observed), targets is not None
-        mask = self.target_mask(targets) if targets is not None and self.replay is None else None
+        fresh, chosen, share = len(observed), targets is not None, self.share
+        mask = share.chosen(self.target_mask(targets)) if targets is not None and self.replay is None else None
         targets = observed[:, 1:] if targets is None else targets.to(observed.device)
         if num_targets is None:
             num_targets = self.target_mask(targets).sum().clamp(min=1)
+        if mask is not None and self.space.pad_id is not None:
+            targets = targets.masked_fill(~mask.to(targets.device), self.space.pad_id)
         # Sequences with chosen targets are kept with them.
         record = torch.stack((observed, F.pad(targets, (1, 0))), -1) if chosen and self.replay is not None else observed
         replayed = self._replayed(observed, sample_ids)
@@ -112,16 +132,21 @@ class EnergyBasedTransformer(EnergyModel):
         num_targets = num_targets * (len(observed) / fresh)
         context = observed[:, :-1]
         refinement = Refinement(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
-        final = []
-        for where in slices(context.shape[1], self.position_chunk, mask, observed.device):
+        parts = share.slices(context.shape[1], self.position_chunk)
+        if mask is not None:
+            parts = slices(context.shape[1], self.position_chunk * share.count, mask, observed.device)
+        final, done = [], 0
+        for where in parts:
             # Nothing here holds an initial state or the last slice's final one while a slice is refined.
-            initial_state = partial(self._initial_state, context[:fresh], sample_ids[:fresh], replayed, where)
+            initial_state = partial(self._initial_state, context[:fresh], sample_ids[:fresh], replayed, where, done)
             state = refinement.refine(initial_state, where)
+            done += state.shape[1]
             if self.replay is not None:
                 final.append(self.space.compress(state))
             del state
         if self.replay is not None:
-            self.replay.push(record, sample_ids, {name: torch.cat([x[name] for x in final], 1) for name in final[0]})
+            compact = {name: torch.cat([x[name] for x in final], 1) for name in final[0]}
+            self.replay.push(record, sample_ids, compact, self.agree)
         return refinement.finish()
 
     @torch.no_grad()
@@ -235,11 +260,15 @@ class EnergyBasedTransformer(EnergyModel):
         return self.replay.take(self.mcmc.replayed_rows(len(observed)), seed)
 
     def _initial_state(
-        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, where: Slice
+        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, where: Slice, done: int
     ) -> Tensor:
-        """Return the initial states of a slice: those of the samples, and below them the replayed ones."""
+        """Return the initial states of a slice: those of the samples, and below them the replayed ones.
+
+        The first `done` positions of these were those of earlier slices.
+        """
         state = self.space.initial_state(sample_ids, self.seed, where, context)
         if replayed is None:
             return state
-        kept = {name: x[:, where.start : where.stop].to(context.device) for name, x in replayed[2].items()}
+        stop = done + state.shape[1]
+        kept = {name: x[:, done:stop].to(context.device) for name, x in replayed[2].items()}
         return torch.cat((state, self.space.expand(kept)))

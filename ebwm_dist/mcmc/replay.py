@@ -8,19 +8,23 @@ so that its states are those of a single refinement.
 
 A whole distribution over tokens, as the published buffer keeps it, takes 4 V bytes a position. Here it is reduced to
 the probabilities of its `mcmc.replay_top_k` most probable tokens, and of all others together; an embedding state is
-kept in float16. Positions are always dimension 1, so the compact forms of slices are joined there.
+kept in float16. Positions are always dimension 1, so the compact forms of slices are joined there. Processes that share
+the positions of a sequence hold the same records in the same order, each with the states of its own positions.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.mcmc.slices import Share
 
 # Below this softmax gives 0, whatever the dtype; and unlike -inf it stays finite when it is computed with.
 _LOWEST = torch.finfo(torch.float16).min
@@ -70,18 +74,25 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._records)
 
-    def push(self, observed: Tensor, sample_ids: Tensor, state: Compact) -> None:
+    def push(
+        self,
+        observed: Tensor,
+        sample_ids: Tensor,
+        state: Compact,
+        agree: Callable[[Tensor], Tensor] = lambda finite: finite,
+    ) -> None:
         """Add records in place of the oldest; those whose state is not finite are left out.
 
         Args:
             observed: tokens [B, S+1], or embeddings [B, S+1, E].
             sample_ids: ids [B].
             state: the compact form of their final states.
+            agree: which states are finite here [B] -> which are finite on all processes that share their positions.
         """
         observed, sample_ids = observed.detach().cpu(), sample_ids.cpu()
         state = {name: tensor.detach().cpu() for name, tensor in state.items()}
         finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in state.values()]).all(0)
-        for i in finite.nonzero().flatten().tolist():
+        for i in agree(finite).nonzero().flatten().tolist():
             # Copies: a view would keep the whole batch in memory.
             row = {name: tensor[i].clone() for name, tensor in state.items()}
             self._records.append((observed[i].clone(), sample_ids[i].clone(), row))
@@ -139,6 +150,26 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[st
         records.append((state["observed"][number], state["sample_ids"][number], compact))
     observed, sample_ids, compact = _stacked(records)
     return {"observed": observed, "sample_ids": sample_ids, "state": compact}
+
+
+def join_positions(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return whole records from the `ReplayBuffer.state_dict` of all processes that share their positions, in order."""
+    first = states[0]
+    if len(states) == 1 or not first:
+        return first
+    length = first["observed"].shape[1] - 1
+    pieces = [Share(number, len(states)).pieces(length) for number in range(len(states))]
+    order = torch.tensor([*chain.from_iterable(chain(*pieces))]).argsort()
+    joined = {name: torch.cat([x["state"][name] for x in states], 1)[:, order] for name in first["state"]}
+    return {**first, "state": joined}
+
+
+def share_positions(state: dict[str, Any], share: Share) -> dict[str, Any]:
+    """Return the records of a `ReplayBuffer.state_dict` with the states of this share of the positions alone."""
+    if share.count == 1 or not state:
+        return state
+    own = torch.tensor([*chain(*share.pieces(state["observed"].shape[1] - 1))])
+    return {**state, "state": {name: x[:, own] for name, x in state["state"].items()}}
 
 
 def _stacked(records: list[ReplayedSequences]) -> ReplayedSequences:

@@ -1,7 +1,8 @@
 """Which positions of a sequence are refined together.
 
 Candidates do not see one another, so any of them can be worked on by themselves: a slice of neighbouring positions at a
-time bounds the memory, and within a slice positions without a target are left out.
+time bounds the memory, and within a slice positions without a target are left out. For the same reason several
+processes may share the positions of the same sequences.
 
 Shapes: B batch, S positions, P = stop - start positions of a slice, C of them that are refined in each row.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,3 +66,41 @@ def slices(
         else:
             first = mask[:, start:stop].int().argsort(dim=1, descending=True, stable=True)
             yield Slice(start, stop, first[:, :needed].sort(dim=1).values.to(device))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part `number` of the positions of every sequence, which `count` processes share equally.
+
+    They are cut into 2 x `count` pieces of neighbours, dealt out back and forth: to the parts 0, 1, ..., `count` - 1,
+    `count` - 1, ..., 1, 0. Later positions see more context, so each part has as much of it as the others. Which
+    positions those are depends on their number alone.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    def pieces(self, positions: int) -> list[range]:
+        """Return the two pieces of this part, of lengths that differ by at most one between all pieces."""
+        if self.count == 1:
+            return [range(positions)]
+        bounds = [positions * i // (2 * self.count) for i in range(2 * self.count + 1)]
+        return [range(bounds[i], bounds[i + 1]) for i in (self.number, 2 * self.count - 1 - self.number)]
+
+    def slices(self, positions: int, size: int) -> Iterator[Slice]:
+        """Yield this part of the `positions` in slices of at most `size`; all parts have the same number of slices.
+
+        Two positions are a slice where `size` is 1 and pieces have not all the same length.
+        """
+        if self.count == 1:
+            yield from slices(positions, size)
+            return
+        shortest, longest = positions // (2 * self.count), -(-positions // (2 * self.count))
+        number = min(shortest, -(-longest // size))
+        for piece in self.pieces(positions):
+            bounds = [piece.start + len(piece) * i // number for i in range(number + 1)]
+            yield from (Slice(start, stop) for start, stop in pairwise(bounds))
+
+    def chosen(self, mask: Tensor) -> Tensor:
+        """Return which of the chosen positions `mask` [B, S] are this part's; in each row the parts take turns."""
+        return mask & ((mask.cumsum(1) - 1) % self.count == self.number)

@@ -12,9 +12,16 @@ from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 
 
 def training_flops_per_token(
-    config: ModelConfig, mcmc: MCMCConfig, sequence_length: int, target_share: float = 1.0
+    config: ModelConfig,
+    mcmc: MCMCConfig,
+    sequence_length: int,
+    target_share: float = 1.0,
+    position_parallel: int = 1,
 ) -> float:
     """Return the FLOPs of a training step per observed token, of which `target_share` are followed by a target.
+
+    With `position_parallel` these are the FLOPs of one of so many ranks that share the positions: its part of the
+    refinement, and the whole context.
 
     With F one forward of a stream and M = 2VD one product with the vocabulary matrix, or, for embeddings, 2ED one with
     the projection (none, where E = D):
@@ -37,7 +44,7 @@ def training_flops_per_token(
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
     refinement -= reusing * 2 * costs.linear
-    refined = 1.0 if mcmc.replay_size else target_share
+    refined = (1.0 if mcmc.replay_size else target_share) / position_parallel
     return rows * (refined * refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
 

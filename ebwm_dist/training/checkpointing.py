@@ -275,14 +275,16 @@ class Checkpointer:
             before, after = (f"ZeRO {m['zero_stage']} on {_ranks(m['world_size'])}" for m in (saved, now))
             log(f"resharded {path.name}, written with {before}, for {after}")
         training_state = TrainingState(**client["training_state"])
-        return training_state, self._load_ranks(path, saved["world_size"], training_state.step, reshard, log)
+        return training_state, self._load_ranks(path, saved, training_state.step, reshard, log)
 
     def _load_ranks(
-        self, path: Path, world_size: int, step: int, reshard: Reshard, log: Callable[[str], None]
+        self, path: Path, saved: dict[str, Any], step: int, reshard: Reshard, log: Callable[[str], None]
     ) -> dict[str, Any]:
         """Restore the random state of this rank; return its extra state."""
-        world = self.world
-        ranks = [world.rank] if world_size == world.world_size else range(world_size)
+        world, world_size = self.world, saved["world_size"]
+        same = world_size == world.world_size
+        same = same and saved.get("position_parallel", 1) == self.config.training.position_parallel
+        ranks = [world.rank] if same else range(world_size)
         with restricted_loading():
             states = {rank: torch.load(path / _rank_file(rank), weights_only=True, mmap=True) for rank in ranks}
         if world.rank in states:
@@ -293,7 +295,7 @@ class Checkpointer:
             first, last = world_size, world.world_size - 1
             new = f"rank {first} is new: its" if first == last else f"ranks {first} to {last} are new: their"
             log(f"{new} random state follows from the seed, step and rank")
-        if world_size == world.world_size:
+        if same:
             return dict(states[world.rank]["extra"])
         return reshard([state["extra"] for state in states.values()], world.rank, world.world_size)
 
@@ -301,6 +303,7 @@ class Checkpointer:
         return {
             **resume_settings(self.config),
             "world_size": self.world.world_size,
+            "position_parallel": self.config.training.position_parallel,
             "zero_stage": self.config.zero.stage,
             "offload_optimizer": self.config.zero.offload_optimizer,
             "torch": torch.__version__,

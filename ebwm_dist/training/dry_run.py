@@ -17,7 +17,9 @@ from ebwm_dist.data.loading.mixture import Mixture, describe_weights
 from ebwm_dist.data.remote import is_remote
 from ebwm_dist.errors import UserError
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
+from ebwm_dist.mcmc.slices import Share
 from ebwm_dist.models.flops import training_flops_per_token
 
 GIB = 2**30
@@ -52,6 +54,11 @@ def describe(config: Config) -> str:
     for world_size in WORLD_SIZES:
         row = [state_bytes(parameters, zero, world_size, training.precision)[0] for zero in LAYOUTS.values()]
         lines.append(f"  {world_size:4}  " + "".join(f"{(size + activations) / GIB:14.2f}" for size in row))
+    group = training.position_parallel
+    if group > 1:
+        own = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length, share, group)
+        per_rank = f"{own:.4g} on each of {group} ranks that share its positions"
+        lines.insert(4, f"training FLOPs per {unit}: {per_rank}, {flops / own:.2f} times less than on one rank")
     if config.data.mixture:
         lines.insert(2, f"mixture: {describe_weights(config.data.mixture)}")
     if share < 1:
@@ -147,6 +154,8 @@ def _live_bytes(config: Config, layers: int) -> int:
             p.grad = torch.zeros_like(p)
         length, width = config.data.sequence_length + 1, config.model.embedding_dim
         observed = torch.zeros(rows, length, dtype=torch.long) if width is None else torch.zeros(rows, length, width)
+        if isinstance(model, EnergyBasedTransformer):
+            model.share_positions(Share(0, training.position_parallel))
         plan: Any = StepPlan(mcmc.max_mcmc_steps)
         with LiveBytes() as live:
             model.training_step(observed, torch.arange(rows, device="cpu"), plan)

@@ -26,16 +26,21 @@ _MEANS = (
 )
 
 
-def targets_per_rank(count: int, world: World) -> float | Tensor:
+def targets_per_rank(count: int, world: World, position_parallel: int) -> float | Tensor:
     """Return a step's number of targets over the number of ranks, which divides gradients that ranks then average.
 
     With several ranks it stays on the device: nothing waits for it.
+
+    Args:
+        count: targets in the sequences of this rank.
+        world: all ranks.
+        position_parallel: how many ranks have the same sequences.
     """
     if world.world_size == 1:
         return max(1, count)
     total = torch.full((), float(count), dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
-    return total.clamp(min=1) / world.world_size
+    return (total / position_parallel).clamp(min=1) / world.world_size
 
 
 class StepStatistics:

@@ -26,6 +26,7 @@ from ebwm_dist.encoders.preprocessing import FramePreprocessor, build_preprocess
 from ebwm_dist.errors import UserError, same_on_all_ranks
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.slices import Share
 from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 from ebwm_dist.run import CONFIG_FILE, save_sample_format
@@ -60,6 +61,7 @@ class Trainer:
         self.config, self.data, self.world = config, data, world
         self.stop, self.watchdog, self.verify_lock = stop, watchdog, verify_lock
         self.run_dir = Path(config.run_dir)
+        self.share = Share(world.rank % config.training.position_parallel, config.training.position_parallel)
         self.log = RunLog(config, world)
         watchdog.beat(0, "loading")
         with same_on_all_ranks():
@@ -69,8 +71,8 @@ class Trainer:
                 seed=config.seed,
                 global_batch_size=config.training.global_batch_size,
                 micro_batch_size=config.training.micro_batch_size,
-                dp_rank=world.rank,
-                dp_world_size=world.world_size,
+                dp_rank=world.rank // self.share.count,
+                dp_world_size=world.world_size // self.share.count,
             )
         self.checkpointer = Checkpointer(config, world, lambda path: self.log.log(f"saved {path}"))
         watchdog.watch_save(self.checkpointer.activity)
@@ -107,6 +109,8 @@ class Trainer:
         pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
         self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world)
         self.model = cast("Model", self.engine.module)
+        if isinstance(self.model, EnergyBasedTransformer):
+            self.model.share_positions(self.share, partial(self.world.agree, self.share.count))
         with same_on_all_ranks():
             self.attention = set_attention(config, self.model, self.world.device)
         if config.training.compile:
@@ -131,9 +135,10 @@ class Trainer:
         length, share = config.data.sequence_length, self.data.target_share
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, length, share)
         unit = "token" if config.model.embedding_dim is None else "frame"
+        shared = f"{self.share.count} of them on the positions of a sequence, " if self.share.count > 1 else ""
         self.log.log(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {self.world.world_size} x {name}, "
-            f"ZeRO {config.zero.stage}, {config.training.precision}; "
+            f"{shared}ZeRO {config.zero.stage}, {config.training.precision}; "
             f"{self.data.train_samples:,} training sequences of {config.data.sequence_length} {unit}s, "
             f"of which {self.stream.dropped_per_epoch} an epoch do not fill a batch"
         )
@@ -203,9 +208,10 @@ class Trainer:
         lr, step_size = set_lr(self.optimizer, config, step), self._step_size()
         statistics = StepStatistics(self.world, config.model.num_landscapes)
         keys: list[str] = []
+        counts = self.share.number == 0  # the ranks that share its positions have the same samples
         batches, num_targets = self._micro_batches(step)
         for micro_step, batch in enumerate(batches):
-            keys += batch.keys
+            keys += batch.keys if counts else []
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
@@ -217,7 +223,7 @@ class Trainer:
                 forward=engine,
                 backward=engine.backward,
             )
-            statistics.add(output, batch.damaged)
+            statistics.add(output, batch.damaged if counts else ())
         self.watchdog.beat(step, "optimizer step")
         applied = engine.step()
         self.watchdog.beat(step, "waiting for all ranks")
@@ -267,11 +273,12 @@ class Trainer:
                 yield batch
 
         if self.config.model.embedding_dim is not None:
-            return read(), accumulation * self.config.training.micro_batch_size * self.config.data.sequence_length
+            positions = self.config.training.micro_batch_size * self.config.data.sequence_length
+            return read(), accumulation * positions / self.share.count
         batches = list(read())
         self.watchdog.beat(step, "forward/backward")
         count = sum(int(self.model.target_mask(batch.next_states).sum()) for batch in batches)
-        return batches, targets_per_rank(count, self.world)
+        return batches, targets_per_rank(count, self.world, self.share.count)
 
     def _next_batch(self) -> Batch:
         return next(self.stream)

@@ -26,6 +26,9 @@ def test_only_worlds_that_divide_the_batch() -> None:
     assert allowed_nodes(config(num_nodes=6, min_nodes=2)) == [6, 4, 3, 2]
     with pytest.raises(ConfigError, match="10 ranks"):
         allowed_nodes(config(num_nodes=5, min_nodes=2))
+    shared = config(num_nodes=6, min_nodes=1, batch=12)
+    shared.training.position_parallel = 4
+    assert allowed_nodes(shared) == [6, 4, 2]
     assert [most_nodes([4, 2], free) for free in (9, 4, 3, 2, 1)] == [4, 4, 2, 2, 0]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ebwm_dist.config.checks import check_config, check_world
+from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.schema import Config, MCMCConfig
 from ebwm_dist.errors import ConfigError
 
@@ -90,6 +91,15 @@ def changed(**values: Any) -> Config:
         ({"data__encoder_weights": "https://h/w"}, "data.encoder_weights = 'https://h/w': must be a folder or file"),
         ({"run_dir": "runs/caf\udce9"}, r"run_dir = 'runs/caf\\udce9': must be valid UTF-8; rename"),
         ({"data__mixture": {"caf\udce9": 1.0}}, "data.mixture = .*: must be valid UTF-8; rename"),
+        (
+            {"training__position_parallel": 129},
+            "training.position_parallel = 129: at most 128, half of data.sequence_length = 256, as each rank takes two",
+        ),
+        ({"training__position_parallel": 2, "data__sequence_length": 1}, "training.position_parallel = 2: at most 1, "),
+        (
+            {"training__position_parallel": 2, "model__kind": "ar"},
+            "training.position_parallel = 2: must be 1 where model.kind = 'ar'",
+        ),
         (
             {"mcmc__learn_step_size": False, "mcmc__step_size_lr_multiplier": 3.0},
             "mcmc.step_size_lr_multiplier = 3.0: must be null where mcmc.learn_step_size = False",
@@ -184,3 +194,22 @@ def test_a_world_size_that_does_not_fit_lists_those_that_do() -> None:
     )
     with pytest.raises(ConfigError, match=r"need a multiple of 80; use 80, or 1, 2, 3 or 6 ranks"):
         check_world(config, 10)
+
+
+def test_ranks_that_share_positions_come_in_groups() -> None:
+    batch = {"training__global_batch_size": 8, "training__micro_batch_size": 4}
+    config = changed(**batch, training__position_parallel=3)
+    for world_size in (3, 6):
+        check_world(config, world_size)
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, 4)
+    assert str(caught.value) == (
+        "training.position_parallel = 3: must divide the number of ranks, 4; allowed are 1, 2 or 4"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, 9)
+    assert str(caught.value) == (
+        "training.global_batch_size = 8: 9 ranks in groups of 3 (position_parallel) with training.micro_batch_size = 4 "
+        "need a multiple of 12; use 12, or 3 or 6 ranks"
+    )
+    assert [micro_steps(config, world_size) for world_size in (3, 6)] == [2, 1]

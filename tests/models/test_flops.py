@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.mcmc.slices import Share
 from ebwm_dist.models.flops import peak_flops, training_flops_per_token
 
 
@@ -75,6 +78,19 @@ def test_only_targets_are_refined_or_read_out(kind: str, gradient: str) -> None:
     whole, quarter = (training_flops_per_token(config.model, config.mcmc, 8, share) for share in (1.0, 0.25))
     assert executed[1] / executed[0] == pytest.approx(quarter / whole, rel=0.05)
     assert quarter < whole
+
+
+def test_ranks_that_share_positions_repeat_the_context_alone() -> None:
+    model_config = ModelConfig(kind="ebt", vocab_size=400, dim=128, num_heads=2, num_layers=3)
+    config = Config(model=model_config, mcmc=MCMCConfig(num_steps=3, step_size=1.0))
+    observed, formula = torch.randint(1, 400, (4, 9)), training_flops_per_token(config.model, config.mcmc, 8, 1.0, 2)
+    for number in range(2):
+        model: Any = build_model(config, pad_id=0)
+        model.share_positions(Share(number, 2))
+        with FlopCounter() as counter:
+            model.training_step(observed, torch.arange(4), model.plan(1, 0))
+        assert 0.97 * formula <= counter.total / (4 * 8) <= 1.05 * formula
+    assert formula > 0.5 * training_flops_per_token(config.model, config.mcmc, 8)
 
 
 def test_an_unknown_device_has_no_peak() -> None:

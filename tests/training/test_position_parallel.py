@@ -1,0 +1,116 @@
+"""Ranks that share the positions of the same sequences train as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebwm_dist.checkpoint.folder import list_checkpoints
+from ebwm_dist.checkpoint.zero_files import load_module_state
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.tokenizer import load_tokenizer
+from tests.distributed import run_distributed_test
+from tests.runs import metrics, train_in_turn
+from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
+from tests.training.test_trainer import TOLERANCES
+
+Case = tuple[Path, tuple[int, ...], list[str]]
+"""Data, ZeRO stages and further settings of a run."""
+
+# Updates that are nearly linear in the gradient keep rounding what it is.
+LINEAR = ["optimizer.eps=1", "optimizer.lr=0.1", "optimizer.grad_clip=0.5", "mcmc.step_size=0.2"]
+RANDOM = ["mcmc.max_num_steps=3", "training.position_chunk=3"]
+CHAIN = ["mcmc.gradient=full", "mcmc.loss=ramp"]
+REPLAY = ["mcmc.replay_size=15", "mcmc.langevin_noise=0.1", "mcmc.step_size_jitter=1.5", "mcmc.replay_top_k=320"]
+WORDS = ["data.sequence_length=40", "training.position_chunk=8"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    tokenizer = load_tokenizer(Manifest.load(tiny_data))
+    return make_tiny_prompts(tmp_path_factory.mktemp("prompts") / "words", tokenizer, tiny_prompts(300))
+
+
+def overrides(run_dir: Path, data: Path, stage: int, count: int, *more: str) -> list[str]:
+    """Return the settings of a run whose global batch is one micro-batch, or one of every group of ranks."""
+    return [
+        f"run_dir={run_dir}",
+        f"data.path={data}",
+        f"zero.stage={stage}",
+        f"training.position_parallel={count}",
+        "training.micro_batch_size=12",
+        *LINEAR,
+        "data.log_sample_ids=true",
+        *more,
+        *(["deepspeed.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
+    ]
+
+
+def check(run_dir: Path, whole_dir: Path, kinds: tuple[str, ...] = ("train",)) -> None:
+    """Compare records, samples and weights of a run to those of one process."""
+    # Replayed states are kept in 16 bits, of which rounding in 32 may change the last.
+    more = 20 if "replay" in run_dir.name else 1
+    for kind in kinds:
+        got, expected = metrics(run_dir, kind), metrics(whole_dir, kind)
+        assert [record["step"] for record in got] == [record["step"] for record in expected] != []
+        for mine, theirs in zip(got, expected, strict=True):
+            for key in TOLERANCES.keys() & theirs.keys() if kind == "train" else ("loss", "loss_last_step"):
+                near_zero = 2e-5 if key.startswith("energy") else None
+                wanted = pytest.approx(theirs[key], rel=more * TOLERANCES[key], abs=near_zero)
+                assert mine[key] == wanted, f"{run_dir.name}: {key} of step {mine['step']}"
+            assert mine["tokens"] == theirs["tokens"] and mine.get("mcmc_num_steps") == theirs.get("mcmc_num_steps")
+    assert (run_dir / "samples.jsonl").read_text() == (whole_dir / "samples.jsonl").read_text()
+    expected_weights = load_module_state(list_checkpoints(whole_dir / "checkpoints")[0])
+    for name, value in load_module_state(list_checkpoints(run_dir / "checkpoints")[0]).items():
+        torch.testing.assert_close(
+            value, expected_weights[name], rtol=0, atol=more * 2e-5, msg=f"{run_dir.name}: {name}"
+        )
+
+
+def follow(world_size: int, count: int, config: Path, root: Path, cases: dict[str, Case], steps: int) -> None:
+    """Train each case on one process, and at its ZeRO stages on ranks of which `count` share the positions."""
+    more = [f"training.max_steps={steps}", f"training.micro_batch_size={12 * count // world_size}"]
+    one = [overrides(root / name, data, 0, 1, *special) for name, (data, _, special) in cases.items()]
+    shared = [
+        overrides(root / f"{name} {stage}", data, stage, count, *special, *more)
+        for name, (data, stages, special) in cases.items()
+        for stage in stages
+    ]
+    run_distributed_test(train_in_turn, 1, config, [[*run, more[0]] for run in one], timeout=600)
+    run_distributed_test(train_in_turn, world_size, config, shared, timeout=900)
+    for name, (_, stages, _) in cases.items():
+        for stage in stages:
+            check(root / f"{name} {stage}", root / name)
+
+
+def test_two_ranks_follow_one_process(tiny_data: Path, prompts: Manifest, tiny_config: Path, tmp_path: Path) -> None:
+    """Random numbers of steps, a chain of replayed states with noise, and completions that alone are targets."""
+    cases = {
+        "plain": (tiny_data, (0, 3), RANDOM),
+        "replay": (tiny_data, (1,), [*CHAIN, *REPLAY]),
+        "prompts": (prompts.folder, (2,), WORDS),
+    }
+    follow(2, 2, tiny_config, tmp_path, cases, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "count"), [(2, 2), (3, 3), (4, 2)])
+def test_every_stage_and_objective_follows_one_process(
+    tiny_data: Path, prompts: Manifest, tiny_config: Path, tmp_path: Path, world_size: int, count: int
+) -> None:
+    """Two groups of ranks draw replayed sequences of their own, so only one group does what one process does."""
+    cases: dict[str, Case] = {
+        "two steps": (tiny_data, (0, 3), []),
+        "random": (tiny_data, (0, 1, 2, 3), RANDOM),
+        "chain": (tiny_data, (1, 3), [*CHAIN, *RANDOM]),
+        "prompts": (prompts.folder, (0, 1, 2, 3), WORDS),
+    }
+    if world_size == count:
+        cases |= {
+            "replay": (tiny_data, (0, 3), [*REPLAY, *RANDOM]),
+            "replayed prompts": (prompts.folder, (1,), [*REPLAY, *WORDS]),
+            "replayed chain": (tiny_data, (2,), [*REPLAY, *CHAIN]),
+        }
+    follow(world_size, count, tiny_config, tmp_path, cases, 10)
