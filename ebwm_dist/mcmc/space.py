@@ -19,6 +19,8 @@ from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models.output import prediction_losses, target_mask
 
 MIN_STEP_SIZE = 1e-4
+_DRAWN_TOGETHER = 128
+"""Positions, where only some of them are refined."""
 
 
 class StepSize(nn.Module):
@@ -181,5 +183,15 @@ class Space(nn.Module, ABC):
         return prediction_losses(state, targets, self.pad_id)
 
     def _noise(self, seed: int, sample_ids: Tensor, draw: int, where: Slice, device: torch.device) -> Tensor:
-        drawn = noise.normal(seed, sample_ids, draw, where.start, where.stop, self.state_width, device)
-        return where.take(drawn).to(self.state_dtype)
+        """Draw for the positions that are refined; a long window, of which they are a part, is never held whole."""
+        if where.index is None:
+            drawn = noise.normal(seed, sample_ids, draw, where.start, where.stop, self.state_width, device)
+            return drawn.to(self.state_dtype)
+        result = torch.zeros(*where.index.shape, self.state_width, device=device, dtype=self.state_dtype)
+        for start in range(where.start, where.stop, _DRAWN_TOGETHER):
+            stop = min(start + _DRAWN_TOGETHER, where.stop)
+            drawn = noise.normal(seed, sample_ids, draw, start, stop, self.state_width, device)
+            index = where.start + where.index - start
+            taken = Slice(start, stop, index.clamp(0, stop - start - 1)).take(drawn).to(self.state_dtype)
+            result = torch.where((index >= 0)[..., None], taken, result)
+        return result

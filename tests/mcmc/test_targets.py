@@ -152,3 +152,11 @@ def test_slices_take_and_put() -> None:
     assert empty.index.shape == (2, 1), "every rank has as many passes"
     assert Slice(4, 8).positions == 4
     assert found[1].positions.tolist() == [[4, 5, 6], [4, 6, 7]]
+
+
+def test_noise_of_chosen_positions_of_a_long_window() -> None:
+    space, ids = build().space, torch.tensor([7, 8])
+    observed = torch.zeros(2, 310, dtype=torch.long)
+    where = Slice(3, 303, torch.tensor([[0, 127, 128, 299], [5, 6, 200, 256]]))
+    whole = space.initial_state(ids, 5, Slice(3, 303), observed)
+    assert torch.equal(space.initial_state(ids, 5, where, observed), where.take(whole))

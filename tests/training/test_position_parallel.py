@@ -11,10 +11,11 @@ from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import load_tokenizer
+from tests import tiny_shards
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
-from tests.training.test_trainer import TOLERANCES
+from tests.training.test_trainer import TOLERANCES, poisoned, training_state
 
 Case = tuple[Path, tuple[int, ...], list[str]]
 """Data, ZeRO stages and further settings of a run."""
@@ -24,7 +25,22 @@ LINEAR = ["optimizer.eps=1", "optimizer.lr=0.1", "optimizer.grad_clip=0.5", "mcm
 RANDOM = ["mcmc.max_num_steps=3", "training.position_chunk=3"]
 CHAIN = ["mcmc.gradient=full", "mcmc.loss=ramp"]
 REPLAY = ["mcmc.replay_size=15", "mcmc.langevin_noise=0.1", "mcmc.step_size_jitter=1.5", "mcmc.replay_top_k=320"]
+VIDEO = [
+    f"model.embedding_dim={tiny_shards.DIM}",
+    "model.variant=adaln",
+    "model.num_landscapes=2",
+    "data.sequence_length=8",
+    "mcmc.initial_state=most_recent_embedding",
+]
 WORDS = ["data.sequence_length=40", "training.position_chunk=8"]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of latents of 9 frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_shards, "FRAMES", 9)
+        return tiny_shards.make_tiny_latents(tmp_path_factory.mktemp("video") / "latents").folder
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +85,19 @@ def check(run_dir: Path, whole_dir: Path, kinds: tuple[str, ...] = ("train",)) -
         )
 
 
-def follow(world_size: int, count: int, config: Path, root: Path, cases: dict[str, Case], steps: int) -> None:
-    """Train each case on one process, and at its ZeRO stages on ranks of which `count` share the positions."""
+def follow(
+    world_size: int,
+    count: int,
+    config: Path,
+    root: Path,
+    cases: dict[str, Case],
+    steps: int,
+    poison: list[str] | None = None,
+) -> None:
+    """Train each case on one process, and at its ZeRO stages on ranks of which `count` share the positions.
+
+    With settings to `poison`, such a run follows in which the last rank's energies are not numbers at step 3.
+    """
     more = [f"training.max_steps={steps}", f"training.micro_batch_size={12 * count // world_size}"]
     one = [overrides(root / name, data, 0, 1, *special) for name, (data, _, special) in cases.items()]
     shared = [
@@ -79,26 +106,52 @@ def follow(world_size: int, count: int, config: Path, root: Path, cases: dict[st
         for stage in stages
     ]
     run_distributed_test(train_in_turn, 1, config, [[*run, more[0]] for run in one], timeout=600)
-    run_distributed_test(train_in_turn, world_size, config, shared, timeout=900)
+    run_distributed_test(train_and_poison, world_size, config, shared, poison and [*poison, *more], timeout=900)
     for name, (_, stages, _) in cases.items():
         for stage in stages:
             check(root / f"{name} {stage}", root / name)
 
 
-def test_two_ranks_follow_one_process(tiny_data: Path, prompts: Manifest, tiny_config: Path, tmp_path: Path) -> None:
-    """Random numbers of steps, a chain of replayed states with noise, and completions that alone are targets."""
+def train_and_poison(rank: int, world_size: int, config: Path, runs: list[list[str]], poison: list[str] | None) -> None:
+    train_in_turn(rank, world_size, config, runs)
+    if poison is not None:
+        poisoned(rank, world_size, config, poison, {3})
+
+
+def held(run_dir: Path) -> list[list[int]]:
+    """Return the ids of the sequences in the replay buffer of every rank, in the newest checkpoint."""
+    path = list_checkpoints(run_dir / "checkpoints")[0]
+    files = [torch.load(file, weights_only=True) for file in sorted(path.glob("rank_*.pt"))]
+    return [file["extra"]["replay"]["sample_ids"].tolist() for file in files]
+
+
+def test_two_ranks_follow_one_process(
+    tiny_data: Path, prompts: Manifest, latents: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Random numbers of steps, a chain of replayed states with noise, completions that alone are targets, and video.
+
+    And a step that is not finite on one rank is skipped, and its sequences are replayed, on none.
+    """
     cases = {
         "plain": (tiny_data, (0, 3), RANDOM),
         "replay": (tiny_data, (1,), [*CHAIN, *REPLAY]),
         "prompts": (prompts.folder, (2,), WORDS),
+        "video": (latents, (0,), VIDEO),
     }
-    follow(2, 2, tiny_config, tmp_path, cases, 4)
+    poison = overrides(tmp_path / "poisoned", tiny_data, 1, 2, *REPLAY)
+    follow(2, 2, tiny_config, tmp_path, cases, 4, poison)
+    state = training_state(tmp_path / "poisoned")
+    assert (state["step"], state["skipped_steps"]) == (4, 1)
+    first, second = held(tmp_path / "poisoned")
+    assert first == second and {*range(39, 48)} <= {*first}
+    assert not {*range(24, 36)} & {*first}, "the sequences of step 3 are not there"
+    assert held(tmp_path / "replay 1") == held(tmp_path / "replay") * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "count"), [(2, 2), (3, 3), (4, 2)])
 def test_every_stage_and_objective_follows_one_process(
-    tiny_data: Path, prompts: Manifest, tiny_config: Path, tmp_path: Path, world_size: int, count: int
+    tiny_data: Path, prompts: Manifest, latents: Path, tiny_config: Path, tmp_path: Path, world_size: int, count: int
 ) -> None:
     """Two groups of ranks draw replayed sequences of their own, so only one group does what one process does."""
     cases: dict[str, Case] = {
@@ -106,6 +159,7 @@ def test_every_stage_and_objective_follows_one_process(
         "random": (tiny_data, (0, 1, 2, 3), RANDOM),
         "chain": (tiny_data, (1, 3), [*CHAIN, *RANDOM]),
         "prompts": (prompts.folder, (0, 1, 2, 3), WORDS),
+        "video": (latents, (3,), VIDEO),
     }
     if world_size == count:
         cases |= {
@@ -114,3 +168,29 @@ def test_every_stage_and_objective_follows_one_process(
             "replayed chain": (tiny_data, (2,), [*REPLAY, *CHAIN]),
         }
     follow(world_size, count, tiny_config, tmp_path, cases, 10)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_shares(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
+    """On one rank, on two and three that share positions, on two that do not and on two that do, with validation."""
+    more = ["training.max_steps=12", "validation.interval=4"]
+    cases = {"plain": RANDOM, "replay": [*RANDOM, *REPLAY]}
+    turns = [(1, 1, 2), (2, 2, 4), (3, 3, 6), (2, 1, 8), (2, 2, 10), (1, 1, 12)]
+    run_distributed_test(
+        train_in_turn,
+        1,
+        tiny_config,
+        [overrides(tmp_path / f"{name} whole", tiny_data, 0, 1, *special, *more) for name, special in cases.items()],
+        timeout=600,
+    )
+    for turn, (world_size, count, stop) in enumerate(turns):
+        runs = [
+            overrides(tmp_path / name, tiny_data, turn % 4, count, *special, *more, f"training.stop_after={stop}")
+            for name, special in cases.items()
+            # On ranks with buffers of their own other sequences are replayed.
+            if name == "plain" or (world_size, count) != (2, 1)
+        ]
+        micro = f"training.micro_batch_size={12 * count // world_size}"
+        run_distributed_test(train_in_turn, world_size, tiny_config, [[*run, micro] for run in runs], timeout=600)
+    for name in cases:
+        check(tmp_path / name, tmp_path / f"{name} whole", ("train", "val"))
