@@ -1,9 +1,10 @@
-"""Keep the results of `make train-reasoning` over seeds, and write the tables of README.md and docs/reasoning.md.
+"""Keep the results of `make train-reasoning` and of letters over seeds, and write the tables of reasoning.
 
     python -m benchmarks.reasoning --seed 0 runs/reasoning/summary.json
     python -m benchmarks.reasoning
 
-The first stores a summary, the second writes the tables; other seeds are trained with `seed=N run_dir=...`.
+The first stores a summary, the second writes the tables of README.md and docs/reasoning.md, also from the lines of
+`looped.py`; other seeds are trained with `seed=N run_dir=...`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from data_tools.tasks import pointers
 from ebwm_dist.prepare.reasoning_tasks import way
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "reasoning.json"
+RESULTS = {
+    "pointers": ROOT / "benchmarks" / "results" / "reasoning.json",
+    "letters": ROOT / "benchmarks" / "results" / "reasoning_letters.json",
+}
+"""By tasks."""
 LOOPED = ROOT / "benchmarks" / "results" / "looped.jsonl"
-PAGES = {"short": ROOT / "README.md", "long": ROOT / "docs" / "reasoning.md", "looped": ROOT / "docs" / "reasoning.md"}
+PAGES = {"short": ROOT / "README.md"} | dict.fromkeys(
+    ("long", "letters", "looped", "graphs", "sudoku"), ROOT / "docs" / "reasoning.md"
+)
+DIFFICULTIES = {"pointers": "hops", "graphs": "distance", "sudoku": "blanks that are left"}
 GUESSED_DOCUMENTS = 8000
 HOPS = [str(hops) for hops in range(1, 10)]
 LOOPED_KINDS = {
@@ -42,10 +50,10 @@ def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
     return text if float(f"{deviation:.{digits}f}") == 0 else f"{text} ± {deviation:.{digits}f}"
 
 
-def head(name: str, trained: int) -> Iterator[str]:
-    """Yield the head of a table by hops; those beyond training are bold."""
-    yield f"| {name} | " + " | ".join(hops if int(hops) <= trained else f"**{hops}**" for hops in HOPS) + " |"
-    yield "|---|" + "--:|" * len(HOPS)
+def head(name: str, trained: int, levels: list[str] = HOPS) -> Iterator[str]:
+    """Yield the head of a table by hops, or by other difficulties; those beyond training are bold."""
+    yield f"| {name} | " + " | ".join(hops if int(hops) <= trained else f"**{hops}**" for hops in levels) + " |"
+    yield "|---|" + "--:|" * len(levels)
 
 
 def guesses(parent: dict[str, str], asked: str) -> dict[str, str]:
@@ -86,54 +94,76 @@ def held_out() -> Iterator[dict[str, Any]]:
     return (pointers.document(random.Random(f"9/{number}"), 1, 9, queries=1) for number in range(GUESSED_DOCUMENTS))
 
 
-def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the lines of the short and of the long table."""
-    runs = list(summaries.values())
-    trained, twins = runs[0]["trained"]["max_hops"], sorted({layers for run in runs for layers in run["twins"]})
+def row(name: str, accuracy: list[dict[str, float]], scale: float = 100.0) -> str:
+    """Return a row of a table from the figures of every seed by hops."""
+    return f"| {name} | " + " | ".join(spread([one[hops] for one in accuracy], scale) for hops in HOPS) + " |"
 
-    def row(name: str, accuracy: list[dict[str, float]], scale: float = 100.0) -> str:
-        return f"| {name} | " + " | ".join(spread([one[hops] for one in accuracy], scale) for hops in HOPS) + " |"
 
-    def steps(number: int) -> str:
-        name = f"EBT, 1 layer, after {number} step{'s' * (number > 1)}"
-        return row(name, [{hops: run["ebt"]["accuracy"][hops][str(number)] for hops in HOPS} for run in runs])
+def steps_row(runs: list[dict[str, Any]], number: int) -> str:
+    """Return the accuracy of an EBT after a number of steps."""
+    name = f"EBT, 1 layer, after {number} step{'s' * (number > 1)}"
+    return row(name, [{hops: run["ebt"]["accuracy"][hops][str(number)] for hops in HOPS} for run in runs])
 
-    def twin(layers: str) -> str:
-        own = [run["twins"][layers]["accuracy"] for run in runs if layers in run["twins"]]
-        seeds = "" if len(own) == len(runs) else f" ({len(own)} seed{'s' * (len(own) > 1)})"
-        return row(f"autoregressive, {layers} layer{'s' * (layers != '1')}{seeds}", own)
 
+def twin_row(runs: list[dict[str, Any]], layers: str) -> str:
+    """Return the accuracy of the twins of so many layers, and how many there are, if not as many as EBTs."""
+    own = [run["twins"][layers]["accuracy"] for run in runs if layers in run["twins"]]
+    seeds = "" if len(own) == len(runs) else f" ({len(own)} seed{'s' * (len(own) > 1)})"
+    return row(f"autoregressive, {layers} layer{'s' * (layers != '1')}{seeds}", own)
+
+
+def stopped_rows(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the accuracy of an EBT that stops by itself, and its steps."""
     stopped = [run["ebt"]["stopped"] for run in runs]
     own = row("**EBT, 1 layer, stops by itself**", [one["accuracy"] for one in stopped])
-    taken = row("steps that it takes", [one["steps"] for one in stopped], 1.0)
+    return [own, row("steps that it takes", [one["steps"] for one in stopped], 1.0)]
+
+
+def tables(summaries: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the lines of the short and of the long table of pointers."""
+    runs = list(summaries.values())
+    trained, twins = runs[0]["trained"]["max_hops"], sorted({layers for run in runs for layers in run["twins"]})
     begin = list(head("accuracy (%) by hops", trained))
     by_guess = guessed(held_out()).values()
     best = {hops: max(one[hops] for one in by_guess) for hops in HOPS}
-    guess = f"| best of {len(by_guess)} guesses | " + " | ".join(f"{100 * best[hops]:.1f}" for hops in HOPS) + " |"
-    short = [*begin, guess, *map(twin, twins[-1:]), steps(1), own, taken]
-    every = [steps(number) for number in (1, 2, 3, 4, 5, 6, 8, 10, 16)]
-    return {"short": short, "long": [*begin, guess, *map(twin, twins), *every, own, taken]}
+    begin.append(
+        f"| best of {len(by_guess)} guesses | " + " | ".join(f"{100 * best[hops]:.1f}" for hops in HOPS) + " |"
+    )
+    every = [steps_row(runs, number) for number in (1, 2, 3, 4, 5, 6, 8, 10, 16)]
+    stopped = stopped_rows(runs)
+    short = [*begin, twin_row(runs, twins[-1]), every[0], *stopped]
+    return {"short": short, "long": [*begin, *(twin_row(runs, layers) for layers in twins), *every, *stopped]}
+
+
+def letters_table(summaries: dict[str, Any]) -> list[str]:
+    """Return the lines of the table of letters."""
+    runs = list(summaries.values())
+    rows = [twin_row(runs, "4"), *(steps_row(runs, number) for number in (1, 5, 16)), *stopped_rows(runs)]
+    return [*head("accuracy (%) by letters", runs[0]["trained"]["max_hops"]), *rows]
 
 
 def looped_name(record: dict[str, Any]) -> str:
     """Return what a model of `looped.py` is called in its table."""
     if record["kind"] != "ar":
-        task = record["task"].removeprefix("pointers")  # an earlier form of the task is named after a comma
-        return LOOPED_KINDS[record["kind"]] + task
+        return LOOPED_KINDS[record["kind"]]
     layers = f"{record['layers']} layer{'s' * (record['layers'] != 1)}"
-    more = ", FLOPs of the EBT" * record["equal_flops"] + ", all hops from the start" * (not record["lessons"])
+    more = ", FLOPs of the EBT" * record["equal_flops"] + ", no lessons" * (not record["lessons"])
     return f"autoregressive, {layers}{more}"
 
 
-def looped_table(records: list[dict[str, Any]], trained: int) -> list[str]:
-    """Return the lines of the table of models of `looped.py`, those with steps after 16."""
+def looped_table(records: list[dict[str, Any]], task: str, trained: int, steps: tuple[str, ...]) -> list[str]:
+    """Return the lines of the table of models of `looped.py` on a task, those that take steps after so many."""
     found: dict[str, list[dict[str, float]]] = {}
-    for record in sorted(records, key=lambda one: ([*LOOPED_KINDS, "ar"].index(one["kind"]), one.get("layers", 1))):
-        accuracy = {hops: by_steps.get("16", by_steps["1"]) for hops, by_steps in record["accuracy"].items()}
-        found.setdefault(looped_name(record), []).append(accuracy)
-    lines = list(head("accuracy (%) by hops", trained))
+    own = [record for record in records if record.get("task") == task and not record["overrides"]]  # which try recipes
+    for record in sorted(own, key=lambda one: ([*LOOPED_KINDS, "ar"].index(one["kind"]), one["layers"])):
+        for number in steps if "stopped" in record else ("1",):
+            after = f", after {number} step{'s' * (number != '1')}" * (len(steps) > 1 and "stopped" in record)
+            accuracy = {level: by_steps[number] for level, by_steps in record["accuracy"].items()}
+            found.setdefault(looped_name(record) + after, []).append(accuracy)
+    levels = list(own[0]["accuracy"])
+    lines = list(head(f"accuracy (%) by {DIFFICULTIES[task]}", trained, levels))
     for name, runs in found.items():
-        cells = [spread([one[hops] for one in runs]) for hops in HOPS]
+        cells = [spread([one[level] for one in runs]) for level in levels]
         seeds = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
         lines.append(f"| {name} ({seeds}) | " + " | ".join(cells) + " |")
     return lines
@@ -141,11 +171,16 @@ def looped_table(records: list[dict[str, Any]], trained: int) -> list[str]:
 
 def every_table() -> dict[str, list[str]]:
     """Return all tables from the stored results."""
-    summaries = json.loads(RESULTS.read_text())
+    summaries = json.loads(RESULTS["pointers"].read_text())
     records = [json.loads(line) for line in LOOPED.read_text().splitlines()]
-    records = [record for record in records if not record.get("overrides")]  # which are trials of recipes
     trained = next(iter(summaries.values()))["trained"]["max_hops"]
-    return {**tables(summaries), "looped": looped_table(records, trained)}
+    return {
+        **tables(summaries),
+        "letters": letters_table(json.loads(RESULTS["letters"].read_text())),
+        "looped": looped_table(records, "pointers", trained, ("16",)),
+        "graphs": looped_table(records, "graphs", trained, ("1", "5", "16")),
+        "sudoku": looped_table(records, "sudoku", trained, ("1", "5", "16")),
+    }
 
 
 def main() -> None:
@@ -157,9 +192,11 @@ def main() -> None:
     if args.summary is not None:
         if args.seed is None:
             parser.error("--seed: name the seed of the summary")
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        stored[str(args.seed)] = json.loads(args.summary.read_text())
-        RESULTS.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+        summary = json.loads(args.summary.read_text())
+        results = RESULTS[summary["task"]]
+        stored = json.loads(results.read_text()) if results.exists() else {}
+        stored[str(args.seed)] = summary
+        results.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
         return
     for name, lines in every_table().items():
         page, (begin, end) = PAGES[name], (f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->")
