@@ -62,7 +62,10 @@ class Task:
     def batch(self, draws: list[random.Random], most: int) -> tuple[Tensor, ...]:
         """Return documents with difficulties up to `most`."""
         make = {"pointers": pointers.document, "letters": letters.document}[self.name]
-        rows = [self._encode(make(draw, 1, most)) for draw in draws]
+        more = (
+            {"deepest": most} if self.name == "pointers" and most < 4 else {}
+        )  # as in the lessons of the configuration
+        rows = [self._encode(make(draw, 1, most, **more)) for draw in draws]
         return tuple(torch.tensor(column) for column in zip(*rows, strict=True))
 
     def _encode(self, document: dict[str, Any]) -> tuple[Any, ...]:
@@ -104,7 +107,7 @@ class Trial:
         overrides = [f"seed={args.seed}", f"model.vocab_size={self.task.vocab_size}", f"model.num_layers={args.layers}"]
         overrides += [f"model.energy_head={'linear' if args.head == 'squared' else args.head}"]
         overrides += [f"training.max_steps={args.steps}", f"optimizer.lr={args.lr}"]
-        overrides += [f"mcmc.num_steps_warmup={args.warmup}", "model.dim=64", f"model.num_heads={args.heads}"]
+        overrides += [f"mcmc.num_steps_warmup={args.warmup}", f"model.dim={args.dim}", f"model.num_heads={args.heads}"]
         self.config: Config = load_config(ROOT / "configs" / "reasoning.yaml", overrides)
         torch.manual_seed(args.seed)
         self.model: Any = build_model(self.config, PAD)
@@ -367,6 +370,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", choices=("linear", "bilinear", "squared"), default="bilinear")
     parser.add_argument("--outputs", type=int, default=8)
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--warmup", type=int, default=1100)
