@@ -305,6 +305,7 @@ def main() -> None:
         print(f"{hops} hops: " + "  ".join(f"{steps}: {value:.3f}" for steps, value in shown.items()))
     if "stopped" in found:
         print(json.dumps(found["stopped"]))
+    looped = args.kind in ("candidate", "whole")  # which the formulas do not count
     record = {
         "task": args.task,
         "kind": args.kind,
@@ -315,7 +316,7 @@ def main() -> None:
         "lessons": not args.no_lessons,
         "steps": config.training.max_steps,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_flops": training_flops(config, task, config.training.max_steps),
+        "training_flops": None if looped else training_flops(config, task, config.training.max_steps),
         **found,
         "processor_seconds": {"training": round(trained), "all": round(time.process_time())},
     }
