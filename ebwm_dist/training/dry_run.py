@@ -75,7 +75,7 @@ def describe(config: Config) -> str:
     if config.checkpoint.asynchronous:
         sizes = [saved_bytes(parameters, zero, world_size, training.precision) / GIB for world_size in WORLD_SIZES]
         copies = ", ".join(f"{size:.2f} with {number}" for size, number in zip(sizes, WORLD_SIZES, strict=True))
-        lines.append(f"  copy of the state in memory of the CPU for saves (checkpoint.asynchronous), GPUs: {copies}")
+        lines.append(f"  memory of the CPU for rank 0's copy of a save (checkpoint.asynchronous): {copies} GPUs")
     return "\n".join(lines)
 
 

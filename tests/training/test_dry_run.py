@@ -35,6 +35,7 @@ def test_every_shipped_configuration_is_described(path: Path) -> None:
     assert f"parameters: {parameter_count(config):,}" in text
     unit = "token" if config.model.embedding_dim is None else "frame"
     assert f"training FLOPs per {unit}" in text and "ZeRO 3" in text
+    assert ("copy of a save (checkpoint.asynchronous)" in text) == config.checkpoint.asynchronous
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("ebt_xl", 704.9e6), ("ebt_small", 49.6e6), ("ebt_4xs", 0.23e6)])

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ebwm_dist.checkpoint import writing
-from ebwm_dist.checkpoint.folder import list_checkpoints, step_of, verify
+from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, step_of, verify
 from ebwm_dist.checkpoint.host_memory import HostMemory
+from ebwm_dist.checkpoint.mirror import CheckpointMirror
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError, DataError
@@ -245,6 +246,22 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.M
     assert [step_of(path) for path in committed] == [1, 2] and checkpointer.activity() is None
     for path in committed:
         assert torch.load(path / "model.pt")["module"]["weight"].eq(step_of(path)).all()
+
+
+def test_saves_are_pruned_and_copied_when_they_are_there(tmp_path: Path) -> None:
+    """Also the last one, which `finish` waits for before it waits for the copy."""
+    config = settings(run_dir=str(tmp_path / "run"))
+    config.checkpoint.keep, config.checkpoint.remote = 2, f"file://{tmp_path}/copy"
+    checkpointer, engine = Checkpointer(config, ALONE), Engine()
+    assert checkpointer.find(pytest.fail) is None
+    for step in range(1, 5):
+        checkpointer.begin(cast(TrainingEngine, engine), TrainingState(step=step))
+    checkpointer.finish(4, lambda: None)
+    checkpointer.close()
+    mirror = CheckpointMirror(config.checkpoint.remote, tmp_path / "run")
+    assert [step_of(path) for path in list_checkpoints(checkpointer.root)] == [4, 3]
+    assert mirror.steps()[0] == 4 and len(mirror.steps()) <= 2
+    verify(checkpoint_path(checkpointer.root, 4))
 
 
 def go_on(root: Path, steps: int) -> None:
