@@ -145,8 +145,8 @@ class FromCorruptedTargets(EnergyBasedTransformer):
         self.following = observed[:, 1:]
         return super().training_step(observed, sample_ids, plan, **rest)
 
-    def _initial_state(self, context: Tensor, sample_ids: Tensor, replayed: Any, where: Slice) -> Tensor:
-        state = super()._initial_state(context, sample_ids, replayed, where)
+    def _initial_state(self, context: Tensor, sample_ids: Tensor, replayed: Any, where: Slice, done: int) -> Tensor:
+        state = super()._initial_state(context, sample_ids, replayed, where, done)
         target = where.take(self.following[:, where.start : where.stop])
         drawn = noise.uniform(self.seed, sample_ids, CORRUPTION, where.start, where.stop, 4, state.device)
         used, level, hit, other = where.take(drawn).unbind(-1)

@@ -46,7 +46,7 @@ def test_corrupted_targets_are_where_training_starts_and_nothing_else() -> None:
     assert isinstance(model, FromCorruptedTargets)
     observed, ids = torch.randint(1, 30, (64, 6)), torch.arange(64)
     model.following, where = observed[:, 1:], Slice(1, 5)
-    state = model._initial_state(observed[:, :-1], ids, None, where)
+    state = model._initial_state(observed[:, :-1], ids, None, where, 0)
     peaked = state.amax(-1) > 0
     right = (state.argmax(-1) == observed[:, 2:])[peaked].double().mean()
     assert 0.4 < peaked.double().mean() < 0.6 and 0.4 < right < 0.65
