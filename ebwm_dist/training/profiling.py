@@ -27,7 +27,7 @@ from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.training.engine import TrainingEngine
 
 FOLDER = "profile"
-_STEP, _REST = "step", "other"
+_STEP, _REST, _BETWEEN = "step", "other", "between steps"
 _PREFIX = "ebwm:"
 _WARM_STEPS = 2
 _HISTORY = 100_000
@@ -68,6 +68,9 @@ class Profile:
         start = first + _WARM_STEPS if config.profile.start is None else config.profile.start
         traced = config.profile.steps if world.rank == 0 or config.profile.ranks == "all" else 0
         self._steps = range(start, start + traced)
+        last = config.training.last_step
+        if traced and first <= last and (start > last or start + traced <= first):
+            log(f"no step is traced: profile.start is {start}, and this start does the steps {first} to {last}")
         self._done: list[int] = []
         self._profiler: profile | None = None
         self._patches = ExitStack()
@@ -179,10 +182,12 @@ def times_of(events: Sequence[dict[str, Any]]) -> Times:
     def leave(until: float) -> None:
         while stack and stack[-1][0] <= until:
             starts.append(stack.pop()[0])
-            names.append(stack[-1][1] if stack else _REST)
+            names.append(stack[-1][1] if stack else _BETWEEN)
 
     for start, minus_duration, name in sorted(named):  # of two that start together, the outer one is longer
         leave(start)
+        if not stack and name != _REST:  # of a validation or a save after a step
+            continue
         cpu[name] -= minus_duration / 1e6
         if stack:
             cpu[stack[-1][1]] += minus_duration / 1e6
@@ -195,7 +200,8 @@ def times_of(events: Sequence[dict[str, Any]]) -> Times:
     for event in spans:
         if event.get("cat") in _KERNELS:
             name = names[bisect_right(starts, launched.get(_correlation(event), float("-inf"))) - 1]
-            gpu["communication" if event["name"].startswith("nccl") else name] += event["dur"] / 1e6
+            if name != _BETWEEN:
+                gpu["communication" if event["name"].startswith("nccl") else name] += event["dur"] / 1e6
     return Times(dict(cpu), dict(gpu))
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.config.schema import Config, TrainingConfig, ZeroConfig
+from ebwm_dist.config.schema import Config, ProfileConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
 from ebwm_dist.training.engine import TrainingEngine
 from ebwm_dist.training.memory import out_of_memory, remedies
-from ebwm_dist.training.profiling import table, times_of
+from ebwm_dist.training.profiling import Profile, table, times_of
 from ebwm_dist.training.train import train
 from tests.distributed import run_distributed_test
 from tests.runs import assert_equal_runs, metrics, train_in_turn
@@ -87,6 +87,35 @@ def test_each_moment_counts_for_the_innermost_name() -> None:
     assert re.fullmatch(r" +s a step \(CPU\) +share +s a step \(GPU\) +share", lines[0])
     assert re.fullmatch(r"  communication +0.0050 +10.0% +0.0030 +6.0%", lines[1])
     assert re.fullmatch(r"  all +0.0500 +100.0% +0.0095 +19.0%", lines[-1])
+
+
+def test_what_comes_between_two_steps_is_no_part_of_them() -> None:
+    """A validation runs the same methods as a step, and a save waits for other ranks."""
+    steps = [*STEP, *launched("gemm", 12, 3, 1), *(event("ebwm:step", 500, 520), event("ebwm:candidate", 505, 515))]
+    between = [event("ebwm:candidate", 110, 300), event("ebwm:vocabulary", 120, 130), event("c10d::barrier", 310, 350)]
+    with_validation = [*steps, *between, *launched("gemm", 125, 70, 2), *launched("ncclDevKernel_AllReduce", 320, 9, 3)]
+    assert times_of(with_validation) == times_of(steps)
+    assert times_of(steps).cpu["candidate"] == pytest.approx(0.034)
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "said"),
+    [
+        (1, {"start": 4}, None),
+        (1, {"start": 5}, "profile.start is 5, and this start does the steps 1 to 4"),
+        (3, {"start": 1}, "profile.start is 1, and this start does the steps 3 to 4"),
+        (3, {"start": 2}, None),
+        (3, {}, "profile.start is 5, and this start does the steps 3 to 4"),
+        (3, {"steps": 0}, None),
+        (5, {}, None),
+    ],
+)
+def test_a_profile_of_no_step_is_said(tmp_path: Path, first: int, asked: dict[str, int], said: str | None) -> None:
+    config = Config(str(tmp_path), training=TrainingConfig(max_steps=9, stop_after=4))
+    config.profile = ProfileConfig(**{"steps": 2, **asked})
+    lines: list[str] = []
+    Profile(config, World(0, 0, 1, torch.device("cpu"), "here"), first, [], lines.append)
+    assert lines == ([] if said is None else [f"no step is traced: {said}"])
 
 
 def assert_traced(run_dir: Path, steps: str, names: set[str], log: str) -> None:
