@@ -178,6 +178,8 @@ def every_table() -> dict[str, list[str]]:
         **tables(summaries),
         "letters": letters_table(json.loads(RESULTS["letters"].read_text())),
         "looped": looped_table(records, "pointers", trained, ("16",)),
+        "graphs": looped_table(records, "graphs", trained, ("1", "5", "16")),
+        "sudoku": looped_table(records, "sudoku", trained, ("1", "2", "5", "16")),
     }
 
 
