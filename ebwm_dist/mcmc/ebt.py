@@ -132,7 +132,7 @@ class EnergyBasedTransformer(EnergyModel):
         num_targets = num_targets * (len(observed) / fresh)
         context = observed[:, :-1]
         refinement = Refinement(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
-        parts = share.slices(context.shape[1], self.position_chunk)
+        parts = share.slices(context.shape[1], self.position_chunk, len(observed), observed.device)
         if mask is not None:
             parts = slices(context.shape[1], self.position_chunk * share.count, mask, observed.device)
         final, done = [], 0
@@ -266,7 +266,7 @@ class EnergyBasedTransformer(EnergyModel):
 
         The first `done` positions of these were those of earlier slices.
         """
-        state = self.space.initial_state(sample_ids, self.seed, where, context)
+        state = self.space.initial_state(sample_ids, self.seed, where.of_first(len(sample_ids)), context)
         if replayed is None:
             return state
         stop = done + state.shape[1]

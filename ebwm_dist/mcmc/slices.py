@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Slice:
     def positions(self) -> int | Tensor:
         """Return the first position, where all are refined, or each one [B, C]."""
         return self.start if self.index is None else self.start + self.index
+
+    def of_first(self, rows: int) -> Slice:
+        """Return the positions of the first `rows` sequences."""
+        return self if self.index is None else Slice(self.start, self.stop, self.index[:rows])
 
     def take(self, x: Tensor) -> Tensor:
         """Return what `x` [B, P, ...] holds for the positions that are refined [B, C, ...]."""
@@ -87,17 +91,30 @@ class Share:
         bounds = [positions * i // (2 * self.count) for i in range(2 * self.count + 1)]
         return [range(bounds[i], bounds[i + 1]) for i in (self.number, 2 * self.count - 1 - self.number)]
 
-    def slices(self, positions: int, size: int) -> Iterator[Slice]:
+    def slices(self, positions: int, size: int, rows: int, device: torch.device | None = None) -> Iterator[Slice]:
         """Yield this part of the `positions` in slices of at most `size`; all parts have the same number of slices.
 
-        Two positions are a slice where `size` is 1 and pieces have not all the same length.
+        Both pieces are one slice where they fit: fewer and larger matrices are worth more than the keys that an early
+        piece need not see. Two positions are a slice where `size` is 1 and pieces have not all the same length.
+
+        Args:
+            positions: number of positions S.
+            size: of a slice.
+            rows: number of sequences B.
+            device: where the slices are used.
         """
         if self.count == 1:
             yield from slices(positions, size)
             return
-        shortest, longest = positions // (2 * self.count), -(-positions // (2 * self.count))
+        pieces, pieces_of_all = self.pieces(positions), 2 * self.count
+        shortest, longest = positions // pieces_of_all, -(-positions // pieces_of_all)
+        if 2 * longest <= size:
+            start, stop = pieces[0].start, pieces[-1].stop
+            index = torch.tensor([*chain(*pieces)], device=device) - start
+            yield Slice(start, stop, index.expand(rows, -1))
+            return
         number = min(shortest, -(-longest // size))
-        for piece in self.pieces(positions):
+        for piece in pieces:
             bounds = [piece.start + len(piece) * i // number for i in range(number + 1)]
             yield from (Slice(start, stop) for start, stop in pairwise(bounds))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.mcmc.slices import Share, slices
+from ebwm_dist.mcmc.slices import Share, Slice, slices
 from tests.mcmc.test_embedding import embedding_settings, frames
 from tests.mcmc.test_second_order import LENGTH, PAD, UPDATES, VARIANTS, batch, build, gradients, settings
 from tests.mcmc.test_targets import CHOSEN, chosen_targets
@@ -47,7 +47,7 @@ def check(build_model: Build, counts: tuple[int, ...], *batches: Any, steps: int
 @pytest.mark.parametrize(("variant", "update"), list(zip(VARIANTS, UPDATES, strict=True)))
 def test_shares_add_up(gradient: str, loss: str, variant: str, update: str) -> None:
     mcmc = settings(update, gradient=gradient, loss=loss, **NOISE)
-    check(lambda: build(mcmc, variant, position_chunk=2), COUNTS if variant == "adaln" else (3,), batch(), steps=3)
+    check(lambda: build(mcmc, variant, position_chunk=4), COUNTS if variant == "adaln" else (3,), batch(), steps=3)
 
 
 @pytest.mark.parametrize(("gradient", "loss"), MODES)
@@ -79,7 +79,12 @@ def test_replayed_sequences_go_on_in_every_share(gradient: str, targets: str) ->
     width = 10 if targets == "embeddings" else None
     chosen = chosen_targets(batch()[0]).repeat(2, 1) if targets == "chosen" else None
     given = batches(4, targets == "embeddings")
-    check(lambda: build(mcmc, embedding_dim=width, position_chunk=4), (3,), *given, targets=chosen)
+    check(
+        lambda: build(mcmc, embedding_dim=width, position_chunk=4),
+        (2, 3) if targets == "all" else (3,),
+        *given,
+        targets=chosen,
+    )
 
 
 def held(model: EnergyBasedTransformer) -> dict[str, Any]:
@@ -156,26 +161,32 @@ def test_a_run_without_records_goes_to_other_shares() -> None:
     assert model.extra_state() == {"replay": {}}
 
 
+def refined(where: Slice) -> list[int]:
+    return [*range(where.start, where.stop)] if where.index is None else where.positions[0].tolist()
+
+
 def test_shares_are_equal() -> None:
     """Every position is in one share; shares have as many slices, about as many positions and as much context."""
     for count, positions in itertools.product(range(1, 9), range(1, 70)):
         if count > max(1, positions // 2):
             continue
         for size in (1, 2, 3, 7, 16, 128):
-            dealt = [[*Share(number, count).slices(positions, size)] for number in range(count)]
-            parts = [[p for where in part for p in range(where.start, where.stop)] for part in dealt]
+            dealt = [[*Share(number, count).slices(positions, size, 1)] for number in range(count)]
+            parts = [[p for where in part for p in refined(where)] for part in dealt]
             assert sorted(itertools.chain(*parts)) == [*range(positions)]
             assert parts == [[*itertools.chain(*Share(n, count).pieces(positions))] for n in range(count)]
             assert len({len(part) for part in dealt}) == 1
-            widths = [where.stop - where.start for part in dealt for where in part]
+            widths = [len(refined(where)) for part in dealt for where in part]
             assert min(widths) >= 1 and max(widths) <= max(size, 2)
             lengths = [len(part) for part in parts]
             assert max(lengths) - min(lengths) <= 2
             if positions % (2 * count) == 0:
                 assert len(set(lengths)) == 1 and len({sum(part) for part in parts}) == 1
-    assert [(where.start, where.stop) for where in Share(0, 2).slices(256, 128)] == [(0, 64), (192, 256)]
-    assert [(where.start, where.stop) for where in Share(1, 2).slices(256, 128)] == [(64, 128), (128, 192)]
-    assert [*Share().slices(300, 128)] == [*slices(300, 128)]
+    assert [(where.start, where.stop) for where in Share(0, 2).slices(256, 64, 3)] == [(0, 64), (192, 256)]
+    assert [(where.start, where.stop) for where in Share(1, 2).slices(256, 127, 3)] == [(64, 128), (128, 192)]
+    (both,) = Share(1, 2).slices(256, 128, 3)
+    assert both.positions.tolist() == [[*range(64, 192)]] * 3
+    assert [*Share().slices(300, 128, 1)] == [*slices(300, 128)]
 
 
 def test_chosen_positions_take_turns() -> None:

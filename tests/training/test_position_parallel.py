@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,8 @@ def check(run_dir: Path, whole_dir: Path, kinds: tuple[str, ...] = ("train",)) -
                 near_zero = 2e-5 if key.startswith("energy") else None
                 wanted = pytest.approx(theirs[key], rel=more * TOLERANCES[key], abs=near_zero)
                 assert mine[key] == wanted, f"{run_dir.name}: {key} of step {mine['step']}"
-            assert mine["tokens"] == theirs["tokens"] and mine.get("mcmc_num_steps") == theirs.get("mcmc_num_steps")
+            for key in ("tokens", "mcmc_num_steps", "skipped_samples"):
+                assert mine.get(key) == theirs.get(key), f"{run_dir.name}: {key} of step {mine['step']}"
     assert (run_dir / "samples.jsonl").read_text() == (whole_dir / "samples.jsonl").read_text()
     expected_weights = load_module_state(list_checkpoints(whole_dir / "checkpoints")[0])
     for name, value in load_module_state(list_checkpoints(run_dir / "checkpoints")[0]).items():
@@ -153,8 +155,14 @@ def test_two_ranks_follow_one_process(
 def test_every_stage_and_objective_follows_one_process(
     tiny_data: Path, prompts: Manifest, latents: Path, tiny_config: Path, tmp_path: Path, world_size: int, count: int
 ) -> None:
-    """Two groups of ranks draw replayed sequences of their own, so only one group does what one process does."""
+    """Two groups of ranks draw replayed sequences of their own, so only one group does what one process does.
+
+    Of the data of one case a shard is missing: the samples that replace its own are counted once.
+    """
+    damaged = Path(shutil.copytree(tiny_data, tmp_path / "text"))
+    (damaged / "train-000002.tar").unlink()
     cases: dict[str, Case] = {
+        "damaged": (damaged, (1,), ["data.on_error=skip"]),
         "two steps": (tiny_data, (0, 3), []),
         "random": (tiny_data, (0, 1, 2, 3), RANDOM),
         "chain": (tiny_data, (1, 3), [*CHAIN, *RANDOM]),
@@ -168,6 +176,7 @@ def test_every_stage_and_objective_follows_one_process(
             "replayed chain": (tiny_data, (2,), [*REPLAY, *CHAIN]),
         }
     follow(world_size, count, tiny_config, tmp_path, cases, 10)
+    assert metrics(tmp_path / "damaged")[-1]["skipped_samples"] > 0
 
 
 @pytest.mark.slow
