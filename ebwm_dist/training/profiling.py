@@ -96,8 +96,9 @@ class Profile:
     def _write(self, profiler: profile) -> None:
         steps = f"{self._done[0]}" if len(self._done) == 1 else f"{self._done[0]}-{self._done[-1]}"
         name = f"steps_{steps}_rank_{self.world.rank:05d}"
-        path = self._folder / f"{name}.json.gz"
-        profiler.export_chrome_trace(str(path))
+        path, unfinished = self._folder / f"{name}.json.gz", self._folder / f".{name}.json.gz"
+        profiler.export_chrome_trace(str(unfinished))
+        unfinished.replace(path)  # a kill leaves no trace that cannot be opened
         if self.world.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
