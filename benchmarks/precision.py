@@ -76,13 +76,13 @@ def low_softmax(x: Tensor) -> Tensor:
     return (powers / powers.sum(-1, keepdim=True)).to(x.dtype)
 
 
-def low_norm(self: layers.RMSNorm, x: Tensor, tangent: Tensor | None = None) -> Tensor:
+def low_norm(self: layers.RMSNorm, x: Tensor, tangent: Tensor | None = None) -> Any:
     """Do `RMSNorm.forward` in the precision of `x`."""
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
     y = x * scale
-    if tangent is not None:
-        y = torch.cat((y, (tangent - y * (y * tangent).mean(-1, keepdim=True)) * scale))
-    return y * self.weight
+    if tangent is None:
+        return y * self.weight
+    return y * self.weight, (tangent - y * (y * tangent).mean(-1, keepdim=True)) * scale * self.weight
 
 
 def low_update() -> AbstractContextManager[Any]:
