@@ -14,8 +14,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.data.tokenizer import Tokenizer, open_tokenizer
 from ebwm_dist.errors import run_tool
+from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.storage import local_path
@@ -25,7 +26,21 @@ from ebwm_dist.workers.executors import Work, add_arguments
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_document_arguments(parser)
-    parser.add_argument("--tokenizer", required=True, type=local_path, help="model made by train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        type=local_path,
+        help="sentencepiece model (as train_tokenizer.py makes it), tokenizer.json, or folder saved by transformers",
+    )
+    parser.add_argument("--eos-token", metavar="TOKEN", help="its end token (default: found by configuration or name)")
+    parser.add_argument(
+        "--pad-token", metavar="TOKEN", help="its pad token, which no text may hold (default: found, or an id is added)"
+    )
+    parser.add_argument(
+        "--allow-special",
+        action="store_true",
+        help="special tokens that occur in a text are those tokens, except padding (default: they are text)",
+    )
     parser.add_argument(
         "--out", type=local_path, default=Path("data/text"), help="data folder to make (default: data/text)"
     )
@@ -54,18 +69,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def warn_of_leak(tokenizer: Path, layout: Layout) -> None:
+def warn_of_leak(tokenizer: Tokenizer, layout: Layout) -> None:
     """Warn if the record beside the tokenizer says that it was trained on groups that are held out now."""
     try:
-        source = json.loads(tokenizer.with_name(tokenizer.name + ".json").read_text("utf-8"))["source"]
+        source = json.loads(tokenizer.path.with_name(tokenizer.path.name + ".json").read_text("utf-8"))["source"]
         learned = sorted(set(layout.holdout) - set(source["exclude_group"]))
         leaks = bool(learned) or layout.holdout_fraction > source["exclude_fraction"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # a tokenizer from elsewhere has no record
     if leaks:
         print(
-            f"WARNING: {tokenizer} was also trained on text that is held out now; for a clean split train it with "
-            "--exclude-group and --exclude-fraction equal to --holdout and --holdout-fraction",
+            f"WARNING: {printable(tokenizer.path)} was also trained on text that is held out now; for a clean split "
+            "train it with --exclude-group and --exclude-fraction equal to --holdout and --holdout-fraction",
             file=sys.stderr,
         )
 
@@ -73,9 +88,16 @@ def warn_of_leak(tokenizer: Path, layout: Layout) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     layout = Layout(**{field.name: getattr(options, field.name) for field in fields(Layout)})
+    tokenizer = open_tokenizer(
+        options.tokenizer,
+        eos_token=options.eos_token,
+        pad_token=options.pad_token,
+        allow_special=options.allow_special,
+    )
+    print(tokenizer.describe())
     report = build_text_shards(
         options.input,
-        Tokenizer(options.tokenizer),
+        tokenizer,
         options.out,
         layout,
         fields=Fields.of(options),
@@ -83,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         allow_lossy=options.allow_lossy,
         work=Work.of(options),
     )
-    warn_of_leak(options.tokenizer, layout)
+    warn_of_leak(tokenizer, layout)
     print(report.describe())
 
 

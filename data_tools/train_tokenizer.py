@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ebwm_dist.data.tokenizer import train_tokenizer
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_file, write_json
 from ebwm_dist.prepare.documents import (
@@ -27,6 +26,7 @@ from ebwm_dist.prepare.documents import (
     is_held_out,
 )
 from ebwm_dist.prepare.listing import describe_inputs
+from ebwm_dist.prepare.train_tokenizer import train_tokenizer
 from ebwm_dist.storage import local_path
 
 

@@ -1,7 +1,7 @@
 """A trained run, opened from a path or an address: its configuration, checkpoint, model, tokenizer, data and records.
 
 Everything is read when it is first used, and only files that are read are hashed. Opening a run imports OmegaConf
-alone; its model adds torch (and safetensors, for an export), its tokenizer sentencepiece, its data the rest.
+alone; its model adds torch (and safetensors, for an export), its tokenizer the library of its kind, its data the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from ebwm_dist.encoders.preprocessing import EmbeddingStatistics, FramePreprocessor
     from ebwm_dist.mcmc.build import Model
 
-CONFIG_FILE, EXPORT_FILE = "config.yaml", "export.json"
-FORMAT_FILE, TOKENIZER_FILE = "inputs.json", "tokenizer.model"
+CONFIG_FILE, FORMAT_FILE, EXPORT_FILE = "config.yaml", "inputs.json", "export.json"
 EXPORT_FORMAT, EXPORT_VERSION = "ebwm-export", 1
 FETCHED = Path(".cache/runs")
 """Where runs that are named by an address are copied to."""
@@ -121,26 +120,27 @@ class Run:
         """The token that does not count as a target; None without tokens."""
         return self.sample_format.get("pad_id")
 
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """Where its tokenizer is; None for a model of embeddings, or of token ids alone."""
+        name = self.sample_format.get("tokenizer")
+        return None if name is None else self.folder / Path(name).name
+
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of its text; None for a model of embeddings, or of token ids alone."""
-        expected = self.sample_format.get("tokenizer_sha256")
-        if expected is None:
+        if (file := self.tokenizer_file) is None:
             return None
-        file = self.folder / TOKENIZER_FILE
         if not file.is_file():
-            raise CheckpointError(
-                f"{self.folder} has no {TOKENIZER_FILE}, which its model was trained with: restore it"
-            )
-        found = sha256_of_file(file)
-        if found != expected:
+            raise CheckpointError(f"{self.folder} has no {file.name}, which its model was trained with: restore it")
+        if (found := sha256_of_file(file)) != (expected := self.sample_format.get("tokenizer_sha256", "")):
             raise CheckpointError(
                 f"{file} is not the tokenizer that the model was trained with (sha256 {found[:12]}, {FORMAT_FILE} says "
                 f"{expected[:12]}): restore it"
             )
-        from ebwm_dist.data.tokenizer import Tokenizer
+        from ebwm_dist.data.tokenizer import SpecialTokens, reopen_tokenizer
 
-        return Tokenizer(file)
+        return reopen_tokenizer(file, SpecialTokens.of(self.sample_format))
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the weights as they are saved, on the CPU."""
@@ -286,7 +286,7 @@ def save_sample_format(manifest: Manifest, folder: Path, target_share: float = 1
 
     described = describe_format(manifest.sample_format)
     if "tokenizer" in described:
-        write_atomically(folder / TOKENIZER_FILE, manifest.read_tokenizer())
+        write_atomically(folder / Path(described["tokenizer"]).name, manifest.read_tokenizer())
     write_json(folder / FORMAT_FILE, described | ({"target_share": target_share} if target_share < 1 else {}))
 
 

@@ -20,12 +20,12 @@ import pytest
 from filelock import FileLock
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
-from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.data.tokenizer import open_tokenizer
 from ebwm_dist.errors import run_tool
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
-from tests.tiny_data import HELD_OUT, make_tiny_data, tiny_documents
+from tests.tiny_data import HELD_OUT, byte_level_tokenizer, make_tiny_data, tiny_documents
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
@@ -63,13 +63,14 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def make_data(folder: Path) -> None:
-    """Make two data sets of each format; those of text share a tokenizer."""
+    """Make two data sets of each format; text has a sentencepiece model, prompts a byte-level BPE."""
     make_tiny_data(folder / "text" / "a")
     more = folder / "more.jsonl"
     more.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(90)[40:]))
-    tokenizer = Tokenizer(folder / "text" / "a" / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "text" / "a")
     build_text_shards([more], tokenizer, folder / "text" / "b", Layout(16, 8, 4, holdout=(HELD_OUT,)))
     (folder / "prompts").mkdir()
+    tokenizer = open_tokenizer(byte_level_tokenizer(folder / "byte-level"))
     documents = tiny_prompts(120)
     for name, part in (("a", documents[:80]), ("b", documents[40:])):
         make_tiny_prompts(folder / "prompts" / name, tokenizer, part)

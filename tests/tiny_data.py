@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.tokenizer import Tokenizer, train_tokenizer
+from ebwm_dist.data.tokenizer import Tokenizer, open_tokenizer
 from ebwm_dist.prepare.documents import DocumentReader, find_documents
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
+from ebwm_dist.prepare.train_tokenizer import train_tokenizer
 from ebwm_dist.workers.executors import LOCAL, Work
 
 SYLLABLES = ("ka", "lo", "mi", "ru", "ten", "vas", "sho", "bel", "dor", "fin")
@@ -40,7 +42,30 @@ def lossy_tokenizer(path: Path, **options: object) -> Tokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=texts, model_writer=writer, vocab_size=300, pad_id=3, hard_vocab_limit=False, **options
         )
-    return Tokenizer(path)
+    return open_tokenizer(path)
+
+
+def byte_level_tokenizer(
+    folder: Path,
+    *,
+    vocab_size: int = 320,
+    special: tuple[str, ...] = ("<|endoftext|>", "<|padding|>"),
+    **settings: object,
+) -> Path:
+    """Train a byte-level BPE and save it as transformers does, with these `settings`; return the folder."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([document["text"] for document in tiny_documents(20)], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def make_tiny_data(

@@ -50,7 +50,8 @@ class HarnessModel(LM):
         for context, continuation in (request.args for request in requests):
             # Pieces of words begin with their space, so one at the end of a context belongs to what follows.
             before = context.rstrip()
-            pairs.append((self._context(before), self.tokenizer.encode(context[len(before) :] + continuation)))
+            following = self.tokenizer.encode(context[len(before) :] + continuation, follows=before != "")
+            pairs.append((self._context(before), following))
         longest = max(len(following) for _, following in pairs)
         if longest > self.max_length:
             raise UserError(

@@ -109,7 +109,10 @@ def score_choices(predictor: Predictor, questions: Sequence[Question], batch_siz
     tokenizer = predictor.tokenizer
     assert tokenizer is not None
     pairs = [
-        (tokenizer.encode(question.context) or [tokenizer.eos_id], tokenizer.encode(choice))
+        (
+            tokenizer.encode(question.context) or [tokenizer.eos_id],
+            tokenizer.encode(choice, follows=question.context != ""),
+        )
         for question in questions
         for choice in question.choices
     ]

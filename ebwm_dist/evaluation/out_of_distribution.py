@@ -25,7 +25,6 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.predictions import Batches, Table
 from ebwm_dist.evaluation.uncertainty import auroc
 from ebwm_dist.files import printable
-from ebwm_dist.prepare.encoding import encode_text
 
 SCORES = {
     "energy of the true state": "observed",
@@ -54,7 +53,7 @@ def shuffled(batches: Batches, pad_id: int | None) -> Iterator[Batch]:
 
 def encode_sequences(text: str, tokenizer: Tokenizer, length: int) -> NDArray[np.int64]:
     """Return the tokens of `text`; raise UserError where they are fewer than a sequence."""
-    tokens = np.array([tokenizer.eos_id, *encode_text(tokenizer, text)])
+    tokens = np.array([tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id])
     if len(tokens) <= length:
         raise UserError(f"--ood-text has only {len(tokens) - 1} tokens: give at least one sequence of {length}")
     return tokens

@@ -115,6 +115,7 @@ class Predictor:
         observed, seeds = self._sequences(prompts, seeds, length, slide)
         sequences = Sequences(model, observed, thinking, seeds, self.max_context)
         texts, shown = [Continuation() for _ in observed], [0] * len(observed)
+        follows = [tokenizer is not None and int(states[-1]) != tokenizer.eos_id for states in observed]
         going = list(range(len(observed)))
         for position in range(length):
             prediction = sequences.predict()
@@ -125,7 +126,7 @@ class Predictor:
             for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
                 text = texts[row]
                 text.note(prediction, place)
-                text.add(token, tokenizer, stop)
+                text.add(token, tokenizer, stop, follows[row])
                 if text.finish == "length":
                     kept.append(place)
                 settled = text.settled(stop, text.finish != "length" or position + 1 == length)

@@ -17,9 +17,6 @@ from ebwm_dist.inference.cache import Prediction
 if TYPE_CHECKING:
     from ebwm_dist.data.tokenizer import Tokenizer
 
-_UNFINISHED = "\ufffd"
-"""The text of the first bytes of a character."""
-
 
 @dataclass
 class Continuation:
@@ -28,7 +25,7 @@ class Continuation:
     tokens: list[int] = field(default_factory=list)
     """All generated tokens, those of a stop string included, without the end token."""
     text: str = ""
-    """Their text, as far as the stop string."""
+    """Their text, as far as the stop string; bytes at the end that only begin a character are left out."""
     finish: str = "length"
     """Why it ends: `length`, `end` (the end token) or `stop` (a stop string)."""
     energies: list[list[float]] = field(default_factory=list)
@@ -46,13 +43,16 @@ class Continuation:
             self.energies.append(prediction.energies[row, : steps + 1].tolist())
             self.nfe += int(prediction.nfe[row])
 
-    def add(self, token: int, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        """Add a token, unless it is the end, and end at a stop string; without a tokenizer there is neither."""
+    def add(self, token: int, tokenizer: Tokenizer | None, stop: Sequence[str], follows: bool) -> None:
+        """Add a token, unless it is the end, and end at a stop string; without a tokenizer there is neither.
+
+        It `follows` a text, or begins one.
+        """
         if tokenizer is not None and token == tokenizer.eos_id:
             self.finish = "end"
             return
         self.tokens.append(token)
-        self.text = "" if tokenizer is None else tokenizer.decode(self.tokens)
+        self.text = "" if tokenizer is None else tokenizer.decode(self.tokens, follows=follows, complete=True)
         ends = [self.text.find(text) for text in stop if text in self.text]
         if ends:
             self.text, self.finish = self.text[: min(ends)], "stop"
@@ -61,9 +61,8 @@ class Continuation:
         """Return the part of the text that later tokens cannot change."""
         if done:
             return self.text
-        text = self.text.rstrip(_UNFINISHED)
-        held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return text[: len(text) - held]
+        held = max((n for s in stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        return self.text[: len(self.text) - held]
 
 
 @dataclass(frozen=True)

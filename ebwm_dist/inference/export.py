@@ -1,7 +1,7 @@
 """A folder that holds a model and nothing of its training: weights as safetensors, configuration, tokenizer.
 
 model.safetensors            or model-00001-of-0000N.safetensors and model.safetensors.index.json, if it is large
-config.yaml, inputs.json, tokenizer.model
+config.yaml, inputs.json, and for text tokenizer.model or tokenizer.json
 export.json                  written last: format, versions, step, SHA-256 of every other file
 """
 
@@ -32,7 +32,6 @@ from ebwm_dist.run import (
     EXPORT_FORMAT,
     EXPORT_VERSION,
     FORMAT_FILE,
-    TOKENIZER_FILE,
     Run,
     check_weights,
 )
@@ -48,7 +47,9 @@ def export_run(run: Run, out: Path, largest_file: int = LARGEST_FILE) -> Path:
         run.config,
         run.sample_format,
         run.weights(),
-        files=[file for name in (TOKENIZER_FILE, STATISTICS_FILE) if (file := run.folder / name).is_file()],
+        files=[
+            file for file in (run.tokenizer_file, run.folder / STATISTICS_FILE) if file is not None and file.is_file()
+        ],
         step=run.step,
         source=str(run.checkpoint),
         largest_file=largest_file,

@@ -32,8 +32,6 @@ from ebwm_dist.prepare.listing import REJECTS_FILE, describe_inputs
 from ebwm_dist.prepare.packing import DocumentPacker, Packer
 from ebwm_dist.workers.executors import LOCAL, Work
 
-TOKENIZER_NAME = "tokenizer.model"
-
 _log = logging.getLogger(__name__)
 
 
@@ -172,7 +170,9 @@ def build_text_shards(
     fields = fields or Fields()
     source: dict[str, Any] = {"inputs": describe_inputs(files), "fields": fields.describe(), "on_error": on_error}
     source |= {**asdict(layout), "tokenizer_sha256": tokenizer.sha256}
-    model = out / TOKENIZER_NAME
+    if tokenizer.settings:  # none where the file alone says how it is used, as those of earlier releases did
+        source["tokenizer"] = tokenizer.settings
+    model = out / tokenizer.file_name
     has_model = model.is_file() and sha256_of_file(model) == tokenizer.sha256
     if (existing := up_to_date(out, source)) is not None and has_model:
         return _report(existing, start, up_to_date=True)
@@ -187,11 +187,8 @@ def build_text_shards(
     sample_format = TokenFormat(
         sequence_length=layout.sequence_length,
         dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        tokenizer=TOKENIZER_NAME,
+        **asdict(tokenizer.special),
+        tokenizer=tokenizer.file_name,
         tokenizer_sha256=tokenizer.sha256,
         labels=first is not None and bool(first.turns),
     )

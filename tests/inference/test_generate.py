@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.config.schema import Config, DataConfig, ModelConfig
+from ebwm_dist.data.tokenizer import open_tokenizer
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.continuation import Continuation
@@ -21,6 +23,7 @@ from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
+from tests.tiny_data import byte_level_tokenizer
 
 CONTEXT, NEW = 14, 6
 PROMPTS = [[5, 9, 30], [7], [8, 8, 4, 21, 40, 12, 6, 19, 33]]
@@ -33,7 +36,7 @@ class Letters:
 
     pad_id, eos_id = PAD, VOCAB
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], follows: bool = False, complete: bool = False) -> str:
         return "".join(chr(ord("A") + token) for token in ids)
 
 
@@ -189,8 +192,8 @@ def test_streamed_text_is_never_taken_back() -> None:
     class Halves(Letters):
         """Two tokens make a character; one alone is unfinished."""
 
-        def decode(self, ids: Sequence[int]) -> str:
-            return super().decode(ids[1::2]) + "\ufffd" * (len(ids) % 2)
+        def decode(self, ids: Sequence[int], follows: bool = False, complete: bool = False) -> str:
+            return super().decode(ids[1::2]) + "\ufffd" * (not complete and len(ids) % 2)
 
     parts: list[str] = []
     decoder = Halves()
@@ -199,6 +202,23 @@ def test_streamed_text_is_never_taken_back() -> None:
     stop = free.text[2:4]
     (text,) = predictor(model, decoder).generate([[5]], 10, stop=[stop, "zz"], on_text=lambda _, new: parts.append(new))
     assert "".join(parts) == text.text == free.text[: free.text.index(stop)] and text.finish == "stop"
+
+
+def test_streamed_characters_are_whole(tmp_path: Path) -> None:
+    """Their bytes come in tokens of their own; a text that ends within a character ends before it."""
+    tokenizer = open_tokenizer(byte_level_tokenizer(tmp_path))
+    text = "é € 🙂\ufffd漢字"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+    continuation, parts, shown = Continuation(), [], 0
+    for token in ids[:-1]:
+        continuation.add(token, tokenizer, ["字"], follows=True)
+        settled = continuation.settled(["字"], done=False)
+        parts.append(settled[shown:])
+        shown = len(settled)
+    assert "".join(parts) == continuation.settled([], done=True) == text[:-1]
+    continuation.add(ids[-1], tokenizer, ["字"], follows=True)
+    assert continuation.text == text[:-1] and continuation.finish == "stop"
 
 
 def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:

@@ -14,17 +14,17 @@ import webdataset
 
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
-from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.evaluation.unigram import target_counts
 from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.build_state import Report
 from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
-from ebwm_dist.prepare.encoding import encode_text
+from ebwm_dist.prepare.encoding import encode_texts
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
-from ebwm_dist.workers.executors import Work
-from tests.tiny_data import HELD_OUT, lossy_tokenizer, make_tiny_data, tiny_documents
+from ebwm_dist.workers.executors import LOCAL, Work
+from tests.tiny_data import HELD_OUT, byte_level_tokenizer, lossy_tokenizer, make_tiny_data, tiny_documents
 
 LAYOUT = Layout(sequence_length=8, samples_per_member=3, members_per_shard=2, holdout=("b",))
 GOOD = [{"id": "1", "group": "a", "text": "kalo miru"}, {"id": "2", "group": "b", "text": "  tenvas\n\tsho "}]
@@ -127,7 +127,7 @@ def test_an_interrupted_run_is_continued(
         with pytest.raises(KeyboardInterrupt):
             build_text_shards([source], tokenizer, tmp_path / "out", layout)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    monkeypatch.setattr(encoding, "encode_text", lambda t, text: encoded.append(text) or encode_text(t, text))
+    monkeypatch.setattr(encoding, "encode_texts", lambda t, texts: encoded.extend(texts) or encode_texts(t, texts))
     build_text_shards([source], tokenizer, tmp_path / "out", layout)
     contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tiny.folder, tmp_path / "out")]
     assert contents[0] == contents[1]
@@ -327,6 +327,31 @@ def test_the_hashed_split_has_about_its_fraction_and_grows_with_it() -> None:
     groups = [f"group {i}" for i in range(4000)]
     small, large = ({g for g in groups if is_held_out(g, frozenset(), f)} for f in (0.05, 0.1))
     assert small < large and 140 < len(small) < 260 and 320 < len(large) < 480
+
+
+def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    """Its file is stored, other processes make the same bytes, and how special tokens are read makes a difference."""
+    source = tmp_path / "text.jsonl"
+    texts = ["é漢<|endoftext|>🙂", *(document["text"] for document in tiny_documents(20))]
+    lines = ({"text": text, "group": f"group {number % 2}"} for number, text in enumerate(texts))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    layout = Layout(16, 8, 4, holdout=("group 1",))
+    path = byte_level_tokenizer(tmp_path / "tokenizer")
+
+    def build(folder: str, *, allow_special: bool = False, work: Work = LOCAL) -> Report:
+        tokenizer = open_tokenizer(path, allow_special=allow_special)
+        return build_text_shards([source], tokenizer, tmp_path / folder, layout, work=work)
+
+    manifest = build("local").manifest
+    assert build("process", work=Work("process", 2)).manifest.fingerprint == manifest.fingerprint
+    assert texts_of(manifest, "train") == texts[::2]
+    stored = tmp_path / "local" / manifest.token_format.tokenizer
+    assert stored.name == "tokenizer.json" and stored.read_bytes() == (path / "tokenizer.json").read_bytes()
+    assert (manifest.token_format.eos_id, manifest.token_format.pad_id) == (0, 1) and build("local").up_to_date
+    report = build("local", allow_special=True)
+    assert not report.up_to_date and Manifest.load(tmp_path / "local").token_format.allow_special
+    assert texts_of(report.manifest, "train")[:2] == ["é漢", "🙂"]
+    assert load_tokenizer(report.manifest).allow_special and build("local", allow_special=True).up_to_date
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tiny: Manifest, tokenizer: Tokenizer, tmp_path: Path) -> None:

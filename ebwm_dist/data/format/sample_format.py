@@ -60,7 +60,8 @@ class TokenFormat(_Arrays):
     """Rows of `sequence_length` + 1 tokens, packed so that every token is predicted once.
 
     With `labels` a sample is `[2, S+1]`: tokens of whole documents, of which only completions and the end token after
-    them are targets, and a label for every token.
+    them are targets, and a label for every token. `tokenizer` is a file in the folder, used with the ids and
+    `allow_special` that stand here.
     """
 
     kind: ClassVar[str] = "tokens"
@@ -76,6 +77,7 @@ class TokenFormat(_Arrays):
     tokenizer: str
     tokenizer_sha256: str
     labels: bool = False
+    allow_special: bool = False
 
     def __post_init__(self) -> None:
         _check_fields(self, may_be_negative=("bos_id",))
@@ -205,9 +207,8 @@ KINDS: dict[str, type[SampleFormat]] = {format_.kind: format_ for format_ in (To
 def describe_format(sample_format: SampleFormat) -> dict[str, Any]:
     """Return a format as it stands in a manifest, for `parse_format`."""
     described = {"kind": sample_format.kind, **asdict(sample_format)}
-    if not described.get("labels", True):
-        del described["labels"]  # manifests and fingerprints of plain text stay what they were without this field
-    return described
+    # Manifests and fingerprints without what these fields allow stay what they were before there were these fields.
+    return {key: value for key, value in described.items() if value or key not in ("labels", "allow_special")}
 
 
 def parse_format(description: dict[str, Any]) -> SampleFormat:

@@ -1,4 +1,4 @@
-"""The sentencepiece tokenizer: training a lossless one, loading, encoding and decoding."""
+"""Train a lossless tokenizer of sentencepiece."""
 
 from __future__ import annotations
 
@@ -7,98 +7,19 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import printable, sha256_of_bytes, write_atomically
-
-if TYPE_CHECKING:
-    from ebwm_dist.data.format.manifest import Manifest  # it needs numpy, which a tokenizer does without
-
-PROBES = {
-    "leading and trailing spaces": " a ",
-    "repeated spaces": "two  spaces,   three",
-    "newlines": "a\n\nb\r\nc\n",
-    "tabs": "\ta\tb",
-    "upper case": "AbC",
-    "accents": "é ü ñ",
-    "combining marks": "e\u0301",
-    "compatibility characters": "\ufb01 ² \uff21",
-    "other scripts": "漢字 слово كلمة",
-    "emoji": "🙂👩\u200d🚀",
-    "the spelling of special tokens": "<s> </s> <pad> <unk> <0x0A>",
-}
-"""Texts that a lossy tokenizer changes, by what it loses."""
+from ebwm_dist.data.tokenizer import Tokenizer, open_tokenizer
+from ebwm_dist.errors import UserError
+from ebwm_dist.files import write_atomically
 
 _LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves out sentences beyond its limit without saying so
 _COVERAGE = 0.9995  # share of the characters that get a piece of their own
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 _MOST_LINES = 2_000_000  # lines sampled from a larger corpus, which bounds memory
-
-
-class Tokenizer:
-    """Encode and decode text with the model at `path`, or with the bytes `model` that were read from there.
-
-    Even a lossless one changes U+2581, which sentencepiece uses for the space.
-    """
-
-    def __init__(self, path: str | Path, model: bytes | None = None) -> None:
-        self.path = Path(path)
-        name = f"tokenizer {printable(path)}"
-        try:
-            model = self.path.read_bytes() if model is None else model
-        except OSError as error:
-            raise DataError(
-                f"{name} cannot be read ({error.strerror}); make one with data_tools/train_tokenizer.py --out PATH"
-            ) from None
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise DataError(f"{name} is not a sentencepiece model") from None
-        self.sha256: str = sha256_of_bytes(model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.pad_id: int = self._processor.pad_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        if min(self.pad_id, self.eos_id) < 0:
-            raise DataError(f"{name} defines no pad or no end-of-sequence token; both are needed")
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, without begin or end tokens.
-
-        Raises:
-            DataError: it holds bytes that are not UTF-8, as arguments of a command may, or half a surrogate pair.
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"a text is not valid Unicode at character {error.start} ({text[error.start]!a}): give it in UTF-8"
-            ) from None
-        ids: list[int] = self._processor.encode(text)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; pad, begin and end tokens have none."""
-        text: str = self._processor.decode([int(token) for token in ids])
-        return text
-
-    def losses(self) -> list[str]:
-        """Return the names of the `PROBES` that encoding and decoding change; a lossless tokenizer has none."""
-        return [name for name, text in PROBES.items() if self.decode(self.encode(text)) != text]
-
-
-def load_tokenizer(manifest: Manifest) -> Tokenizer:
-    """Open the tokenizer beside the shards, refusing one that the shards were not made with."""
-    model = manifest.read_tokenizer() if manifest.remote else None
-    tokenizer = Tokenizer(manifest.folder / manifest.token_format.tokenizer, model)
-    manifest.check_tokenizer(tokenizer.sha256, str(tokenizer.path))
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_type: str = "unigram") -> Tokenizer:
@@ -163,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, *, vocab_size: int, model_t
             f"no tokenizer of {vocab_size} tokens can be trained on this text: {reason}; "
             "change --vocab-size (260 plus the number of different characters at least) or add text"
         ) from None
-    tokenizer = Tokenizer(out, model.getvalue())
+    tokenizer = open_tokenizer(out, content=model.getvalue())
     assert not tokenizer.losses(), tokenizer.losses()
     write_atomically(out, model.getvalue())
     return tokenizer
