@@ -13,8 +13,8 @@ from ebwm_dist.devices import use_cuda
 
 GATHERED_NUMBERS = 100_000_000
 """Numbers of the parameters that ZeRO-3 may hold whole at a time, beyond those of the module that runs."""
-# Numbers that are reduced or gathered at a time. DeepSpeed's 500 million would take gigabytes next to a small model.
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
+"""Numbers that are reduced or gathered at a time. DeepSpeed's 500 million would take gigabytes beside a small model."""
 # The step count after which DeepSpeed would print lines of its own: never, the trainer writes the log.
 _NEVER = 1_000_000_000
 
@@ -61,16 +61,21 @@ def micro_steps(config: Config, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * (world_size // training.position_parallel))
 
 
+def bucket_size(config: Config) -> int:
+    """Return how many numbers are reduced at a time."""
+    return int(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
+
+
 def _zero(config: Config) -> dict[str, Any]:
     zero = config.zero
     values: dict[str, Any] = {"stage": zero.stage}
     if zero.stage > 0:
-        values |= {"reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET}
+        values |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if zero.stage == 3:
         values |= {
             "stage3_max_live_parameters": GATHERED_NUMBERS,
             "stage3_max_reuse_distance": GATHERED_NUMBERS,
-            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
             "memory_efficient_linear": False,  # else DeepSpeed replaces torch's function for the whole process
         }
     cpu = {"device": "cpu", "pin_memory": use_cuda()}

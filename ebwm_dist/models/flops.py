@@ -48,6 +48,25 @@ def training_flops_per_token(
     return rows * (refined * refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
 
+def recomputed_flops_per_token(
+    config: ModelConfig, mcmc: MCMCConfig, sequence_length: int, position_parallel: int = 1
+) -> float:
+    """Return the FLOPs per observed token that checkpointed blocks compute again, or cannot take from before.
+
+    In the terms of `training_flops_per_token`: F of every stream that goes backward, 2 F of it with a tangent, and the
+    2 F of linear layers that a tangent pass otherwise takes from the candidate pass.
+    """
+    costs = _costs(config, sequence_length)
+    if config.kind == "ar":
+        return costs.stream
+    contexts, steps = min(mcmc.num_steps, config.num_landscapes), (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
+    trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
+    reusing = 1 if mcmc.gradient == "full" else trained
+    rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
+    refinement = steps * costs.stream + trained * 2 * costs.stream + reusing * 2 * costs.linear
+    return rows * (refinement / position_parallel + contexts * costs.context)
+
+
 def prediction_flops(
     config: ModelConfig, sequence_length: int, landscapes: int = 0, steps: float = 0, measured: float = 0
 ) -> float:

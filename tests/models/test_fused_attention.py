@@ -21,8 +21,8 @@ from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.models.candidate_attention import attend_by_matrices
 from ebwm_dist.models.fused_attention import attend_fused, blocks, why_unavailable
+from ebwm_dist.planning.footprint import FootprintModel
 from ebwm_dist.training.attention import set_attention
-from ebwm_dist.training.dry_run import activation_bytes
 from tests.mcmc.test_devices import needs_gpu
 from tests.mcmc.test_second_order import batch, build, gradients, settings
 from tests.models.candidate_attention import errors, inputs
@@ -118,7 +118,8 @@ def test_heads_may_be_too_wide() -> None:
 
 
 def test_memory_of_a_dry_run_is_without_matrices() -> None:
-    by_matrices, fused = (activation_bytes(configuration(attention=name)) for name in ("math", "fused"))
+    configs = [configuration(attention=name) for name in ("math", "fused")]
+    by_matrices, fused = (FootprintModel(config).of(config).activations for config in configs)
     one_matrix = 4 * 3 * 2 * 200 * 200  # of a layer, of rows, heads, candidates and keys in float32
     assert fused < by_matrices - 5 * one_matrix
 
