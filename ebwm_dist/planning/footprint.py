@@ -219,7 +219,9 @@ class _Recorder:
         self.model, self.live, self.vocabularies = model, live, vocabularies
         matrices = (module for module in model.modules() if isinstance(module, TokenMatrix))
         self._of_tokens = {p for matrix in matrices for p in matrix.parameters()}
-        self.found: Quantities = {f"{what} {name}": 0.0 for what in ("peak", *_MOVED) for name in _PASSES}
+        self.found: Quantities = {
+            f"{what} {name}": 0.0 for what in ("peak", *_MOVED) for name in (*_PASSES, "summed_loss")
+        }
         self.found["peak between"] = 0.0
         self.last = ""
         """The pass that runs, or has run last."""

@@ -43,7 +43,7 @@ def test_published_sizes(size: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("ar_*.yaml")), ids=lambda path: path.stem)
-def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
+def test_twins_differ_in_kind_folder_and_rate_only(path: Path) -> None:
     name = re.sub(r"_\d+layers$", "", path.name.removeprefix("ar_").removesuffix(".yaml"))
     others = [CONFIGS / f"{prefix}{name}.yaml" for prefix in ("", "ebt_", "ebwm_")]
     twin, config = asdict(load_config(path)), asdict(load_config(next(other for other in others if other.exists())))
@@ -51,6 +51,8 @@ def test_twins_differ_in_kind_and_folder_only(path: Path) -> None:
         assert twin["model"].pop("num_layers") > config["model"].pop("num_layers")
     assert (twin["model"].pop("kind"), config["model"].pop("kind")) == ("ar", "ebt")
     assert twin.pop("run_dir") != config.pop("run_dir")
+    if (CONFIGS / f"ebwm_{name}_s2.yaml").exists():  # the published rates of video, a third of the twin's
+        assert twin["optimizer"].pop("lr") > config["optimizer"].pop("lr")
     assert twin == config
 
 
@@ -78,14 +80,21 @@ def test_s2_is_another_recipe_for_the_same_size(size: str) -> None:
 def test_published_video_recipes(size: str) -> None:
     config, s2 = (load_config(CONFIGS / f"ebwm_video_{size}{suffix}.yaml") for suffix in ("", "_s2"))
     model = config.model
-    assert (model.num_layers, model.num_heads, model.dim, config.optimizer.lr) == SIZES[size]
+    assert (model.num_layers, model.num_heads, model.dim) == SIZES[size][:3]
+    assert config.optimizer.lr == pytest.approx(SIZES[size][3] / 3, rel=0.001)  # a third of the twin's
+    assert load_config(CONFIGS / f"ar_video_{size}.yaml").optimizer.lr == SIZES[size][3]
     assert (model.variant, model.num_landscapes, model.embedding_dim) == ("time_embed", 2, 4 * 28 * 28)
     assert config.mcmc == MCMCConfig(num_steps=2, step_size=30_000.0, step_size_lr_multiplier=90_000.0)
-    assert (config.training.global_batch_size, config.data.sequence_length) == (256, 15)
+    assert (config.training.global_batch_size, config.data.sequence_length) == (64, 15)
+    assert [(c.training.stop_after, c.training.max_steps) for c in (config, s2)] == [
+        (100_000, 1_000_000),
+        (60_000, 1_000_000),
+    ]
     text = load_config(CONFIGS / f"ebt_{size}_s2.yaml").mcmc
     text.step_size, text.langevin_noise = 3000.0, 1.0
     assert s2.mcmc == text
     config.model.num_landscapes, config.mcmc, config.run_dir = 1, s2.mcmc, s2.run_dir
+    config.training.stop_after = s2.training.stop_after
     assert s2 == config
 
 
