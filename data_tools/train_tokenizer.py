@@ -17,14 +17,8 @@ from pathlib import Path
 
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_file, write_json
-from ebwm_dist.prepare.documents import (
-    DocumentReader,
-    Fields,
-    add_document_arguments,
-    add_groups_argument,
-    find_documents,
-    is_held_out,
-)
+from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
+from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument, is_held_out
 from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.train_tokenizer import train_tokenizer
 from ebwm_dist.storage import local_path

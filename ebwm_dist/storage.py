@@ -38,7 +38,7 @@ def local_path(text: str) -> Path:
 def check_address(address: str, key: str) -> None:
     """Raise a `ConfigError` naming `key` unless `address` means exactly one place; nothing is connected to."""
     scheme, _, rest = address.partition("://")
-    path, options, _ = rest.partition("?")
+    path = without_options(rest)
     name = unquote(path).removesuffix("/")
     parts = (name.removeprefix("/") if scheme == "file" else name).split("/")
     problem = None
@@ -51,9 +51,9 @@ def check_address(address: str, key: str) -> None:
         problem = "'%' must be followed by two hexadecimal digits; write %25 for it"
     elif scheme == "file" and not rest.startswith("/"):
         problem = "expected three slashes and a folder, as in file:///data"
-    elif scheme == "file" and options:
-        problem = "a folder has no options; write %3F for '?'"
-    elif scheme in ("file", "s3", "gs") and any(part in ("", ".", "..") for part in parts):
+    elif scheme in ("file", "hf") and "?" in rest:
+        problem = "it has no options; write %3F for '?'"
+    elif scheme in ("file", "s3", "gs", "hf") and any(part in ("", ".", "..") for part in parts):
         problem = "an empty part, '.' or '..' is not the name of a folder; leave it out"
     elif "\0" in name:
         problem = "%00 cannot be part of a name; leave it out"

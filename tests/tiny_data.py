@@ -11,7 +11,7 @@ import tokenizers
 
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import Tokenizer, open_tokenizer
-from ebwm_dist.prepare.documents import DocumentReader, find_documents
+from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.prepare.train_tokenizer import train_tokenizer
 from ebwm_dist.workers.executors import LOCAL, Work

@@ -179,7 +179,7 @@ class DataConfig:
     """The shards to train on: tokens, latents of video frames, or clips."""
 
     path: str = location("data/text")
-    """Folder made by data_tools/tokenize_text.py (holds manifest.json), or the address of one: http(s)://, s3://, gs://,
+    """Folder made by data_tools/tokenize_text.py (holds manifest.json), or its address (http(s)://, s3://, gs://, hf://),
     or `pipe:` and a command that writes the file named by its last argument, as in `pipe:ssh host cat folder`."""
     mixture: dict[str, float | list[tuple[int, float]]] = field(
         default_factory=dict, metadata={"limits": {"at_least": 0}, "location": True}

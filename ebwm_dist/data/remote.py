@@ -1,6 +1,6 @@
 """Data folders that are not on this machine: files are fetched whole into a bounded cache, and read from there.
 
-A location is `http(s)://`, `s3://` or `gs://` with the folder's address, or `pipe:` with a command that writes the file
+A location is the folder's address (http(s)://, s3://, gs:// or hf://), or `pipe:` with a command that writes the file
 named by its last argument to its standard output, like `pipe:ssh host cat /data/text`. An address may end in options,
 `?endpoint_override=HOST`, which are appended to the address of every file and left out of messages.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shlex
 import time
@@ -26,15 +25,12 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from ebwm_dist.data.outage import Outage
 from ebwm_dist.data.transport import SCHEMES, TransportError, base_name, read_blocks, shown
-from ebwm_dist.errors import ConfigError, DataError, FetchError, UserError
+from ebwm_dist.errors import ConfigError, DataError, UserError
 from ebwm_dist.files import sha256_of_bytes
 from ebwm_dist.storage import check_address, is_address, without_options
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds before a file is requested again: the first time, then doubled every time up to a limit."""
-_log = logging.getLogger(__name__)
-_pause = time.sleep
 _T = TypeVar("_T")
 
 
@@ -118,12 +114,7 @@ class Cache:
     def wait_for_network(self, url: str, fetch: Callable[[], _T]) -> _T:
         """Return what `fetch` returns, calling it again with pauses while the storage of `url` cannot be reached."""
         try:
-            with _Outage(self, url) as outage:
-                while True:
-                    try:
-                        return fetch()
-                    except TransportError as error:
-                        outage.wait(error)
+            return _SharedOutage(self, url).wait_for(fetch)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UserError(f"data.cache_dir = {self.folder}: {reason}; make room, or choose another folder") from None
@@ -208,48 +199,25 @@ class Cache:
             return int(partial.name.rsplit(".", 2)[1])
 
 
-class _Outage:
-    """The time in which the storage of `url` cannot be reached; one of the processes that share a cache logs it."""
+class _SharedOutage(Outage):
+    """An outage that one of the processes which share a cache logs: the one that holds a lock meanwhile."""
 
     def __init__(self, cache: Cache, url: str) -> None:
-        self._cache, self._address = cache, shown(url)
-        self._started: float | None = None
-        self._pause = FIRST_PAUSE
+        super().__init__(shown(url), cache.patience, f"data.fetch_timeout = {cache.patience:g} s")
+        self._cache = cache
         self._lock: FileLock | None = None
 
-    def __enter__(self) -> _Outage:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._lock is None or self._started is None:
-            return
-        self._lock.release()
-        if kind is None:
-            _log.warning("%s is reachable again, after %.0f s", self._address, time.monotonic() - self._started)
-
-    def wait(self, error: TransportError) -> None:
-        """Pause before the next request; raises FetchError once the cache's patience is used up."""
-        now = time.monotonic()
-        self._started = self._started or now
-        left = self._started + self._cache.patience - now
-        if left <= 0:
-            raise FetchError(
-                f"{self._address} could not be fetched for data.fetch_timeout = {self._cache.patience:g} s: {error}; "
-                "check the network and the storage, then start again"
-            )
-        if self._lock is None:
-            self._log(error)
-        _pause(min(self._pause, left))
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
-
-    def _log(self, error: TransportError) -> None:
+    def begin(self, text: str) -> bool:
         lock = self._cache._lock("outage", timeout=0)
         with suppress(Timeout):  # another process logs it
             lock.acquire()
             self._lock = lock
-            text = f"cannot fetch {self._address} ({error})"
             self._cache._outage_file.write_text(text, "utf-8")
-            _log.warning("%s; trying again for data.fetch_timeout = %g s", text, self._cache.patience)
+        return self._lock is not None
+
+    def end(self) -> None:
+        assert self._lock is not None
+        self._lock.release()
 
 
 def _download(url: str, path: Path, size: int | None, sha256: str | None) -> None:

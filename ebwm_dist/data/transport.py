@@ -1,4 +1,4 @@
-"""Read remote files as blocks of bytes: over HTTP, from S3 and Google Cloud Storage, or from a command's output.
+"""Read remote files as blocks of bytes: over HTTP, from S3, Google Cloud Storage or the Hub, or from a command.
 
 Failures differ by type. TransportError: the storage did not answer, or not to the end, and may do so later. DataError:
 the file does not exist. FetchError and ConfigError: the storage refuses the request, or the address is wrong.
@@ -12,15 +12,21 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPException, InvalidURL
+from http.client import HTTPException, HTTPResponse, InvalidURL
+from typing import TYPE_CHECKING, NoReturn
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import urlopen
 
 from ebwm_dist.errors import ConfigError, DataError, FetchError, UserError
-from ebwm_dist.storage import open_storage, quoted, without_options
+from ebwm_dist.storage import check_address, open_storage, quoted, without_options
 
-SCHEMES = ("http", "https", "s3", "gs")
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileSystem
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")
 _BLOCK = 1 << 23
 _OPTIONS = re.compile(r"(?<=\w)\?[^\s'\"]+")  # of an address, however an exception quotes it
 _HTTP_TIMEOUT = 60.0
@@ -31,27 +37,45 @@ _REFUSED = re.compile("ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|ACCESS_KE
 """Refusals by S3 and Google Cloud Storage, which have no exceptions of their own in pyarrow."""
 
 
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN",
+}
+"""Where the credentials of an address come from, if the machine has none of its own."""
+
+
 class TransportError(Exception):
     """A file did not arrive, or not all of it; the message is the reason."""
 
 
-def read_blocks(url: str) -> Iterator[bytes]:
-    """Yield the content of `url` in blocks, all of it unless an exception ends it.
+def read_blocks(url: str, key: str = "data.path") -> Iterator[bytes]:
+    """Yield the content of `url` in blocks, all of it unless an exception ends it; messages say it was given as `key`.
 
     A server that does not state a length can cut it off unnoticed: compare with the manifest.
     """
     if url.startswith("pipe:"):
         blocks = _run(shlex.split(url.removeprefix("pipe:")))
+    elif url.startswith("http"):
+        blocks = _read_http(url)
     else:
-        blocks = _read_http(url) if url.startswith("http") else _read_object(url)
-    try:
+        blocks = _read_hub(url, key) if url.startswith("hf:") else _read_object(url, key)
+    with explained(url, key):
         yield from blocks
+
+
+@contextmanager
+def explained(url: str, key: str) -> Iterator[None]:
+    """Turn the errors of a block that reads `url`, which was given as `key`, into those of this module."""
+    try:
+        yield
     except UserError:
         raise
     except FileNotFoundError:
-        raise DataError(f"missing file: {shown(url)} does not exist; restore it, or correct data.path") from None
+        unless = ", or is private: see HF_TOKEN" if url.startswith("hf:") else ""
+        raise DataError(f"missing file: {shown(url)} does not exist{unless}; restore it, or correct {key}") from None
     except (ValueError, InvalidURL) as error:
-        raise ConfigError(f"data.path = {shown(url)!r}: not an address of storage ({error})") from None
+        raise ConfigError(f"{key} = {shown(url)!r}: not an address of storage ({error})") from None
     except (OSError, HTTPException) as error:
         reason = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
         reason = _OPTIONS.sub("", reason)
@@ -71,27 +95,72 @@ def base_name(url: str) -> str:
 
 
 def _refusal(url: str, reason: str) -> FetchError:
-    return FetchError(f"{shown(url)}: {reason}; check the address and your permissions")
+    where = _CREDENTIALS.get(url.partition(":")[0])
+    credentials = f" ({where})" if where else ""
+    return FetchError(f"{shown(url)}: {reason}; check the address and your permissions{credentials}")
+
+
+def _raise_status(url: str, code: int, reason: str) -> NoReturn:
+    """Raise the error of an HTTP status."""
+    if code in (404, 410):
+        raise FileNotFoundError
+    status = f"HTTP status {code} ({reason})"
+    if code < 500 and code not in _TEMPORARY:
+        raise _refusal(url, status)
+    raise OSError(status)
+
+
+@contextmanager
+def open_http(url: str) -> Iterator[HTTPResponse]:
+    """Request a file of a web server."""
+    try:
+        with urlopen(quoted(url), timeout=_HTTP_TIMEOUT) as response:
+            yield response
+    except HTTPError as error:
+        code, reason = error.code, error.reason
+    else:
+        return
+    _raise_status(url, code, reason)
 
 
 def _read_http(url: str) -> Iterator[bytes]:
+    with open_http(url) as response:
+        yield from iter(partial(response.read, _BLOCK), b"")
+        if response.length:  # `read` ends silently where the connection does
+            raise OSError(f"the connection ended {response.length:,} bytes too early")
+
+
+@contextmanager
+def open_hub(url: str, key: str) -> Iterator[tuple[HfFileSystem, str]]:
+    """Open the file system of the Hub, or of the server at HF_ENDPOINT, and the path in it of an address of hf://."""
+    check_address(url, key)
     try:
-        with urlopen(quoted(url), timeout=_HTTP_TIMEOUT) as response:
-            yield from iter(partial(response.read, _BLOCK), b"")
-            if response.length:  # `read` ends silently where the connection does
-                raise OSError(f"the connection ended {response.length:,} bytes too early")
-    except HTTPError as error:
-        if error.code in (404, 410):
-            raise FileNotFoundError from None
-        status = f"HTTP status {error.code} ({error.reason})"
-        if error.code < 500 and error.code not in _TEMPORARY:
-            raise _refusal(url, status) from None
-        raise OSError(status) from None
+        from huggingface_hub import HfFileSystem, get_token
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    except ImportError:
+        raise UserError(
+            f"{key}: {shown(url)} needs huggingface_hub: pip install -c constraints.txt -e '.[hub]'"
+        ) from None
+    try:
+        storage = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), token=get_token())
+        yield storage, unquote(url.partition("://")[2]).rstrip("/")
+    except HfHubHTTPError as error:
+        failed = error
+    except HTTPError as error:  # no OSError: the server cannot be reached
+        raise OSError(str(error) or type(error).__name__) from None
+    else:
+        return
+    _raise_status(url, failed.response.status_code, failed.response.reason_phrase)
 
 
-def _read_object(url: str) -> Iterator[bytes]:
-    storage, path = open_storage(url, "data.path")
-    with storage.open_input_stream(path) as stream:
+def _read_hub(url: str, key: str) -> Iterator[bytes]:
+    with open_hub(url, key) as (storage, path), storage.open(path, "rb", block_size=0) as stream:
+        yield from iter(partial(stream.read, _BLOCK), b"")
+
+
+def _read_object(url: str, key: str) -> Iterator[bytes]:
+    storage, path = open_storage(url, key)
+    with storage.open_input_stream(path, compression=None) as stream:
         yield from iter(partial(stream.read, _BLOCK), b"")
 
 

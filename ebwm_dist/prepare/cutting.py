@@ -19,7 +19,7 @@ from PIL import Image
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import is_held_out
-from ebwm_dist.prepare.listing import InputFile, list_inputs
+from ebwm_dist.prepare.listing import InputFile, list_local_inputs
 from ebwm_dist.prepare.video_files import VideoInfo, frames_at, probe
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
@@ -91,7 +91,7 @@ class Rejects:
 def find_videos(inputs: Sequence[str | Path], outputs: Sequence[Path], cut: Cut) -> list[InputFile]:
     """List the videos among `inputs`, files or folders; names must differ. The tool writes `outputs`."""
     found: dict[str, InputFile] = {}
-    for file in list_inputs(inputs, SUFFIXES, outputs):
+    for file in list_local_inputs(inputs, SUFFIXES, outputs):
         if (other := found.setdefault(file.name, file)) is not file:
             both = f"{printable(other.path)} and {printable(file.path)}"
             raise UserError(f"inputs {both} have the same name; put them into one folder")

@@ -1,31 +1,23 @@
-"""Read documents from text and JSON-lines files, and say exactly where an input is malformed.
+"""Documents, and how one is read from the fields of a JSON object or the columns of a Parquet row.
 
-A `.txt` file is one document whose group is the file's stem. A `.jsonl` file holds one document per line, a text or
-prompts with completions; one without a group is a group of its own. Both may be compressed (`.gz`). The held-out split
+A document is a text, or prompts with completions; one without a group is a group of its own. The held-out split
 consists of whole groups, so that neighbouring passages never end up on both sides.
 """
 
 from __future__ import annotations
 
 import argparse
-import codecs
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from ebwm_dist.data.format.sample_format import MAX_DIFFICULTY
-from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable
-from ebwm_dist.prepare.listing import InputFile, list_inputs, unreadable
-from ebwm_dist.storage import local_path
 
-TEXT_SUFFIXES = (".txt", ".txt.gz")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
+if TYPE_CHECKING:
+    from ebwm_dist.prepare.listing import Input
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,9 @@ class Document:
 
     id: str
     group: str
-    file: InputFile
+    file: Input
     line: int
+    """Of a Parquet file the row; both count from 1."""
     text: str = ""
     turns: tuple[Turn, ...] = ()
 
@@ -57,17 +50,8 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Reject:
-    """A document left out because its input is malformed."""
-
-    file: str
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Fields:
-    """Names of the JSON fields that a document is read from."""
+    """Names of the JSON fields, or the columns, that a document is read from; `a.b` is also field b of field a."""
 
     text: str = "text"
     id: str = "id"
@@ -101,11 +85,21 @@ _FIELDS = {
 
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a tool that reads documents: where they are, and how to read them."""
-    help_input = ".txt or .jsonl files, also compressed (.gz), or folders of them"
-    parser.add_argument("--input", nargs="+", required=True, type=local_path, metavar="PATH", help=help_input)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".parquet, .jsonl or .txt files, the latter also as .gz or .zst, folders of them, or patterns like "
+        "'data/*.parquet'; also at addresses: s3://, gs://, hf://datasets/OWNER/NAME/... or https://",
+    )
     for name, what in _FIELDS.items():
         parser.add_argument(
-            f"--{name}-field", type=printable, default=name, help=f"JSON field of the {what} (default: {name})"
+            *(f"--{name}-field", f"--{name}-column"),
+            type=printable,
+            default=name,
+            metavar="NAME",
+            help=f"JSON field or Parquet column of the {what} (default: {name}); a.b is field b of field a",
         )
     parser.add_argument(
         "--on-error",
@@ -120,15 +114,6 @@ def add_groups_argument(parser: argparse.ArgumentParser, flag: str, what: str) -
     parser.add_argument(flag, nargs="+", type=printable, action="extend", default=[], metavar="GROUP", help=what)
 
 
-def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[InputFile]:
-    """List the document files among `inputs`, files or folders; `outputs` are what the tool writes."""
-    files = list_inputs(inputs, SUFFIXES, outputs)
-    for file in files:
-        if not _has_suffix(file, *SUFFIXES):
-            raise UserError(f"input {printable(file.path)} is not a {', '.join(SUFFIXES)} file")
-    return files
-
-
 def is_held_out(group: str, names: frozenset[str], fraction: float) -> bool:
     """Decide from its name alone whether a group is held out: named, or hashed below `fraction`."""
     if group in names:
@@ -136,96 +121,24 @@ def is_held_out(group: str, names: frozenset[str], fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode("utf-8")).digest()[:8], "big") < fraction * 2**64
 
 
-@dataclass
-class DocumentReader:
-    """Iterate over the documents of `files` in order.
+def document_of(content: Mapping[str, Any], file: Input, number: int, fields: Fields) -> Document:
+    """Return the document that the `content` of a line or row holds; raises ValueError with the reason if it is none.
 
-    A malformed one raises a DataError naming file and line, or with `on_error="skip"` is added to `rejects`. Empty
-    documents are left out and counted.
+    Fields may be nested, and null is no value.
     """
-
-    files: Sequence[InputFile]
-    fields: Fields = field(default_factory=Fields)
-    on_error: str = "fail"
-    rejects: list[Reject] = field(default_factory=list)
-    empty: int = 0
-
-    def __iter__(self) -> Iterator[Document]:
-        for file in self.files:
-            for document in self._read(file):
-                if document.text or document.turns:
-                    yield document
-                else:
-                    self.empty += 1
-
-    def left_out(self, file: InputFile, line: int, reason: str) -> Reject:
-        """Return the record of a malformed document that is left out, or raise a DataError."""
-        if self.on_error == "fail":
-            where = f"{printable(file.path)}, line {line}"
-            raise DataError(f"{where}: {reason}; correct it, or leave it out with --on-error skip")
-        return Reject(file.name, line, reason)
-
-    def reject(self, file: InputFile, line: int, reason: str) -> None:
-        """Add a malformed document to `rejects`, or raise a DataError."""
-        self.rejects.append(self.left_out(file, line, reason))
-
-    def _read(self, file: InputFile) -> Iterator[Document]:
-        number = 0
-        try:
-            with gzip.open(file.path) if _has_suffix(file, ".gz") else open(file.path, "rb") as stream:
-                if suffix := _has_suffix(file, *TEXT_SUFFIXES):
-                    yield from self._text(file, file.name[: -len(suffix)], stream.read())
-                    return
-                for number, raw in enumerate(stream, start=1):
-                    yield from self._line(file, number, raw)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            self.reject(file, number + 1, f"damaged gzip data from here on ({error})")
-        except OSError as error:
-            raise unreadable(file.path, error) from None
-
-    def _text(self, file: InputFile, name: str, raw: bytes) -> Iterator[Document]:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-        try:
-            yield Document(name, name.rpartition("/")[2], file, 1, raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            self.reject(file, raw[: error.start].count(b"\n") + 1, "invalid UTF-8")
-
-    def _line(self, file: InputFile, number: int, raw: bytes) -> Iterator[Document]:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-        if raw.strip():
-            try:
-                yield _parse(raw, file, number, self.fields)
-            except ValueError as error:
-                self.reject(file, number, str(error))
-
-
-def _has_suffix(file: InputFile, *suffixes: str) -> str | None:
-    return next((suffix for suffix in suffixes if file.name.lower().endswith(suffix)), None)
-
-
-def _parse(raw: bytes, file: InputFile, number: int, fields: Fields) -> Document:
-    """Read one line of JSON; raises ValueError with the reason where it is not a document."""
-    try:
-        content = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("invalid UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("invalid JSON (nested too deeply)") from None
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    name, group = content.get(fields.id), content.get(fields.group)
+    name, group = value_at(content, fields.id), value_at(content, fields.group)
     identity = f"{file.name}:{number}" if name is None else str(name)
     group = identity if group is None else str(group)
-    if isinstance(text := content.get(fields.text), str):
+    text, prompt, completion = (_decoded(value_at(content, f)) for f in (fields.text, fields.prompt, fields.completion))
+    if isinstance(text, str):
         document = Document(identity, group, file, number, text=text)
-    elif fields.prompt in content or fields.completion in content:
-        document = Document(identity, group, file, number, turns=_parse_turns(content, fields))
+    elif prompt is not None or completion is not None:
+        turns = _turns(prompt, completion, value_at(content, fields.difficulty), fields)
+        document = Document(identity, group, file, number, turns=turns)
     else:
         raise ValueError(
             f"no text in field {fields.text!r}, and no prompt and completion in {fields.prompt!r} and "
-            f"{fields.completion!r}"
+            f"{fields.completion!r}; its fields are {shortened(map(repr, content))}"
         )
     try:
         # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
@@ -236,14 +149,41 @@ def _parse(raw: bytes, file: InputFile, number: int, fields: Fields) -> Document
     return document
 
 
-def _parse_turns(content: dict[str, Any], fields: Fields) -> tuple[Turn, ...]:
-    """Return the prompts, completions and difficulties of a line; raises ValueError where they do not fit together."""
-    prompts, completions = (_strings(content.get(name), name) for name in (fields.prompt, fields.completion))
+def value_at(content: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field, or None; `a.b` is the field of this name, or else field b of field a."""
+    if name in content:
+        return content[name]
+    for place, character in enumerate(name):
+        if character == "." and isinstance(inner := content.get(name[:place]), Mapping):
+            value = value_at(inner, name[place + 1 :])
+            if value is not None:
+                return value
+    return None
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Return names for a message, not all of very many."""
+    first = list(itertools.islice(names, 21))
+    return ", ".join([*first[:20], *(["..."] if len(first) > 20 else [])]) or "none"
+
+
+def _decoded(value: Any) -> Any:
+    """Return a value with its text as strings: a column of Parquet may hold it as bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError("invalid UTF-8") from None
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _turns(prompt: Any, completion: Any, given: Any, fields: Fields) -> tuple[Turn, ...]:
+    """Return prompts, completions and `given` difficulties together; raises ValueError where they do not fit."""
+    prompts, completions = _strings(prompt, fields.prompt), _strings(completion, fields.completion)
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions; each prompt needs one completion")
     if not all(completions):
         raise ValueError(f"an empty completion in field {fields.completion!r}")
-    given = content.get(fields.difficulty)
     difficulties = given if isinstance(given, list) else [given] * len(prompts)
     if len(difficulties) != len(prompts):
         raise ValueError(f"{len(difficulties)} difficulties of {len(prompts)} completions; give one for each, or one")

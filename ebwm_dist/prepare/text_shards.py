@@ -26,7 +26,8 @@ from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
 from ebwm_dist.prepare.build_state import Report, begin, finish, hash_of, up_to_date, write_rejects
-from ebwm_dist.prepare.documents import Document, DocumentReader, Fields, Reject, find_documents, is_held_out
+from ebwm_dist.prepare.document_reader import DocumentReader, Reject, find_documents
+from ebwm_dist.prepare.documents import Document, Fields, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
 from ebwm_dist.prepare.listing import REJECTS_FILE, describe_inputs
 from ebwm_dist.prepare.packing import DocumentPacker, Packer
@@ -257,7 +258,10 @@ def _add_documents(
         raise UserError(f"held-out group {missing[0]!r} is not in the input; its groups are {known}, ...")
     for name, builder in builders.items():
         if not builder.groups:
+            what = f"{name} split of {', '.join(file.name for file in reader.files[:3])}"
+            if reader.rejects:
+                first = reader.rejects[0]
+                what += f" (left out as malformed: {len(reader.rejects):,}, first {first.place}: {first.reason})"
             raise UserError(
-                f"no document is left for the {name} split of {', '.join(f.name for f in reader.files[:3])}: "
-                "choose other groups with --holdout, or another --holdout-fraction"
+                f"no document is left for the {what}: choose other groups with --holdout, or another --holdout-fraction"
             )

@@ -42,19 +42,22 @@ class FolderServer:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.requests.append(self.path)
-                path = server.folder / self.path.lstrip("/")
+                path = server.folder / self.path.partition("?")[0].lstrip("/")
                 if server.status != 200 or not path.is_file():
                     self.send_error(server.status if server.status != 200 else 404)
                     return
                 data = b"<html>502 Bad Gateway</html>" if server.page else path.read_bytes()
+                cut = server.cut > 0
+                server.cut -= cut
                 self.send_response(200)
                 if server.length:
                     self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                if server.cut:
-                    server.cut -= 1
+                if cut:
                     data = data[: len(data) // 2]
                 self.wfile.write(data)
+
+            do_HEAD = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.config.schema import DataConfig
-from ebwm_dist.data import remote, transport
+from ebwm_dist.data import outage, transport
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream
@@ -40,7 +40,7 @@ def server(tiny: Manifest) -> Iterator[FolderServer]:
 def on_pause(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> list[float]:
     """Do not wait in pauses, and call `action` in one of them; return the list that their seconds are appended to."""
     pauses: list[float] = []
-    others, wait = {*threading.enumerate()} - {threading.current_thread()}, remote._pause
+    others, wait = {*threading.enumerate()} - {threading.current_thread()}, outage._pause
 
     def pause(seconds: float) -> None:
         if threading.current_thread() in others:  # of an earlier test, that still waits for its storage
@@ -50,7 +50,7 @@ def on_pause(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], 
         if len(pauses) == number:
             action()
 
-    monkeypatch.setattr(remote, "_pause", pause)
+    monkeypatch.setattr(outage, "_pause", pause)
     return pauses
 
 

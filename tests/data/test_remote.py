@@ -25,6 +25,7 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.errors import ConfigError, DataError, FetchError, UserError
 from ebwm_dist.files import sha256_of_bytes
 from tests.data.http_server import FolderServer
+from tests.hub_server import REPOSITORY, hub
 from tests.object_storage import gs_bucket, s3_bucket
 
 SIZE = 100_000
@@ -179,6 +180,11 @@ def served(transport: str, folder: Path) -> Iterator[str]:
     if transport == "pipe":
         yield f"pipe:cat {folder}"
         return
+    if transport == "hf":
+        with hub() as server:
+            server.push({f"a folder/{path.name}": path.read_bytes() for path in folder.iterdir()})
+            yield f"hf://{REPOSITORY}/a%20folder"
+        return
     with s3_bucket() if transport == "s3" else gs_bucket() as bucket:
         address = bucket.format("a%20folder")
         for path in folder.rglob("*"):
@@ -189,7 +195,7 @@ def served(transport: str, folder: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize(("transport", "workers"), [("pipe", 0), ("s3", 2), ("gs", 2)])
+@pytest.mark.parametrize(("transport", "workers"), [("pipe", 0), ("s3", 2), ("gs", 2), ("hf", 0)])
 def test_a_stream_over_a_remote_folder_is_that_of_the_local_one(
     tiny: Manifest, tmp_path: Path, transport: str, workers: int
 ) -> None:

@@ -20,7 +20,8 @@ from ebwm_dist.evaluation.unigram import target_counts
 from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.build_state import Report
-from ebwm_dist.prepare.documents import DocumentReader, Fields, find_documents, is_held_out
+from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
+from ebwm_dist.prepare.documents import Fields, is_held_out
 from ebwm_dist.prepare.encoding import encode_texts
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.workers.executors import LOCAL, Work
