@@ -93,38 +93,37 @@ def _what_would_fit(planner: Planner, cluster: Cluster, plans: Sequence[Estimate
 
 
 def sweep_table(rows: Sequence[tuple[str, int, Estimate]]) -> Iterator[str]:
-    """Yield days and GPU-hours of every size by number of GPUs; what does not fit is in brackets."""
+    """Yield the days of every size by number of GPUs; `-` where it does not fit, or the batch cannot be divided."""
     gpus = sorted({number for _, number, _ in rows})
     cells = {(size, number): plan for size, number, plan in rows}
-    yield "days by number of GPUs (in brackets: does not fit)"
+    yield "days by number of GPUs (-: does not fit, or the global batch cannot be divided)"
     yield f"{'':>10}" + "".join(f"{number:>10,}" for number in gpus)
     for size in dict.fromkeys(name for name, _, _ in rows):
         texts = []
         for number in gpus:
             plan = cells.get((size, number))
-            days = "-" if plan is None else f"{plan.days:.3g}" if plan.fits else f"({plan.days:.3g})"
+            days = f"{plan.days:.3g}" if plan is not None and plan.fits else "-"
             texts.append(f"{days:>10}")
         yield f"{size:>10}" + "".join(texts)
 
 
 def draw_sweep(rows: Sequence[tuple[str, int, Estimate]], path: Path) -> None:
-    """Draw days by GPUs, a line for each size, into a PNG; hollow points do not fit."""
+    """Draw days by GPUs, a line for each size that fits, into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     for size in dict.fromkeys(name for name, _, _ in rows):
-        points = [(gpus, plan) for name, gpus, plan in rows if name == size]
-        (line,) = axes.plot([gpus for gpus, _ in points], [plan.days for _, plan in points], label=size, linewidth=1)
-        for gpus, plan in points:
-            fill = line.get_color() if plan.fits else "white"
-            axes.plot(gpus, plan.days, "o", color=line.get_color(), markerfacecolor=fill, markersize=5)
+        points = [(gpus, plan.days) for name, gpus, plan in rows if name == size and plan.fits]
+        axes.plot(
+            [gpus for gpus, _ in points], [days for _, days in points], "o-", label=size, linewidth=1, markersize=4
+        )
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="days")
     ticks = sorted({gpus for _, gpus, _ in rows})
     axes.set_xticks(ticks, [f"{gpus:,}" for gpus in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Days of training; hollow: does not fit", loc="left", fontsize=11)
+    axes.set_title("Days of training, with the best setting that fits", loc="left", fontsize=11)
     axes.legend(title="parameters", frameon=False)
     figure.savefig(path, dpi=120)
