@@ -10,6 +10,7 @@ The run folder must be on a file system that all ranks share.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -151,6 +152,8 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     files: Files = {}
     for share in shares:
         files.update(share)
+    for folder in {path.parent for path in _files(staging)} | {staging}:  # fails if it is gone
+        flush(folder)
     present = {path.relative_to(staging).as_posix() for path in _files(staging)}
     if present != set(files):
         odd = ", ".join(sorted(present ^ set(files)))
@@ -161,10 +164,24 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
     step = step_of(staging)
     marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "files": files}
     text = json.dumps({**marker, "checksum": _checksum(marker)}, indent=1, sort_keys=True) + "\n"
-    for folder in {path.parent for path in _files(staging)} | {staging}:
-        flush(folder)
     write_atomically(staging / MARKER, text.encode())
     return _take_place(staging)
+
+
+def failed_save(root: Path, error: OSError) -> CheckpointError:
+    """Return the error of a save to `root` that the operating system refused: why, what to do, and what is left."""
+    reason, number = error.strerror or str(error), error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(root).free / 2**30
+        reason += f", {free:.2f} GiB are free there; make room or lower checkpoint.keep, then"
+    elif number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        reason += "; something else has moved, deleted or replaced a folder there: put it right, then"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason += "; let this user write there, then"
+    else:
+        reason += ";"
+    newest = next((path.name for path in list_checkpoints(root)), "the beginning")
+    return CheckpointError(f"saving to {root} failed: {reason} start the same command again: it goes on from {newest}")
 
 
 def install(staging: Path, names: Iterable[str] | None = None) -> Path:

@@ -316,13 +316,7 @@ class Checkpointer:
             try:
                 return action()
             except OSError as error:
-                saved = checkpoints.list_checkpoints(self.root)
-                reason, free = error.strerror or error, shutil.disk_usage(self.root).free / 2**30
-                raise CheckpointError(
-                    f"saving to {self.root} failed: {reason}, {free:.2f} GiB are free there; make room or lower "
-                    "checkpoint.keep, then start the same command again: it goes on from "
-                    f"{saved[0].name if saved else 'the beginning'}"
-                ) from error
+                raise checkpoints.failed_save(self.root, error) from error
 
         return self.world.together(attempt)
 

@@ -130,7 +130,7 @@ class TrainingEngine:
     ) -> dict[str, Any]:
         """Return this rank's files of a checkpoint in `folder` of model and optimizer: name -> `keep` of the content.
 
-        DeepSpeed lets the ranks meet at the end: a rank that fails does so once all are through.
+        The folder is there. DeepSpeed lets the ranks meet on the way: a rank that fails does so once all are through.
         """
         engine, files, failures = self.deepspeed, dict[str, Any](), list[Exception]()
 
@@ -148,6 +148,7 @@ class TrainingEngine:
 
         with ExitStack() as patches:
             for owner, name, action in (
+                (engine.checkpoint_engine, "makedirs", lambda *args, **kwargs: None),
                 (engine.checkpoint_engine, "save", collect),
                 (engine, "_copy_recovery_script", engine._copy_recovery_script),
             ):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ebwm_dist.checkpoint.folder import (
     checkpoint_path,
     clean_leftovers,
     commit,
+    failed_save,
     list_checkpoints,
     newest_intact,
     prepare_staging,
@@ -224,6 +227,33 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, reason: str
     flip_byte(first / "rank-0.pt")
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
         newest_intact(tmp_path, warnings.append)
+
+
+def test_a_folder_that_is_replaced_is_no_disagreement_of_ranks(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    staging = prepare_staging(root, 1)
+    root.rename(tmp_path / "moved")
+    root.touch()
+    with pytest.raises(NotADirectoryError):
+        commit(staging, [{"model.pt": {"bytes": 1, "sha256": ""}}], {})
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, r", \d+\.\d\d GiB are free there; make room or lower checkpoint.keep, then"),
+        (errno.ENOTDIR, "; something else has moved, deleted or replaced a folder there: put it right, then"),
+        (errno.EROFS, "; let this user write there, then"),
+        (errno.EIO, ";"),
+    ],
+)
+def test_a_save_that_fails_says_what_to_do(tmp_path: Path, number: int, advice: str) -> None:
+    save(tmp_path, 3)
+    reason = os.strerror(number)
+    assert re.fullmatch(
+        f"saving to {tmp_path} failed: {reason}{advice} start the same command again: it goes on from step-000003",
+        str(failed_save(tmp_path, OSError(number, reason))),
+    )
 
 
 def test_only_files_that_are_named_are_verified(tmp_path: Path) -> None:

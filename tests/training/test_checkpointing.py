@@ -125,6 +125,18 @@ def save_on_a_full_disk(rank: int, world_size: int, root: Path) -> None:
         assert list_checkpoints(checkpointer.root) == [first]
         assert rank or not list(checkpointer.root.glob("*.tmp"))  # rank 0 puts the rest away
     verify(checkpointer.save(engine, TrainingState(step=2)))
+    collect = engine.checkpoint_files
+
+    def without_folder(*arguments: Any) -> dict[str, Any]:
+        if rank == 0:
+            checkpointer.root.rename(root / "moved")
+            checkpointer.root.touch()
+        return collect(*arguments)
+
+    engine.checkpoint_files = without_folder  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match=f"saving to {root}/checkpoints failed: Not a directory; ") as raised:
+        checkpointer.save(engine, TrainingState(step=3))
+    assert "goes on from the beginning" in str(raised.value) and raised.value.same_on_all_ranks
 
 
 def test_a_rank_that_cannot_save_ends_all_with_one_line(tmp_path: Path) -> None:
