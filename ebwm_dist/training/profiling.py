@@ -1,8 +1,9 @@
 """A trace of some training steps by torch's profiler, and a table of where their time goes.
 
 While the profiler runs, methods of a step are replaced by ones that name their time in the trace; at all other times
-nothing is left of it. The table is made of the trace: each moment of a step counts for the innermost name around it,
-and each kernel of a GPU for the name around its launch, whichever thread has launched it.
+nothing is left of it. The table is made of the file, which alone links kernels with their launches: each moment of a
+step counts for the innermost name around it, and each kernel of a GPU for the name around its launch, whichever thread
+has launched it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
+from ebwm_dist.files import replacing
 from ebwm_dist.training.engine import TrainingEngine
 
 FOLDER = "profile"
@@ -31,6 +34,7 @@ _STEP, _REST, _BETWEEN = "step", "other", "between steps"
 _PREFIX = "ebwm:"
 _WARM_STEPS = 2
 _HISTORY = 100_000
+_BLOCK = 1 << 20
 _COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
@@ -58,58 +62,89 @@ class Profile:
         first: the step that this start begins with.
         ranges: what to name in a step; objects and methods that are not there are left out.
         log: gets the table.
+        progress: called on every rank while traces are written, as long as that goes on.
     """
 
     def __init__(
-        self, config: Config, world: World, first: int, ranges: Iterable[Range], log: Callable[[str], None]
+        self,
+        config: Config,
+        world: World,
+        first: int,
+        ranges: Iterable[Range],
+        log: Callable[[str], None],
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.world, self.log, self._ranges = world, log, list(ranges)
+        self.world, self.log, self._ranges, self._progress = world, log, list(ranges), progress
         self._folder = Path(config.run_dir) / FOLDER
-        start = first + _WARM_STEPS if config.profile.start is None else config.profile.start
-        traced = config.profile.steps if world.rank == 0 or config.profile.ranks == "all" else 0
-        self._steps = range(start, start + traced)
+        start, steps = config.profile.start or first + _WARM_STEPS, config.profile.steps
+        self._steps = range(start, start + steps)
+        self._traces = world.rank == 0 or config.profile.ranks == "all"
         last = config.training.last_step
-        if traced and first <= last and (start > last or start + traced <= first):
+        if self._traces and steps and first <= last and (start > last or start + steps <= first):
             log(f"no step is traced: profile.start is {start}, and this start does the steps {first} to {last}")
         self._done: list[int] = []
         self._profiler: profile | None = None
         self._patches = ExitStack()
+        self._written = 0
 
     def step(self, number: int) -> AbstractContextManager[None]:
-        """Return what a step is done inside of."""
+        """Return what a step is done inside of, on all ranks."""
         return self._traced(number) if number in self._steps else nullcontext()
 
     def close(self) -> None:
-        """Write what was traced, and the table, unless that is done already; a run may end before the last step."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        self._patches.close()
-        profiler.stop()
-        if not self._done:
-            return
-        try:
-            self._write(profiler)
-        except (OSError, RuntimeError) as error:  # of a full disk: the training goes on
-            self.log(f"the profile could not be written: {error}")
+        """Write what was traced, and the table, unless that is done already; a run may end before the last step.
 
-    def _write(self, profiler: profile) -> None:
+        The other ranks may be gone.
+        """
+        self._close(lambda state: [state])
+
+    def _close(self, gather: Callable[[tuple[bool, int]], list[tuple[bool, int]]]) -> None:
+        """Write beside this thread: as long as something is written anywhere, all ranks are making progress."""
+        profiler, self._profiler = self._profiler, None
+        self._patches.close()
+        if profiler is not None:
+            profiler.stop()
+        with ThreadPoolExecutor(1) as thread:
+            writes = [thread.submit(self._write, profiler)] if profiler is not None and self._done else []
+            before: list[tuple[bool, int]] = []
+            while True:
+                running = bool(wait(writes, 0.2).not_done)
+                now = gather((running, self._written))
+                if now != before:
+                    self._progress()
+                if not any(running for running, _ in now):
+                    break
+                before = now
+            for write in writes:
+                try:
+                    self.log(write.result())
+                except (OSError, RuntimeError) as error:  # of a full disk: the training goes on
+                    self.log(f"the profile could not be written: {error}")
+
+    def _write(self, profiler: profile) -> str:
+        """Write the trace; return the table."""
         steps = f"{self._done[0]}" if len(self._done) == 1 else f"{self._done[0]}-{self._done[-1]}"
         name = f"steps_{steps}_rank_{self.world.rank:05d}"
-        path, unfinished = self._folder / f"{name}.json.gz", self._folder / f".{name}.json.gz"
-        profiler.export_chrome_trace(str(unfinished))
-        unfinished.replace(path)  # a kill leaves no trace that cannot be opened
+        path, plain = self._folder / f"{name}.json.gz", self._folder / f".{name}.json"
         if self.world.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = table(json.load(file)["traceEvents"], len(self._done))
-        self.log("\n".join([f"profile of step {steps}, rank {self.world.rank}, in {path}:", *lines]))
+        try:
+            profiler.export_chrome_trace(str(plain))
+            with open(plain, "rb") as whole, replacing(path) as file, gzip.open(file, "wb", compresslevel=3) as packed:
+                while block := whole.read(_BLOCK):
+                    packed.write(block)
+                    self._written += 1
+            events = json.loads(plain.read_bytes())["traceEvents"]
+        finally:
+            plain.unlink(missing_ok=True)
+        lines = table(events, len(self._done))
+        return "\n".join([f"profile of step {steps}, rank {self.world.rank}, in {path}:", *lines])
 
     @contextmanager
     def _traced(self, number: int) -> Iterator[None]:
         cuda = self.world.device.type == "cuda"
-        if self._profiler is None:
+        if self._traces and self._profiler is None:
             self._folder.mkdir(exist_ok=True)
             for owner, method, name in [*self._ranges, *((dist, name, "communication") for name in _COLLECTIVES)]:
                 _name_calls(owner, method, name, self._patches)
@@ -123,7 +158,7 @@ class Profile:
                 torch.cuda.synchronize()
         self._done.append(number)
         if number == self._steps[-1]:
-            self.close()
+            self._close(self.world.gather_objects)
 
 
 def step_ranges(config: Config, engine: TrainingEngine, preprocess: FramePreprocessor) -> Iterator[Range]:

@@ -155,7 +155,11 @@ class Trainer:
         state, training = self.state, self.config.training
         first, last = state.step, training.last_step
         ranges = [(self, "_next_batch", "data"), *step_ranges(self.config, self.engine, self.preprocess)]
-        profile = Profile(self.config, self.world, first + 1, ranges, self.log.log)
+
+        def writing() -> None:
+            self.watchdog.beat(state.step, "profile")
+
+        profile = Profile(self.config, self.world, first + 1, ranges, self.log.log, writing)
         try:
             stop = self._validation_due() and not self.log.has_validation(first) and self._validate()
             while state.step < last and not stop:

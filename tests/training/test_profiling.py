@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config, ProfileConfig, TrainingConfig, ZeroConfig
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
+from ebwm_dist.training import profiling
 from ebwm_dist.training.engine import TrainingEngine
 from ebwm_dist.training.memory import out_of_memory, remedies
 from ebwm_dist.training.profiling import Profile, table, times_of
@@ -116,6 +119,33 @@ def test_a_profile_of_no_step_is_said(tmp_path: Path, first: int, asked: dict[st
     lines: list[str] = []
     Profile(config, World(0, 0, 1, torch.device("cpu"), "here"), first, [], lines.append)
     assert lines == ([] if said is None else [f"no step is traced: {said}"])
+
+
+def beats_of(world: World, folder: Path) -> int:
+    """Trace an empty step, and return how often progress was reported until the trace was written."""
+    beats: list[None] = []
+    config = Config(str(folder), profile=ProfileConfig(steps=1, start=1))
+    with Profile(config, world, 1, [], lambda text: None, lambda: beats.append(None)).step(1):
+        pass
+    return len(beats)
+
+
+def test_writing_a_trace_is_progress_as_long_as_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rank that traces nothing, too, and a write that hangs is none: it would report 5 times a second."""
+
+    def write(self: Profile, profiler: Any) -> str:
+        for _ in range(3):
+            time.sleep(0.3)
+            self._written += 1
+        time.sleep(1.5)
+        return "table"
+
+    monkeypatch.setattr(Profile, "_write", write)
+    monkeypatch.setattr(profiling, "profile", Mock())
+    assert 3 <= beats_of(World(0, 0, 1, torch.device("cpu"), "here"), tmp_path) <= 6
+    of_rank_0 = iter([(True, 0), (True, 1), (True, 1), (True, 1), (True, 2), (False, 2)])
+    monkeypatch.setattr(World, "gather_objects", lambda self, mine: [next(of_rank_0), mine])
+    assert beats_of(World(1, 1, 2, torch.device("cpu"), "here"), tmp_path) == 4
 
 
 def assert_traced(run_dir: Path, steps: str, names: set[str], log: str) -> None:
