@@ -68,17 +68,21 @@ class Victim:
         self.path.write_bytes(raw)
 
     def put(self, extension: str, at: int, data: bytes, *, plausible: bool = False) -> set[int]:
-        """Overwrite a part of a member; where it is to be `plausible`, the checksum of the clip is made to fit."""
+        """Overwrite a part of a member; where it is to be `plausible`, the checksums of its samples are made to fit."""
         record = self.records[RECORD]
         place = {m.extension: m for m in record.members}[extension].offset + at
         self.change(lambda raw: raw.__setitem__(slice(place, place + len(data)), data))
         if plausible:
-            raw, checksum = self.path.read_bytes(), 0
-            for member in record.members:
-                checksum = zlib.crc32(raw[member.offset : member.offset + member.size], checksum)
+            raw = self.path.read_bytes()
+            files = [raw[member.offset : member.offset + member.size] for member in record.members]
+            if extension == "npy":
+                size = (len(files[0]) - 128) // record.samples
+                samples = [files[0][128 + i * size : 128 + (i + 1) * size] for i in range(record.samples)]
+            else:
+                samples = [b"".join(files)]
             index = self.manifest.folder / self.shard.index_path
             content = json.loads(index.read_text())
-            content["records"][RECORD]["crc32"] = [checksum]
+            content["records"][RECORD]["crc32"] = [zlib.crc32(sample) for sample in samples]
             index.write_text(json.dumps(content))
         return self.rows([record])
 
@@ -142,15 +146,25 @@ def wrong_dtype(victim: Victim) -> set[int]:
     return victim.put("npy", at, b"'descr': '>")
 
 
+def open_bracket(victim: Victim) -> set[int]:
+    start = victim.records[RECORD].members[0].offset
+    return victim.put("npy", victim.path.read_bytes().index(b")", start) - start, b" ")
+
+
+def flipped_token(victim: Victim) -> set[int]:
+    return {min(victim.put("npy", 128, b"\xff\xff"))}
+
+
 def beyond_the_vocabulary(victim: Victim) -> set[int]:
     sample_format = victim.manifest.token_format
     row_bytes = 2 * (sample_format.sequence_length + 1)
-    rows = victim.put("npy", 128 + 2 * row_bytes, np.array([sample_format.vocab_size], "<u2").tobytes())
+    beyond = np.array([sample_format.vocab_size], "<u2").tobytes()
+    rows = victim.put("npy", 128 + 2 * row_bytes, beyond, plausible=True)
     return {min(rows) + 2}
 
 
 def not_finite(victim: Victim) -> set[int]:
-    return {min(victim.put("npy", 128, np.array([np.nan], "<f2").tobytes()))}
+    return {min(victim.put("npy", 128, np.array([np.nan], "<f2").tobytes(), plausible=True))}
 
 
 def unreadable_video(victim: Victim) -> set[int]:
@@ -188,6 +202,8 @@ FAULTS = [
     Fault(swapped_payloads, "not those that were written", BLOCKS),
     Fault(bad_json, "not those that were written", CLIPS),
     Fault(wrong_dtype, "it holds >", BLOCKS),
+    Fault(open_bracket, "no valid npy header", BLOCKS),
+    Fault(flipped_token, "not those that were written", BLOCKS),
     Fault(beyond_the_vocabulary, "beyond the vocabulary", ("tokens",)),
     Fault(not_finite, "not finite", ("latents",)),
     Fault(unreadable_video, "unreadable", CLIPS),

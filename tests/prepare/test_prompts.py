@@ -223,7 +223,7 @@ def test_impossible_labels_are_found(prompts: Manifest) -> None:
         with pytest.raises(ValueError, match="padding or the first token"):
             prompts.token_format.validate(wrong)
     rows[0, 1, 5] = 65_003
-    with pytest.raises(ValueError, match="label 65003 is beyond"):
+    with pytest.raises(ValueError, match="difficulty 65001, more than 65000"):
         prompts.token_format.validate(rows)
 
 

@@ -101,7 +101,7 @@ class TokenFormat(_Arrays):
             raise ValueError(f"token id {largest} is beyond the vocabulary of {self.vocab_size}")
         if self.labels and rows.size:
             if (label := int(rows[:, 1].max())) > FIRST_DIFFICULTY + MAX_DIFFICULTY:
-                raise ValueError(f"label {label} is beyond that of difficulty {MAX_DIFFICULTY}")
+                raise ValueError(f"a completion has difficulty {label - FIRST_DIFFICULTY}, more than {MAX_DIFFICULTY}")
             if (rows[:, 1] > CONTEXT)[tokens == self.pad_id].any() or (rows[:, 1, 0] > CONTEXT).any():
                 raise ValueError("padding or the first token of a row is labelled as a target")
         return rows
