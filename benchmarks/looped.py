@@ -98,7 +98,7 @@ class LoopedCandidate(nn.Module):
             positions = candidate_positions(0, x.shape[1], x.device)
             rotary = self.transformer.blocks.rotary(positions, x.dtype)
             for block, (keys, values) in zip(self.transformer.blocks, keys_values, strict=True):
-                x = self.transformer.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None)
+                x, _ = self.transformer.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None)
             logits = p + self.space.step_size() * (self.transformer.norm(x) @ weight.T)
             states.append(logits)
         return states

@@ -127,8 +127,9 @@ class WideTransformer(EnergyTransformer):
 
     read_in_scale: float
 
-    def _energy(self, candidate: Tensor, *rest: Any) -> Any:  # type: ignore[override]
-        return super()._energy(self.read_in_scale * candidate, *rest)
+    def candidate_pass(self, candidate: Tensor, *rest: Any) -> Any:  # type: ignore[override]
+        """Return energies [B, C] of candidates [B, C, D], and outputs of every block."""
+        return super().candidate_pass(self.read_in_scale * candidate, *rest)
 
     def energy_with_tangent(self, candidate: Tensor, tangent: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return energies and derivatives of candidates along tangents [B, C, D]."""

@@ -30,7 +30,7 @@ def largest_eigenvalues(
         transformer: of the energies.
         embedded: candidates [B, C, D].
         direction: where the iteration starts [B, C, D], such as their gradient.
-        context, landscape, start: as of `EnergyTransformer.energy`.
+        context, landscape, start: as of `EnergyTransformer.candidate_pass`.
         iterations: products with the second derivative, each a tangent pass and its gradient.
     """
     eigenvalue = torch.zeros_like(embedded[..., 0])

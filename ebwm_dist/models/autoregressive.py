@@ -73,7 +73,7 @@ class AutoregressiveTransformer(SequenceModel):
         positions = candidate_positions(last, 1, x.device)
         rotary = self.blocks.rotary(positions, x.dtype)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x = self.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None, last[:, 0] + 1)
+            x, _ = self.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None, last[:, 0] + 1)
         return self.head(self.norm(x))
 
     def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:

@@ -91,26 +91,9 @@ class EnergyTransformer(nn.Module):
         keys_values.append(self.blocks.run(last, last.context_keys_values, x, rotary, condition))
         return (*keys_values, states) if self.add_most_recent else tuple(keys_values)
 
-    def energy(
-        self,
-        candidate: Tensor,
-        context: KeysValues,
-        landscape: int,
-        start: int | Tensor,
-        newest: Tensor | None = None,
-    ) -> Tensor:
-        """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D].
-
-        Args:
-            candidate: candidates for the states after the observed positions `start` to `start` + C.
-            context: what `context` has returned for this landscape, over at least these positions.
-            landscape: the step conditioning.
-            start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
-                the observed position that it follows.
-            newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
-                slot for it and not yet its keys and values: they are written there.
-        """
-        return self._energy(candidate, context, landscape, start, newest)[0]
+    def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
+        """Return the energy [B, C] of embedded candidates [B, C, D], as `candidate_pass` does."""
+        return self.candidate_pass(candidate, context, landscape, start)[0]
 
     def energy_and_gradient(
         self,
@@ -121,7 +104,7 @@ class EnergyTransformer(nn.Module):
         newest: Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor, tuple[Kept, ...]]:
-        """Return the energies [B, C] of `energy` and their gradient dE/de [B, C, D], both detached.
+        """Return the energies [B, C] of `candidate_pass` and their gradient dE/de [B, C, D], both detached.
 
         Candidates do not interact, so the gradient of the summed energies holds each one's own. To `keep` is to return
         of every block what `energy_with_tangent` can use of this pass.
@@ -129,12 +112,12 @@ class EnergyTransformer(nn.Module):
         with torch.enable_grad():
             leaf, widths = candidate.detach().requires_grad_(), self.blocks.input_widths
             zeros = tuple(zeros_to_add(leaf, widths) for _ in self.blocks) if keep else ()
-            energy, outputs = self._energy(leaf, context, landscape, start, newest, zeros)
+            energy, outputs = self.candidate_pass(leaf, context, landscape, start, newest, zeros)
             gradient, *found = torch.autograd.grad(energy.sum(), [leaf, *chain.from_iterable(zeros)])
         adjoints = zip(*[iter(found)] * len(widths), strict=True)
         return energy.detach(), gradient, tuple(zip(outputs, adjoints, strict=True))
 
-    def _energy(
+    def candidate_pass(
         self,
         candidate: Tensor,
         context: KeysValues,
@@ -143,7 +126,18 @@ class EnergyTransformer(nn.Module):
         newest: Tensor | None = None,
         zeros: tuple[tuple[Tensor, ...], ...] = (),
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Return the energies, and with `zeros` to add to the inputs of every block's linear layers their outputs."""
+        """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D], and outputs of every block.
+
+        Args:
+            candidate: candidates for the states after the observed positions `start` to `start` + C.
+            context: what `context` has returned for this landscape, over at least these positions.
+            landscape: the step conditioning.
+            start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
+                the observed position that it follows.
+            newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
+                slot for it and not yet its keys and values: they are written there.
+            zeros: to add to the inputs of every block's linear layers, whose outputs are then returned.
+        """
         condition, cache_slot = self._condition(landscape, candidate), None
         if newest is not None:
             assert isinstance(start, Tensor)
@@ -158,14 +152,10 @@ class EnergyTransformer(nn.Module):
             x, start = torch.cat((newest, x), 1), torch.cat((start[:, :1] - 1, start), 1)
         context, rotary, seen = self._positions(x, context, start)
         outputs = []
-        for number, (block, (keys, values)) in enumerate(zip(self.blocks, context, strict=True)):
-            if zeros:
-                x, kept = self.blocks.run(
-                    block, block.candidate_kept, x, keys, values, rotary, seen, condition, zeros[number]
-                )
+        for block, (keys, values), own in zip(self.blocks, context, zeros or ((),) * len(self.blocks), strict=True):
+            x, kept = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, condition, cache_slot, own)
+            if own:
                 outputs.append(kept)
-            else:
-                x = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, condition, cache_slot)
         if newest is not None:
             x = x[:, 1:]
         final = None if self.modulation is None else self.modulation(condition)

@@ -179,7 +179,7 @@ class Block(PassModule):
         """Compile each stream when it is first run."""
         # Every length of slice and context that is not covered yet compiles once more, in the first step.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for stream in ("context", "context_keys_values", "candidate", "candidate_kept", "candidate_with_tangent"):
+        for stream in ("context", "context_keys_values", "candidate", "candidate_with_tangent"):
             setattr(self, stream, torch.compile(getattr(self, stream), fullgraph=True))
 
     def context(self, x: Tensor, rotary: Rotary, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,35 +204,13 @@ class Block(PassModule):
         seen: Tensor,
         condition: Tensor | None,
         cache_slot: Tensor | None = None,
-    ) -> Tensor:
-        """Run the candidate stream `x` [B, S, D]; with a `cache_slot` [B] the context keeps the first state there."""
-        return self._candidate(x, keys, values, rotary, seen, condition, cache_slot)[0]
-
-    def candidate_kept(
-        self,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        rotary: Rotary,
-        seen: Tensor,
-        condition: Tensor | None,
-        zeros: tuple[Tensor, ...],
+        zeros: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run the candidate stream with `zeros` added to the inputs of linear layers, and return their outputs too."""
-        x, outputs = self._candidate(x, keys, values, rotary, seen, condition, zeros=zeros)
-        return x, tuple(y.detach() for y in outputs)
+        """Run the candidate stream `x` [B, S, D].
 
-    def _candidate(
-        self,
-        x: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        rotary: Rotary,
-        seen: Tensor,
-        condition: Tensor | None,
-        cache_slot: Tensor | None = None,
-        zeros: tuple[Tensor, ...] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        With a `cache_slot` [B] the context keeps the first state there. With `zeros` to add to the inputs of linear
+        layers, their outputs are returned, too.
+        """
         attention, feed_forward = self.attention, self.feed_forward
         attention_mod, ffn_mod = self._modulation(condition)
         h = _add(modulate(self.attention_norm(x), attention_mod), zeros, 0)
@@ -242,7 +220,8 @@ class Block(PassModule):
         h = _add(modulate(self.ffn_norm(x), ffn_mod), zeros, 2)
         a, b = feed_forward.w1(h), feed_forward.w3(h)
         y = feed_forward.w2(_add(F.silu(a) * b, zeros, 3))
-        return x + gate(y, ffn_mod), (q, k, v, o, a, b, y)
+        outputs = tuple(y.detach() for y in (q, k, v, o, a, b, y)) if zeros else ()
+        return x + gate(y, ffn_mod), outputs
 
     def candidate_with_tangent(
         self,
@@ -257,7 +236,7 @@ class Block(PassModule):
     ) -> tuple[Tensor, Tensor]:
         """Run the candidate stream and its derivative along `tangent`, both [B, S, D].
 
-        With what `candidate_kept` has kept of the same candidates, linear layers compute nothing twice; the gradients
+        With what `candidate` has kept of the same candidates, linear layers compute nothing twice; the gradients
         are then those of the summed derivatives of the energies, and of nothing else.
         """
         attention, feed_forward = self.attention, self.feed_forward
@@ -296,7 +275,7 @@ class Blocks(nn.ModuleList):
         )
         self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base
         self.input_widths = (config.dim, config.dim, config.dim, config.ffn_hidden_dim)
-        """Of a block, the widths of the inputs of linear layers that `Block.candidate_kept` adds zeros to."""
+        """Of a block, the widths of the inputs of linear layers that `Block.candidate` adds zeros to."""
 
     def __iter__(self) -> Iterator[Block]:
         return cast("Iterator[Block]", super().__iter__())
@@ -316,8 +295,8 @@ class Blocks(nn.ModuleList):
         return block(stream, *args, **kwargs)
 
 
-def _add(h: Tensor, zeros: tuple[Tensor, ...] | None, place: int) -> Tensor:
-    return h if zeros is None else h + zeros[place]
+def _add(h: Tensor, zeros: tuple[Tensor, ...], place: int) -> Tensor:
+    return h + zeros[place] if zeros else h
 
 
 def modulate(h: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:

@@ -208,9 +208,9 @@ def test_compute_falls_with_what_has_stopped(monkeypatch: pytest.MonkeyPatch) ->
     """The rows that go through the transformer are those of candidates that go on, and of sequences that have any."""
     model, states = build(settings("mirror"), position_chunk=SIZE), observed()
     sizes: list[tuple[int, ...]] = []
-    energy = model.transformer._energy
+    run = model.transformer.candidate_pass
     monkeypatch.setattr(
-        model.transformer, "_energy", lambda x, *rest: sizes.append(tuple(x.shape[:2])) or energy(x, *rest)
+        model.transformer, "candidate_pass", lambda x, *rest: sizes.append(tuple(x.shape[:2])) or run(x, *rest)
     )
     found = whole(model, states, Thinking(steps=8, energy_tolerance=0.02))
     going = [[int((row >= step).sum()) for row in found.steps] for step in range(int(found.steps.max()) + 1)]
