@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.evaluation.uncertainty import auroc
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import plan_at
 from ebwm_dist.mcmc.slices import Slice
@@ -40,11 +39,13 @@ from ebwm_dist.models.layers import Linear
 from ebwm_dist.training.optimizer import build_optimizer, set_lr
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "data_tools" / "tasks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "data_tools" / "tasks")]
 import letters  # noqa: E402 (scripts of the data tools)
 import pointers  # noqa: E402
 
-PAD, END, STEPS, CANDIDATES = 0, 3, 16, 8
+from benchmarks.judged_answers import Judged, candidate_energies, chains, looped_step, start_of  # noqa: E402
+
+PAD, END = 0, 3
 WORDS = {
     "pointers": [*pointers.NODES, *(f"{a}<{b}" for a in pointers.NODES for b in pointers.NODES)],
     "letters": [f"{s}{p}" for s in letters.STATES.values() for p in range(letters.PLACES)]
@@ -100,7 +101,7 @@ class SquaredHead(Linear):
 
 
 class Trial:
-    """A model with its training and its measurements."""
+    """A model and its training."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task = args, Task(args.task)
@@ -123,11 +124,6 @@ class Trial:
 
         self.model.space.step = watched
 
-    def candidate_energies(self, context: Any, where: Tensor, embedded: Tensor) -> Tensor:
-        """Return the energies [B, C, N] of embedded candidates [B, C, N, D] at positions [B, C]."""
-        start = where[..., None].expand(embedded.shape[:3]).flatten(1)
-        return self.model.transformer.energy(embedded.flatten(1, 2), context, 0, start).view(embedded.shape[:3])
-
     def terms(self, tokens: Tensor, where: Tensor, answers: Tensor, finished: Tensor, step: int) -> dict[str, Tensor]:
         """Return the terms beside the loss, with their graphs."""
         model, args, found = self.model, self.args, {}
@@ -140,8 +136,8 @@ class Trial:
             wrong = finished if args.all_finished else others
             wrong = torch.cat((wrong, on_the_way[..., -args.own :]), -1) if args.own and self.visited else wrong
             candidates = torch.cat((answers[..., None], wrong), -1)
-            energies = self.candidate_energies(
-                context, where, model.space.embed_next(candidates.flatten(1)).view(*candidates.shape, -1)
+            energies = candidate_energies(
+                model, context, where, model.space.embed_next(candidates.flatten(1)).view(*candidates.shape, -1)
             )
             same = F.pad(wrong == answers[..., None], (1, 0))
             logits = (-energies / args.temperature).masked_fill(same, -torch.inf)
@@ -154,7 +150,7 @@ class Trial:
             ]
             states += self.visited
             embedded = torch.stack([model.space.embed_state(state) for state in states], 2)
-            energies = self.candidate_energies(context, where, embedded)
+            energies = candidate_energies(model, context, where, embedded)
             rises = F.softplus((energies.diff(dim=-1) + args.margin) / args.temperature)
             going = (on_the_way != answers[..., None]).int().flip(-1).cumsum(-1).flip(-1) > 0  # not finished after it
             going = F.pad(going, (1, 0), value=True)[..., :-1]
@@ -216,151 +212,6 @@ class Trial:
                 print(log[-1], flush=True)
         return log
 
-    @torch.no_grad()
-    def measure(self, documents: int) -> dict[str, Any]:
-        """Return all measurements."""
-        model = self.model
-        tokens, where, answers, hops, finished = self.task.batch(
-            [random.Random(f"test {number}") for number in range(documents)], self.task.longest
-        )
-        observed = tokens[:, :-1]
-        context = model.context_stream(observed, 0)
-        # 1. accuracy by difficulty and steps
-        states, energies, sure = chains(model, self.args.looped, context, observed, where, STEPS, 0.0, 0.0)
-        predicted = torch.stack([state.argmax(-1) for state in states])  # [K+1, B, C]
-        right = predicted[-1] == answers
-        result: dict[str, Any] = {
-            "accuracy": {k: (predicted[k] == answers).double().mean().item() for k in (1, 2, 4, 6, 8, 10, STEPS)},
-            "by_difficulty": by(hops, right.double()),
-        }
-        # 2. the right answer among all finished ones
-        embedded = model.space.embed_next(finished.flatten(1)).view(*finished.shape, -1)
-        ranked = self.candidate_energies(context, where, embedded)
-        truth = finished == answers[..., None]
-        true_energy = ranked.masked_fill(~truth, 0).sum(-1)
-        below = ((true_energy[..., None] < ranked) & ~truth).sum(-1) / (~truth).sum(-1)
-        result["given"] = {"lower_than_wrong": below.mean().item(), "by_difficulty": by(hops, below)}
-        result["given"]["auroc"] = auroc(ranked[~truth], ranked[truth])[0]
-        # unfinished: the nodes on the way, as the chain itself shows them
-        # 3. the model's own finished answers
-        done = (predicted[-1][..., None] == finished).any(-1)
-        wrong = done & ~right
-        result["own"] = {
-            "finished": done.double().mean().item(),
-            "wrong": int(wrong.sum()),
-            "right": int((done & right).sum()),
-        }
-        result["own"] |= aurocs(scores_of(energies, sure), wrong, done & right, hops)
-        unfinished = predicted[1:] != answers
-        result["own"]["unfinished"] = auroc(energies[5][predicted[5] != answers], energies[5][predicted[5] == answers])[
-            0
-        ]
-        # 4. falls up to the answer
-        going = F.pad(unfinished.int().flip(0).cumsum(0).flip(0) > 0, (0, 0, 0, 0, 1, 0), value=True)[:-1]
-        going &= right
-        falls = energies.diff(dim=0) < 0
-        result["falls"] = (falls & going).sum().item() / max(1, going.sum().item())
-        result["falls_from_start"] = (energies[-1] < energies[0])[right].double().mean().item()
-        # 5. best of 8 disturbed chains
-        result["best_of"] = [
-            self._best_of(context, observed, where, answers, hops, finished, *noise) for noise in self.noises
-        ]
-        return result
-
-    noises = ((2.0, 0.0), (3.0, 0.0), (4.0, 0.0), (0.0, 1.0), (0.0, 2.0), (0.0, 3.0), (2.0, 1.0))
-
-    def _best_of(
-        self, context: Any, observed: Tensor, where: Tensor, answers: Tensor, hops: Tensor, finished: Tensor,
-        start: float, langevin: float
-    ) -> dict[str, Any]:  # fmt: skip
-        rows, c = where.shape
-        torch.manual_seed(1)
-        again = where.repeat(1, CANDIDATES)
-        states, energies, sure = chains(self.model, self.args.looped, context, observed, again, STEPS, start, langevin)
-        chosen = states[-1].argmax(-1).view(rows, CANDIDATES, c)
-        right = chosen == answers[:, None]
-        done = (chosen[..., None] == finished[:, None]).any(-1)
-        votes = (chosen[:, :, None] == chosen[:, None]).sum(2)
-        scores = {k: v.view(rows, CANDIDATES, c) for k, v in scores_of(energies, sure).items()}
-        found: dict[str, Any] = {"noise": [start, langevin], "one": right.double().mean().item()}
-        found["any"] = right.any(1).double().mean().item()
-        found["majority"] = right.gather(1, votes.argmax(1)[:, None]).double().mean().item()
-        found["wrong finished"] = int((done & ~right).sum())
-        for name, score in scores.items():
-            found[name] = right.gather(1, score.argmin(1)[:, None]).double().mean().item()
-        found["auroc"] = aurocs(scores, done & ~right, done & right, hops[:, None].expand_as(done))
-        return found
-
-
-def start_of(model: Any, observed: Tensor, where: Tensor) -> Tensor:
-    """Return the initial logits [B, C, V] of predictions at positions [B, C]."""
-    rows = torch.arange(len(where))[:, None]
-    return torch.zeros(*where.shape, model.space.state_width).scatter_(-1, observed[rows, where][..., None], 10.0)
-
-
-def looped_step(model: Any, z: Tensor, context: Any, where: Tensor) -> Tensor:
-    """Return the next logits without an energy: the output of the blocks takes the place of -dE/de."""
-    p, weight, transformer = z.softmax(-1), model.space.vocab_to_embed.weight, model.transformer
-    x = p @ weight
-    seen, rotary, mask = transformer._positions(x, context, where)
-    for block, (keys, values) in zip(transformer.blocks, seen, strict=True):
-        x = transformer.blocks.run(block, block.candidate, x, keys, values, rotary, mask, None)
-    return p + model.space.step_size() * (transformer.norm(x) @ weight.T)
-
-
-@torch.no_grad()
-def chains(
-    model: Any, looped: bool, context: Any, observed: Tensor, where: Tensor, steps: int, start: float, langevin: float
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return states and energies [K+1, B, C] of chains, and minus the log-probability of what each step led to.
-
-    A step leads to the most probable token of the state that enters the next one, noise included.
-    """
-    z = start_of(model, observed, where)
-    states, energies, unsure, before = [], [], [], z
-    z = z + start * torch.randn_like(z) if start else z
-    for step in range(steps + 1):
-        if langevin and 0 < step < steps:
-            z = z + langevin * torch.randn_like(z)
-        unsure.append(-before.log_softmax(-1).gather(-1, z.argmax(-1, keepdim=True))[..., 0])
-        _, energy, gradient, _ = model.descend(z, context, 0, where)
-        states.append(z)
-        energies.append(energy)
-        if step < steps:
-            z = before = looped_step(model, z, context, where) if looped else model.space.update(z, gradient)
-    return states, torch.stack(energies), torch.stack(unsure)
-
-
-def scores_of(energies: Tensor, unsure: Tensor) -> dict[str, Tensor]:
-    """Return what may judge a chain, less being better, from its columns [K+1, ...]."""
-    return {
-        "energy": energies[-1],
-        "path energy": energies.sum(0),
-        "summed surprisal": unsure.sum(0),
-        "surprisal": unsure.amax(0),
-        "surprisal at the end": unsure[-1],
-    }
-
-
-def aurocs(scores: dict[str, Tensor], wrong: Tensor, right: Tensor, hops: Tensor) -> dict[str, Any]:
-    """Return the AUROC of wrong against right answers by each score, over all and within one difficulty (mean)."""
-    if not (wrong.any() and right.any()):
-        return {}
-    found = {}
-    for name, score in scores.items():
-        inside, pairs = 0.0, 0
-        for n in hops.unique():
-            w, r = score[wrong & (hops == n)], score[right & (hops == n)]
-            if len(w) and len(r):
-                inside, pairs = inside + auroc(w, r)[0] * len(w), pairs + len(w)
-        found[name] = [auroc(score[wrong], score[right])[0], inside / max(1, pairs)]
-    return found
-
-
-def by(hops: Tensor, values: Tensor) -> dict[int, float]:
-    """Return the mean of values for every difficulty."""
-    return {n: values[hops == n].double().mean().item() for n in hops.unique().tolist()}
-
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
@@ -404,7 +255,8 @@ def main() -> None:
     trained = time.process_time() - began
     if args.weights:
         torch.save(trial.model.state_dict(), args.weights)
-    found = trial.measure(args.documents)
+    draws = [random.Random(f"test {number}") for number in range(args.documents)]
+    found = Judged(trial.model, args.looped, trial.task.batch(draws, trial.task.longest)).figures()
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "documents")}
     record = {"settings": settings, **found, "log": log[-1:], "training_seconds": trained}
     record["parameters"] = sum(p.numel() for p in trial.model.parameters())

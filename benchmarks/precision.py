@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.second_order import listed, processor, save
+from benchmarks.options import listed
+from benchmarks.second_order import processor, save
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import second_order, space, vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer

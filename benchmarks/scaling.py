@@ -25,8 +25,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import listed, of_training_steps, sizes
 from benchmarks.scaling_worker import Setting
-from benchmarks.second_order import listed, processor, save
+from benchmarks.second_order import processor, save
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (
@@ -135,20 +136,12 @@ def row(record: Record, one: Record) -> str:
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = of_training_steps(__doc__, width=384)
     parser.add_argument("--ranks", type=listed(int), default=[1, 2], help="comma-separated, 1 first; default: 1,2")
     parser.add_argument("--batch", type=listed(int), default=[1], help="sequences of a global batch, comma-separated")
     parser.add_argument("--steps", type=listed(int), default=[4], help="numbers of MCMC steps, comma-separated")
     parser.add_argument("--stage", type=listed(int), default=[1], help="ZeRO stages, comma-separated")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=1000)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--chunk", type=int, default=128, help="positions of a sequence that are refined together")
-    parser.add_argument("--threads", type=int, default=1, help="of each rank; default: 1")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each run")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    parser.add_argument("--save", action="store_true", help="add the results to those in benchmarks/results/")
     return parser.parse_args()
 
 
@@ -157,7 +150,7 @@ def main() -> None:
     args = arguments()
     readable = sys.stderr if args.json else sys.stdout
     print(HEADER, file=readable)
-    shared = {name: getattr(args, name) for name in ("seq_len", "vocab", "layers", "width", "chunk", "threads")}
+    shared = sizes(args) | {"chunk": args.chunk}
     records: list[Record] = []
     for batch, steps, stage in product(args.batch, args.steps, args.stage):
         runs = runs_of(args.ranks, shared | {"batch": batch, "steps": steps, "stage": stage})

@@ -28,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # when run as a file
+
+from benchmarks.options import listed  # noqa: E402
+
 BASELINE = "double_backward_concatenated"
 METHODS = (
     BASELINE,
@@ -199,18 +203,6 @@ def available_gib() -> float:
     """Return the GiB of memory that processes can still take."""
     with open("/proc/meminfo") as info:
         return next(int(line.split()[1]) / 2**20 for line in info if line.startswith("MemAvailable"))
-
-
-def listed(kind: type, *choices: str) -> Any:
-    """Return a parser of comma-separated values."""
-
-    def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
-        if choices and not set(values) <= set(choices):
-            raise argparse.ArgumentTypeError(f"choose from {', '.join(choices)}")
-        return values
-
-    return parse
 
 
 def arguments() -> argparse.Namespace:

@@ -8,7 +8,6 @@ where vocabulary and attention are left out: 3 F for the context and 6 F a step,
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # when run as a file
 
+from benchmarks.options import listed, of_training_steps, sizes  # noqa: E402
 from benchmarks.second_order import Worker, environment, measure, problems_of, save  # noqa: E402
 
 RESULTS = "train_step_{device}_torch-{torch}.json"
@@ -46,28 +46,15 @@ def figures(worker: Worker, tokens: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure; return 1 if a method fails, or the double backward has other gradients."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=1000)
+    parser = of_training_steps(__doc__, width=768)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each method")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--save", action="store_true", help="keep the results in benchmarks/results/")
+    parser.add_argument("--methods", type=listed(str, *METHODS), default=list(METHODS), help="comma-separated")
     args = parser.parse_args()
     args.memory_limit = args.time_limit = None
-    names = args.methods.split(",")
-    if unknown := set(names) - set(METHODS):
-        parser.error(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
-    setting = {
-        name: getattr(args, name)
-        for name in ("layers", "width", "seq_len", "vocab", "batch", "threads", "dtype", "device")
-    }
+    names = args.methods
+    setting = sizes(args) | {name: getattr(args, name) for name in ("batch", "dtype", "device")}
     workers = dict(zip(names, measure([setting | METHODS[name] for name in names], args.repeats), strict=True))
     tokens = args.batch * args.seq_len
     result: dict[str, Any] = {"setting": setting | {"repeats": args.repeats}}

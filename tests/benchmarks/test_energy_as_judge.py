@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from benchmarks.energy_as_judge import Trial, aurocs, chains, parser
+from benchmarks.energy_as_judge import Trial, parser
+from benchmarks.judged_answers import CANDIDATES, Judged, aurocs, chains
 
 
 @pytest.fixture(scope="module", params=["letters", "pointers"])
@@ -49,6 +50,16 @@ def test_every_term_has_gradients(trial: Trial) -> None:
         value.backward(retain_graph=True)
         moved = sum(p.grad.abs().sum().item() for p in trial.model.parameters() if p.grad is not None)
         assert value.isfinite() and (moved > 0 or name == "path")  # without a right chain there is no pair
+
+
+def test_the_best_of_several_chains(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise all candidates are the same chain, whatever chooses among them."""
+    monkeypatch.setattr("benchmarks.judged_answers.NOISES", ((0.0, 0.0),))
+    documents = trial.task.batch([random.Random(number) for number in range(3)], 4)
+    found = Judged(trial.model, False, documents).figures()
+    (best,) = found["best_of"]
+    last = found["accuracy"][16]
+    assert CANDIDATES > 1 and {best[name] for name in ("one", "any", "majority", "energy", "surprisal")} == {last}
 
 
 def test_aurocs_within_a_difficulty() -> None:
