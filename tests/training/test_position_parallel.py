@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ import torch
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.checkpoint.zero_files import load_module_state
 from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.loading import mixture, order, quotas
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests import tiny_shards
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
+from tests.tiny_data import HELD_OUT, tiny_documents
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 from tests.training.test_trainer import TOLERANCES, poisoned, training_state
 
@@ -33,6 +38,15 @@ VIDEO = [
     "data.sequence_length=8",
     "mcmc.initial_state=most_recent_embedding",
 ]
+CROPPED = [
+    *VIDEO,
+    "data.encoder=pixels:1",
+    "data.min_crop_scale=0.5",
+    "training.position_chunk=1",
+    "model.energy_head=bilinear",
+    "model.add_most_recent=true",
+    "mcmc.langevin_noise=0.1",
+]
 WORDS = ["data.sequence_length=40", "training.position_chunk=8"]
 
 
@@ -45,9 +59,33 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of clips of 9 frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_shards, "FRAMES", 9)
+        return tiny_shards.make_tiny_clips(tmp_path_factory.mktemp("video") / "clips", "jpeg").folder
+
+
+@pytest.fixture(scope="module")
 def prompts(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     tokenizer = load_tokenizer(Manifest.load(tiny_data))
     return make_tiny_prompts(tmp_path_factory.mktemp("prompts") / "words", tokenizer, tiny_prompts(300))
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of other documents for the same tokenizer."""
+    source = (folder := tmp_path_factory.mktemp("other")) / "more.jsonl"
+    source.write_text("".join(json.dumps(document) + "\n" for document in tiny_documents(90)[60:]))
+    tokenizer = load_tokenizer(Manifest.load(tiny_data))
+    return build_text_shards(
+        [source], tokenizer, folder / "text", Layout(16, 8, 4, holdout=(HELD_OUT,))
+    ).manifest.folder
+
+
+def mixed(first: Path, second: Path) -> list[str]:
+    """Return settings of a mixture whose weights change from sample to sample, in place of a data set."""
+    return [f"data.mixture={{{first}: [[0, 3], [40, 1]], {second}: [[0, 0], [30, 2]]}}"]
 
 
 def overrides(run_dir: Path, data: Path, stage: int, count: int, *more: str) -> list[str]:
@@ -118,7 +156,7 @@ def follow(
         for name, (data, stages, special) in cases.items()
         for stage in stages
     ]
-    run_distributed_test(train_in_turn, 1, config, [[*run, more[0]] for run in one], timeout=600)
+    run_distributed_test(train_and_poison, 1, config, [[*run, more[0]] for run in one], None, timeout=600)
     run_distributed_test(train_and_poison, world_size, config, shared, poison and [*poison, *more], timeout=900)
     for name, (_, stages, _) in cases.items():
         for stage in stages:
@@ -126,6 +164,9 @@ def follow(
 
 
 def train_and_poison(rank: int, world_size: int, config: Path, runs: list[list[str]], poison: list[str] | None) -> None:
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    for module in (quotas, order, mixture):  # the weights of a mixture hold for blocks of samples
+        module.BLOCK = 24  # type: ignore[attr-defined]
     train_in_turn(rank, world_size, config, runs)
     if poison is not None:
         poisoned(rank, world_size, config, poison, {3})
@@ -142,7 +183,7 @@ def test_two_ranks_follow_one_process(
         "plain": (tiny_data, (0, 3), RANDOM),
         "replay": (tiny_data, (1,), [*CHAIN, *REPLAY]),
         "prompts": (prompts.folder, (2,), WORDS),
-        "video": (latents, (0,), VIDEO),
+        "video": (latents, (0,), [*VIDEO, "training.position_chunk=1"]),
     }
     poison = overrides(tmp_path / "poisoned", tiny_data, 1, 2, *REPLAY)
     follow(2, 2, tiny_config, tmp_path, cases, 4, poison)
@@ -180,6 +221,26 @@ def test_every_stage_and_objective_follows_one_process(
         }
     follow(world_size, count, tiny_config, tmp_path, cases, 10)
     assert metrics(tmp_path / "damaged")[-1]["skipped_samples"] > 0
+
+
+@pytest.mark.slow
+def test_other_features_follow_one_process(
+    tiny_data: Path, other_data: Path, clips: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Checkpointed blocks in a chain, a mixture whose shares change, cropped clips one position at a time, and
+    compiled blocks."""
+    cases: dict[str, Case] = {
+        "checkpointed chain": (tiny_data, (1, 3), [*CHAIN, "training.activation_checkpointing=block"]),
+        "mixture": (tiny_data, (1,), mixed(tiny_data, other_data)),
+        "clips": (clips, (2,), CROPPED),
+        "compiled": (tiny_data, (1,), [*RANDOM, "training.compile=true"]),
+    }
+    follow(2, 2, tiny_config, tmp_path, cases, 6)
+    batches = [
+        json.loads(line)["samples"] for line in (tmp_path / "mixture" / "samples.jsonl").read_text().splitlines()
+    ]
+    others = [sum(key.startswith(f"{other_data}/") for key in keys) for keys in batches]
+    assert sum(others[:2]) < sum(others[2:4]) < sum(others[4:]) < 2 * 12
 
 
 @pytest.mark.slow

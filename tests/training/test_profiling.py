@@ -36,6 +36,7 @@ VIDEO = [
 PASSES = {"data", "context", "candidate", "tangent", "update", "backward", "optimizer", "other"}
 CASES = {
     "text": ([], PASSES | {"vocabulary"}),
+    "text, shared positions": (["training.position_parallel=2"], PASSES | {"vocabulary"}),
     "text ar": (AR, {"data", "forward", "vocabulary", "backward", "optimizer", "other"}),
     "video": (VIDEO, PASSES),
     "video ar": ([*VIDEO, *AR], {"data", "forward", "backward", "optimizer", "other"}),
@@ -221,8 +222,6 @@ def trace_cut_short(rank: int, world_size: int, config: Path, overrides: list[st
     with pytest.raises(UserError, match="enough"):
         train_in_turn(rank, world_size, config, [overrides])
     assert torch.distributed.all_reduce is reduce
-    traces = {path.name for path in (Path(overrides[1].partition("=")[2]) / "profile").iterdir()}
-    assert traces == {f"steps_4_rank_{rank:05d}.json.gz" for rank in range(world_size)}
 
 
 @pytest.mark.slow
@@ -233,6 +232,8 @@ def test_a_run_that_ends_early_leaves_what_was_traced(
     overrides = [f"data.path={tiny_data}", f"run_dir={tmp_path}", *TEXT]
     traced = ["profile.start=4", "profile.steps=3", "profile.ranks=all"]
     run_distributed_test(trace_cut_short, ranks, tiny_config, [*overrides, *traced])
+    traces = {path.name for path in (tmp_path / "profile").iterdir()}
+    assert traces == {f"steps_4_rank_{rank:05d}.json.gz" for rank in range(ranks)}
 
 
 def run_out_of_memory(rank: int, world_size: int, config: Path, overrides: list[str]) -> None:

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
 
 from ebwm_dist.checkpoint import writing
-from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints, step_of, verify
-from ebwm_dist.checkpoint.host_memory import HostMemory
-from ebwm_dist.checkpoint.mirror import CheckpointMirror
+from ebwm_dist.checkpoint.folder import list_checkpoints, step_of, verify
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError, DataError
 from ebwm_dist.planning.memory import count_parameters, saved_bytes
-from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.engine import TrainingEngine
+from ebwm_dist.training.checkpointing import Checkpointer
 from ebwm_dist.training.trainer import Trainer
 from tests.distributed import run_distributed_test
 from tests.runs import PADDING, assert_same, metrics, train_in_turn
-from tests.training.test_engine import settings
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 STAGES = {
     **{str(stage): [f"zero.stage={stage}"] for stage in range(4)},
     "2, optimizer offloaded": ["zero.stage=2", "zero.offload_optimizer=true"],
+    "1, shared positions": ["zero.stage=1", "training.position_parallel=2"],
+    "1, compiled": ["zero.stage=1", "training.compile=true"],
     "3, all offloaded": ["zero.stage=3", "zero.offload_optimizer=true", "zero.offload_parameters=true"],
 }
 
@@ -82,6 +78,7 @@ def before_step(number: int, action: Callable[[], None]) -> None:
 
 def train_with_late_writes(rank: int, world_size: int, config: Path, runs: list[list[str]]) -> None:
     write_at_the_last_moment()
+    torch.compile = partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
     train_in_turn(rank, world_size, config, runs)
 
 
@@ -207,159 +204,3 @@ def train_and_interrupt(rank: int, world_size: int, config: Path, overrides: lis
 def test_a_second_interrupt_ends_at_once(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
     run_distributed_test(train_and_interrupt, 1, tiny_config, run_of(tiny_data, tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").glob("step*")] == ["step-000002.tmp"]
-
-
-ALONE = World(0, 0, 1, torch.device("cpu"), "here")
-
-
-class Engine:
-    """Stands in for an engine, with one weight that the test changes."""
-
-    def __init__(self) -> None:
-        self.weight = torch.zeros(1000)
-
-    def checkpoint_files(self, folder: Path, client_state: Any, keep: Callable[[Any], Any]) -> dict[str, Any]:
-        return {"model.pt": keep({"module": {"weight": self.weight}, **client_state})}
-
-
-def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gates = {step: threading.Event() for step in (1, 2)}
-    write = writing.write_hashed
-
-    def gated(path: Path, content: Any, tick: writing.Tick) -> Any:
-        gates[step_of(path.parent)].wait(20)
-        return write(path, content, tick)
-
-    monkeypatch.setattr(writing, "write_hashed", gated)
-    committed: list[Path] = []
-    checkpointer, engine = Checkpointer(settings(run_dir=str(tmp_path)), ALONE, committed.append), Engine()
-    for step in (1, 2):
-        engine.weight += 1
-        checkpointer.begin(cast(TrainingEngine, engine), TrainingState(step=step), lambda: gates[1].set())
-        assert [step_of(path) for path in list_checkpoints(checkpointer.root)] == [1][: step - 1]
-        assert [step_of(path) for path in committed] == [1][: step - 1]
-        checkpointer.poll()
-        assert checkpointer.activity() is not None
-    engine.weight += 1
-    gates[2].set()
-    checkpointer.wait(lambda: None)
-    assert [step_of(path) for path in committed] == [1, 2] and checkpointer.activity() is None
-    for path in committed:
-        assert torch.load(path / "model.pt")["module"]["weight"].eq(step_of(path)).all()
-
-
-def test_saves_are_pruned_and_copied_when_they_are_there(tmp_path: Path) -> None:
-    """Also the last one, which `finish` waits for before it waits for the copy."""
-    config = settings(run_dir=str(tmp_path / "run"))
-    config.checkpoint.keep, config.checkpoint.remote = 2, f"file://{tmp_path}/copy"
-    checkpointer, engine = Checkpointer(config, ALONE), Engine()
-    assert checkpointer.find(pytest.fail) is None
-    for step in range(1, 5):
-        checkpointer.begin(cast(TrainingEngine, engine), TrainingState(step=step))
-    checkpointer.finish(4, lambda: None)
-    checkpointer.close()
-    mirror = CheckpointMirror(config.checkpoint.remote, tmp_path / "run")
-    assert [step_of(path) for path in list_checkpoints(checkpointer.root)] == [4, 3]
-    assert mirror.steps()[0] == 4 and len(mirror.steps()) <= 2
-    verify(checkpoint_path(checkpointer.root, 4))
-
-
-def go_on(root: Path, steps: int) -> None:
-    """Train from the newest checkpoint, with saves that take longer than several steps."""
-    before_writing(lambda path: time.sleep(0.02))
-    checkpointer, engine, first = Checkpointer(settings(run_dir=str(root)), ALONE), Engine(), 0
-    if (path := checkpointer.find(lambda text: None)) is not None:
-        engine.weight, first = torch.load(path / "model.pt")["module"]["weight"], step_of(path)
-    for step in range(first + 1, steps + 1):
-        engine.weight += step
-        time.sleep(0.005)
-        checkpointer.poll()
-        if step % 4 == 0:
-            checkpointer.begin(cast(TrainingEngine, engine), TrainingState(step=step))
-    checkpointer.wait(lambda: None)
-
-
-def forked(action: Callable[[], None]) -> int:
-    """Return the process that does an action and nothing else."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
-def test_a_kill_at_any_moment_leaves_checkpoints_of_their_steps(tmp_path: Path) -> None:
-    generator, newest, root = random.Random(0), 0, tmp_path / "checkpoints"
-    for _ in range(20):
-        pid = forked(lambda: go_on(tmp_path, 4000))
-        time.sleep(generator.uniform(0, 0.5))
-        os.kill(pid, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "it came to its end by itself"
-        steps = [step_of(path) for path in list_checkpoints(root)]
-        assert max(steps, default=0) >= newest
-        newest = max(steps, default=0)
-        for path in list_checkpoints(root):
-            verify(path)
-            assert torch.load(path / "model.pt")["module"]["weight"].eq(step_of(path) * (step_of(path) + 1) // 2).all()
-    assert newest > 20
-    assert os.waitpid(forked(lambda: go_on(tmp_path, newest + 4)), 0)[1] == 0
-    assert step_of(list_checkpoints(root)[0]) == newest + 4
-
-
-def test_a_rank_that_dies_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has written its part, and waits for the others as long as their files grow."""
-    monkeypatch.setattr(writing, "_PATIENCE", 0.5)
-    (staging := tmp_path / "step-000001.tmp").mkdir()
-    save = writing.Save(staging, {"mine.pt": 1}, 0, 2, lambda shares: pytest.fail("committed"))
-    save.start()
-    for size in range(12):
-        (staging / "theirs.pt").write_bytes(bytes(size))
-        time.sleep(0.1)
-    assert save.is_alive()
-    beats: list[None] = []
-    save.settle(lambda: beats.append(None))
-    assert not save.is_alive() and isinstance(save.failure, InterruptedError) and beats
-
-
-def test_ranks_agree_by_files(tmp_path: Path) -> None:
-    shares: list[Any] = []
-    (staging := tmp_path / "step-000001.tmp").mkdir()
-    saves = [writing.Save(staging, {f"{rank}.pt": rank}, rank, 3, shares.extend) for rank in range(3)]
-    for save in saves:
-        save.start()
-    for save in saves:
-        save.join(20)
-        assert save.failure is None and not save.is_alive()
-    assert [list(share) for share in shares] == [["0.pt"], ["1.pt"], ["2.pt"]]
-    assert {path.name for path in staging.iterdir()} == {"0.pt", "1.pt", "2.pt"}
-
-
-def test_a_copy_is_exact_and_reuses_its_memory() -> None:
-    """Tensors that share memory do so in the copy; what the next save overwrites is the copy of the one before."""
-    base = torch.arange(12.0)
-    content = {
-        "all": base,
-        "part": base[3:7],
-        "view": base.view(3, 4).t(),
-        "parameter": nn.Parameter(torch.ones(2), requires_grad=False),
-        "wanted": torch.ones(3, requires_grad=True),
-        "empty": torch.empty(0, dtype=torch.bfloat16),
-        "plain": (1, "two", [3.0, None, torch.Size([4])]),
-    }
-    memory = HostMemory(pinned=False)
-    copies = memory.copy(content)
-    assert_same(copies, content)
-    assert copies["part"].untyped_storage().data_ptr() == copies["all"].untyped_storage().data_ptr()
-    assert copies["view"].stride() == (1, 4) and copies["wanted"].requires_grad
-    base.zero_()
-    assert copies["all"].sum() == 66 and copies["part"].sum() == 18
-    again = memory.copy(content)
-    assert again["all"].data_ptr() != copies["all"].data_ptr()
-    memory.recycle()
-    later = memory.copy(content)
-    assert later["all"].data_ptr() in (again["all"].data_ptr(), copies["all"].data_ptr())
-    assert_same(later, content)
