@@ -6,11 +6,12 @@ Models of video continue held-out samples instead: `... --checkpoint runs/video 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ebwm_dist.errors import run_tool
 from ebwm_dist.files import to_json
+from ebwm_dist.inference.arguments import add_thinking_arguments, thinking_of
 from ebwm_dist.storage import local_path
 
 if TYPE_CHECKING:
@@ -40,29 +41,7 @@ def main() -> None:
     sampling.add_argument("--top-k", type=int)
     sampling.add_argument("--top-p", type=float)
     sampling.add_argument("--min-p", type=float)
-    thinking = parser.add_argument_group("thinking (default: as the model was trained)")
-    thinking.add_argument("--think-steps", dest="steps", type=int, help="most MCMC steps for a token")
-    thinking.add_argument("--candidates", type=int, default=1, help="refinements of every token, the best is taken")
-    thinking.add_argument(
-        "--select",
-        choices=("energy", "drop", "surprisal"),
-        default="energy",
-        help="best: lowest energy, largest drop of it, or most certain steps",
-    )
-    thinking.add_argument(
-        "--energy-tolerance", type=float, help="stop when a step changes the energy by no more than this"
-    )
-    thinking.add_argument(
-        "--prediction-tolerance", type=float, help="stop when a step changes no probability by more than this"
-    )
-    thinking.add_argument(
-        "--accept-only-decrease",
-        action="store_true",
-        help="take only steps that lower the energy; assumes that training made it fall on the way",
-    )
-    thinking.add_argument("--max-nfe", type=int, help="most energy evaluations for a token")
-    thinking.add_argument("--langevin-noise", type=float)
-    thinking.add_argument("--step-size", type=float, help="alpha")
+    add_thinking_arguments(parser.add_argument_group("thinking (default: as the model was trained)"))
     run(parser.parse_args())
 
 
@@ -71,11 +50,10 @@ def run(args: argparse.Namespace) -> None:
     from ebwm_dist.devices import default_device
     from ebwm_dist.inference.api import Predictor
     from ebwm_dist.inference.sampling import Sampling
-    from ebwm_dist.inference.thinking import Thinking
     from ebwm_dist.run import Run
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    thinking = Thinking(**{field.name: getattr(args, field.name) for field in fields(Thinking)})
+    thinking = thinking_of(args)
     opened = Run(args.checkpoint, default_device())
     if opened.config.model.embedding_dim is not None:
         roll_out(args, opened, thinking)

@@ -78,17 +78,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), sto
     for layer, text in enumerate(overrides, len(chain)):
         given |= {key: _Given(value, layer, COMMAND_LINE) for key, value in _read_override(text, given).items()}
     _check_path_is_used(given)
-    config = Config()
-    for key, (value, _, origin) in _interpolated(given).items():
-        try:
-            setattr(*locate(config, key), typed(key, value))
-        except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from None
+    config = _config_of(given)
     try:
         check_config(config)
     except ConfigError as error:
         raise ConfigError(f"{path}{' with overrides' if overrides else ''}: {error}") from None
     return config
+
+
+def parse_config(text: str, origin: str) -> Config:
+    """Read what is stored of a configuration, as YAML or as JSON, which is YAML too; other keys have their defaults."""
+    with _yaml_errors(origin, in_file=True):
+        tree = yaml.load(text, _Loader)
+    return _config_of({key: _Given(value, 0, origin) for key, value in _flatten(tree, "", origin, stored=True).items()})
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
@@ -199,6 +201,17 @@ def _flatten(tree: Any, section: str, origin: str, stored: bool = False) -> dict
         else:
             values |= dict([translate(key, value) if stored else (key, value)])
     return values
+
+
+def _config_of(given: Mapping[str, _Given]) -> Config:
+    """Return the configuration with these values, each of which is checked by itself."""
+    config = Config()
+    for key, (value, _, origin) in _interpolated(given).items():
+        try:
+            setattr(*locate(config, key), typed(key, value))
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+    return config
 
 
 def _check_path_is_used(given: Mapping[str, _Given]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""
 
 
-def export_run(run: Run, out: Path, largest_file: int = LARGEST_FILE) -> Path:
-    """Export the checkpoint of a run; return `out`."""
+def export_run(
+    run: Run, out: Path, largest_file: int = LARGEST_FILE, add: Callable[[Path], None] = lambda folder: None
+) -> Path:
+    """Export the checkpoint of a run; return `out`. `add` may write further files into the folder."""
     return write_export(
         out,
         run.config,
@@ -53,6 +55,7 @@ def export_run(run: Run, out: Path, largest_file: int = LARGEST_FILE) -> Path:
         step=run.step,
         source=str(run.checkpoint),
         largest_file=largest_file,
+        add=add,
     )
 
 
@@ -66,6 +69,7 @@ def write_export(
     step: int,
     source: str,
     largest_file: int = LARGEST_FILE,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write the folder `out`, all of it or nothing.
 
@@ -78,6 +82,7 @@ def write_export(
         step: optimizer steps it was trained for.
         source: where the weights are from, in errors too.
         largest_file: bytes of weights that a file holds at most.
+        add: writes further files into the folder, which do not belong to the export and may change later.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already: name a new folder, or delete it")
@@ -104,6 +109,7 @@ def write_export(
             "files": {file.name: sha256_of_file(file) for file in sorted(staging.iterdir())},
         }
         write_json(staging / EXPORT_FILE, record)
+        add(staging)
         if out.exists():
             out.rmdir()
         os.replace(staging, out)

@@ -47,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def is_plain(self) -> bool:
-        """Return False: transformers converts such models, with other ids for some texts."""
+        """Return False: transformers converts such models, and its classes differ in the ids."""
         return False
 
     @property
