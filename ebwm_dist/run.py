@@ -6,7 +6,6 @@ alone; its model adds torch (and safetensors, for an export), its tokenizer the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -37,12 +36,10 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, FORMAT_FILE, EXPORT_FILE = "config.yaml", "inputs.json", "export.json"
 EXPORT_FORMAT, EXPORT_VERSION = "ebwm-export", 1
-FETCHED = Path(".cache/runs")
-"""Where runs that are named by an address are copied to."""
 
 
 class Run:
-    """A run folder, one of its checkpoints, an export, or the address of a run's copy in object storage.
+    """A run folder, one of its checkpoints, or an export, of this machine or in object storage.
 
     Args:
         path: the folder, or an address of s3://, gs:// or file://.
@@ -57,7 +54,11 @@ class Run:
         self.remote = "://" in str(path)
         if printable(path) != str(path):
             raise CheckpointError(f"{printable(path)} is not valid UTF-8, which torch cannot open: rename the folder")
-        given = _fetch(str(path)) if self.remote else Path(path)
+        given = Path(path)
+        if self.remote:
+            from ebwm_dist.checkpoint.fetching import fetch
+
+            given = fetch(str(path), EXPORT_FILE, _warn)
         self._export = read_export(given) if (given / EXPORT_FILE).is_file() else None
         self._checkpoint = given if (given / MARKER).is_file() else None
         self.folder = given if self._checkpoint is None else given.resolve().parents[1]
@@ -92,6 +93,11 @@ class Run:
         if found is None:
             raise CheckpointError(f"{self.name} holds no checkpoint: train it first with launchers/train.py")
         return found
+
+    @property
+    def source(self) -> str:
+        """How records name it: the checkpoint or export, or the address that was given."""
+        return self.name if self.remote else str(self.checkpoint)
 
     @cached_property
     def step(self) -> int:
@@ -335,15 +341,6 @@ def _exported_weights(folder: Path, files: Mapping[str, str]) -> dict[str, Tenso
             except SafetensorError as error:
                 raise CheckpointError(f"{folder / name} is not a file of weights ({error}): export again") from None
     return state
-
-
-def _fetch(address: str) -> Path:
-    """Return the folder that the run at an address of object storage is copied to."""
-    from ebwm_dist.checkpoint.mirror import fetch_weights
-
-    folder = FETCHED / hashlib.sha256(address.encode()).hexdigest()[:16]
-    fetch_weights(address, folder, _warn)
-    return folder
 
 
 def _warn(text: str) -> None:

@@ -47,7 +47,7 @@ def main() -> int:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", help="run folder, checkpoint, export, or the address of a run's copy (s3://, gs://)")
+    what.add_argument("--run", help="run folder, checkpoint or export, or its address (s3://, gs://)")
     what.add_argument(
         "--follow", type=local_path, help="run folder whose checkpoints are evaluated until it is finished"
     )

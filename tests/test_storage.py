@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from ebwm_dist.checkpoint.mirror import CheckpointMirror, fetch_weights
+from ebwm_dist.checkpoint.fetching import fetch
+from ebwm_dist.checkpoint.mirror import CheckpointMirror
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.data.remote import Cache, RemoteFolder, is_remote
 from ebwm_dist.errors import CheckpointError, ConfigError
@@ -75,11 +76,12 @@ def test_fragments_of_http_addresses_are_refused(tmp_path: Path) -> None:
         RemoteFolder("http://host/a#1", Cache(tmp_path, 1))
 
 
-def test_options_that_storage_does_not_have_are_refused(tmp_path: Path) -> None:
+def test_options_that_storage_does_not_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="checkpoint.remote = 's3://bucket/a': not an address of storage") as raised:
         CheckpointMirror("s3://bucket/a?password=secret", tmp_path)
     with pytest.raises(CheckpointError, match="run = 's3://bucket/a': not an address of storage"):
-        fetch_weights("s3://bucket/a?password=secret", tmp_path / "copy", print)
+        fetch("s3://bucket/a?password=secret", "export.json", print)
     assert "secret" not in str(raised.value)
     with pytest.raises(ConfigError, match="checkpoint.remote = 'bucket/a': must begin with s3://"):
         load_config(write_config(tmp_path), ["checkpoint.remote=bucket/a"])

@@ -13,24 +13,21 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-
-from filelock import FileLock
 
 from ebwm_dist.checkpoint.folder import (
     MARKER,
     checkpoint_path,
     install,
-    list_checkpoints,
     prepare_staging,
     read_marker,
     step_of,
 )
 from ebwm_dist.checkpoint.leases import Lease
-from ebwm_dist.errors import CheckpointError, ConfigError
+from ebwm_dist.errors import CheckpointError
 from ebwm_dist.files import merge_lines, replacing
 from ebwm_dist.storage import open_storage, without_options
 
@@ -100,17 +97,39 @@ class CheckpointMirror:
             if step <= after:
                 break
             try:
-                return self._fetch(step, wanted)
+                return self.fetch_step(step, wanted)
             except (CheckpointError, OSError) as error:
                 warn(f"skipped checkpoint of step {step} in {without_options(self.location)}: {error}")
         return None
 
     def has(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint of this machine is the newest one there."""
-        newest = [step for step in self.steps()[:1] if step == step_of(checkpoint)]
-        return bool(newest) and self._read(self._checkpoint(*newest) / MARKER) == (checkpoint / MARKER).read_bytes()
+        return self.steps()[:1] == [step_of(checkpoint)] and self.is_copy(checkpoint)
 
-    def _fetch(self, step: int, wanted: Callable[[Path], list[str]] | None) -> Path:
+    def is_copy(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint of this machine is there with the same content."""
+        return self.marker(step_of(checkpoint)) == (checkpoint / MARKER).read_bytes()
+
+    def marker(self, step: int) -> bytes | None:
+        """Return the marker of the checkpoint of `step`, or None if it is not complete."""
+        return self._read(self._checkpoint(step) / MARKER)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file of the run folder, or None if there is none."""
+        return self._read(self._path / name)
+
+    def fetch_files(self, names: Iterable[str]) -> None:
+        """Download files of the run folder, one after the other."""
+        for name in names:
+            self._get(self._path / name, self.run_dir / name)
+
+    def fetch_step(self, step: int, wanted: Callable[[Path], list[str]] | None) -> Path:
+        """Download the checkpoint of `step` and the run's files; see `fetch`.
+
+        Raises:
+            CheckpointError: it is damaged.
+            OSError: it is not complete, or the storage cannot be read.
+        """
         from pyarrow.fs import FileSelector
 
         there, staging = self._checkpoint(step), prepare_staging(self._root, step)
@@ -169,26 +188,6 @@ class CheckpointMirror:
     def _get(self, source: PurePosixPath, target: Path) -> None:
         with self._storage.open_input_stream(str(source)) as stream, replacing(target) as file:
             shutil.copyfileobj(stream, file, _BLOCK)
-
-
-def fetch_weights(address: str, folder: Path, warn: Callable[[str], None]) -> None:
-    """Make `folder` a copy of the run at `address`, with its newest checkpoint as far as the weights need it."""
-    from ebwm_dist.checkpoint.zero_files import weight_files
-
-    shown = without_options(address)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        try:
-            mirror, here = CheckpointMirror(address, folder, "run"), list_checkpoints(folder / "checkpoints")
-            if here and mirror.has(here[0]):
-                return
-            if folder.exists():  # of an earlier state, or of another run that was there
-                shutil.rmtree(folder)
-            found = mirror.fetch(-1, warn, weight_files)
-        except (ConfigError, OSError) as error:
-            raise CheckpointError(f"{shown} cannot be read: {' '.join(str(error).split())}") from None
-    if found is None:
-        raise CheckpointError(f"{shown} holds no run with a checkpoint: name the checkpoint.remote of its training")
 
 
 class Uploader:

@@ -121,7 +121,7 @@ class Suite:
         records = self.trained.records
         tokens = max((record["tokens"] for record in records), default=None)
         return {
-            "path": str(self.trained.checkpoint),
+            "path": self.trained.source,
             "kind": self.config.model.kind,
             "variant": self.config.model.variant,
             "step": self.trained.step,
