@@ -35,7 +35,10 @@ OWN_TEXT = [command for command in COMMANDS if "mine" in command and "--follow" 
 FOLLOW = [command for command in COMMANDS if "--follow" in command]  # tests/cluster/test_follow.py
 OWN_TASK = [command for command in COMMANDS if "my_task" in command]
 OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
-LARGE = [command for command in COMMANDS if command not in MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO]
+CALIBRATION = [command for command in COMMANDS if "step.json" in command]  # needs a GPU
+PLAN = [command for command in COMMANDS if "plan.py" in command and command not in CALIBRATION]
+SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + CALIBRATION + PLAN
+LARGE = [command for command in COMMANDS if command not in SMALL]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -59,6 +62,7 @@ def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
     assert len(OWN_TEXT) == 9 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 6
+    assert len(CALIBRATION) == 2 and len(PLAN) == 1
 
 
 def test_pages_and_links_are_there() -> None:
@@ -129,6 +133,15 @@ def test_own_video_can_be_trained_on(checkout: Path) -> None:
         checkout / "data" / "my_latents" / "manifest.json"
     ).is_file()
     assert (checkout / "runs" / "my_video" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.slow
+def test_what_fits_on_many_gpus_is_planned(checkout: Path) -> None:
+    """The overrides of a plan are what the launcher takes."""
+    planned = run(shlex.split(*PLAN), checkout)
+    (overrides,) = re.findall(r"^overrides: (.*)$", planned, re.MULTILINE)
+    described = run([sys.executable, *LARGE[0].split()[1:], *overrides.split()], checkout)
+    assert "parameters: 1,145," in described
 
 
 @pytest.mark.parametrize(
