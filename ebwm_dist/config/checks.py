@@ -150,6 +150,8 @@ def _training(config: Config) -> Problems:
         yield "optimizer.decay_steps", f"{together} must fit into {end}"
     if training.stop_after is not None and training.stop_after > training.max_steps:
         yield "training.stop_after", f"at most {end}"
+    if training.initialize_vocabulary != "strict" and training.initialize_from is None:
+        yield "training.initialize_vocabulary", "needs training.initialize_from, whose vocabulary it is about"
     batch = training.global_batch_size
     if batch % training.micro_batch_size:
         allowed = _either(_divisors(batch))
@@ -175,7 +177,9 @@ def _data(config: Config) -> Problems:
     if data.encoder is None and data.min_crop_scale < 1:
         yield "data.min_crop_scale", "needs clips encoded as they are read (data.encoder); 1 crops nothing"
     mixture = [("data.mixture", address) for address in data.mixture]
-    for key, address in (("data.path", data.path), *mixture, ("checkpoint.remote", remote or "")):
+    source = config.training.initialize_from or ""
+    addresses = (("data.path", data.path), ("checkpoint.remote", remote or ""), ("training.initialize_from", source))
+    for key, address in (*addresses, *mixture):
         if re.match(r"\w+://", address):
             check_address(address, key)
     is_remote = any(re.match(r"\w+://|pipe:", address) for address in data.mixture or [data.path])
@@ -184,6 +188,8 @@ def _data(config: Config) -> Problems:
         yield "data.fetch_timeout", f"must be less than {limit}"
     if remote is not None and not remote.startswith(("s3://", "gs://", "file://")):
         yield "checkpoint.remote", "must begin with s3://, gs:// or file://, or be null for no copy"
+    if "://" in source and not source.startswith(("s3://", "gs://", "file://")):
+        yield "training.initialize_from", "must be a path, or begin with s3://, gs:// or file://"
 
 
 def _mixture(config: Config) -> Problems:

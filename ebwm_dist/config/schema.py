@@ -145,6 +145,12 @@ class TrainingConfig:
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: int = number(8, at_least=1)
     """Sequences per forward pass of one rank; the rest is gradient accumulation."""
+    initialize_from: str | None = location(None)
+    """Run, checkpoint or export (a path or an address) whose weights a new run begins with, alpha among them; a run
+    that has a checkpoint of its own goes on from that instead."""
+    initialize_vocabulary: str = choice("strict", "resize")
+    """`strict`: the tokenizer must be the one that those weights were trained with; `resize`: it may have more or fewer
+    tokens after the common ones, and new rows begin as in a fresh model."""
     precision: str = choice("fp32", "bf16")
     """`bf16` keeps fp32 master weights, optimizer state, MCMC states and losses."""
     position_chunk: int = number(128, at_least=1)

@@ -12,6 +12,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.models.flops import training_flops_per_token
 from ebwm_dist.planning.footprint import FootprintModel
 from ebwm_dist.planning.memory import GIB, Parameters, State, count_parameters, saved_bytes, state_of
+from ebwm_dist.training.initial_weights import check_initial_weights
 
 # Larger counts differ little: what ZeRO shards is then nearly gone.
 WORLD_SIZES = (1, 8, 64)
@@ -25,7 +26,8 @@ def describe(config: Config) -> str:
     """Return the resolved configuration, parameters, FLOPs per token or frame and memory per GPU by ZeRO stage."""
     counted = count_parameters(config)
     parameters = counted.total
-    share = target_share(config)
+    data = load_data(config)
+    share = 1.0 if data is None else data.target_share
     flops = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length, share)
     training = config.training
     tokens_per_step = training.global_batch_size * config.data.sequence_length
@@ -50,6 +52,8 @@ def describe(config: Config) -> str:
         own = training_flops_per_token(config.model, config.mcmc, config.data.sequence_length, share, group)
         per_rank = f"{own:.4g} on each of {group} ranks that share its positions"
         lines.insert(4, f"training FLOPs per {unit}: {per_rank}, {flops / own:.2f} times less than on one rank")
+    if training.initialize_from is not None:
+        lines[2:2] = check_initial_weights(config, data)
     if config.data.mixture:
         lines.insert(2, f"mixture: {describe_weights(config.data.mixture)}")
     if share < 1:
@@ -74,11 +78,11 @@ def _state(config: Config, parameters: Parameters, zero: ZeroConfig, world_size:
     return state_of(parameters, replace(config, zero=zero), world_size)
 
 
-def target_share(config: Config) -> float:
-    """Return the share of positions that are targets in data on this machine; 1 where they are not made yet."""
+def load_data(config: Config) -> Mixture | None:
+    """Return data on this machine; None where they are not made yet, or somewhere else."""
     if any(is_remote(address) for address in config.data.mixture or [config.data.path]):
-        return 1.0
+        return None
     try:
-        return Mixture.load(config.data).target_share
+        return Mixture.load(config.data)
     except UserError:
-        return 1.0
+        return None

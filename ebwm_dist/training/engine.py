@@ -40,7 +40,10 @@ from ebwm_dist.training.resharding import reshard
 
 
 def create_engine(
-    config: Config, build: Callable[[], nn.Module], world: World
+    config: Config,
+    build: Callable[[], nn.Module],
+    world: World,
+    load: Callable[[nn.Module], None] | None = None,
 ) -> tuple[TrainingEngine, torch.optim.Optimizer]:
     """Build the model on all ranks and wrap it.
 
@@ -49,6 +52,7 @@ def create_engine(
         build: returns the model, on the CPU; every module must draw its own weights as it is constructed. It runs
             under the seed of the configuration, and gives the same weights at every stage.
         world: this process and the others.
+        load: gives the model other weights than those that were drawn; it may be sharded already.
 
     Returns:
         the engine, and the optimizer whose parameter groups hold the learning rates.
@@ -63,6 +67,9 @@ def create_engine(
             model = _build_sharded(build, settings, dtype)
         else:
             model = build().to(world.device, dtype if optimizer_checks(config) else None)
+    if load is not None:
+        load(model)
+    with _quiet():
         optimizer = build_optimizer(model, config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return TrainingEngine(engine), optimizer

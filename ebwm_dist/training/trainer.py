@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebwm_dist.config.checks import long_warmups
 from ebwm_dist.config.deepspeed import micro_steps
@@ -34,6 +34,7 @@ from ebwm_dist.training.attention import set_attention
 from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
 from ebwm_dist.training.engine import create_engine
+from ebwm_dist.training.initial_weights import begin
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.profiling import Profile, step_ranges
 from ebwm_dist.training.run_log import RunLog
@@ -58,30 +59,31 @@ class Trainer:
         watchdog: Watchdog,
         verify_lock: Callable[[], None] = lambda: None,
     ):
-        self.config, self.data, self.world = config, data, world
+        self.config, self.world = config, world
         self.stop, self.watchdog, self.verify_lock = stop, watchdog, verify_lock
         self.run_dir = Path(config.run_dir)
         self.share = Share(world.rank % config.training.position_parallel, config.training.position_parallel)
         self.log = RunLog(config, world)
         watchdog.beat(0, "loading")
+        self.checkpointer = Checkpointer(config, world, lambda path: self.log.log(f"saved {path}"))
+        watchdog.watch_save(self.checkpointer.activity)
+        checkpoint = self.checkpointer.find(self.log.warn)
+        load, self.data = begin(config, data, world, checkpoint is not None, self.log.log)
         with same_on_all_ranks():
             self.stream = SampleStream(
                 config.data,
-                data,
+                self.data,
                 seed=config.seed,
                 global_batch_size=config.training.global_batch_size,
                 micro_batch_size=config.training.micro_batch_size,
                 dp_rank=world.rank // self.share.count,
                 dp_world_size=world.world_size // self.share.count,
             )
-        self.checkpointer = Checkpointer(config, world, lambda path: self.log.log(f"saved {path}"))
-        watchdog.watch_save(self.checkpointer.activity)
-        checkpoint = self.checkpointer.find(self.log.warn)
         if world.rank == 0:
             save_config(config, self.run_dir / CONFIG_FILE)
-            save_sample_format(data.manifest, self.run_dir, data.target_share)
+            save_sample_format(self.data.manifest, self.run_dir, data.target_share)
         self.preprocess = self._build_preprocessor()
-        self._build_model()
+        self._build_model(load)
         self.state = TrainingState()
         if checkpoint is not None:
             self._load(checkpoint)
@@ -102,12 +104,12 @@ class Trainer:
             preprocessor.mean, preprocessor.std = self.world.from_rank_0(found)
         return preprocessor
 
-    def _build_model(self) -> None:
+    def _build_model(self, load: Callable[[nn.Module], None] | None) -> None:
         config, sample_format = self.config, self.data.sample_format
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
-        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world)
+        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world, load)
         self.model = cast("Model", self.engine.module)
         if isinstance(self.model, EnergyBasedTransformer):
             self.model.share_positions(self.share, partial(self.world.agree, self.share.count))

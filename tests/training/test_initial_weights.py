@@ -1,0 +1,327 @@
+"""Runs that begin with trained weights: what they take over, what they refuse, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentencepiece import sentencepiece_model_pb2
+from torch import Tensor
+
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.schema import Config
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.sample_format import LatentFormat
+from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from ebwm_dist.distributed import World, leave
+from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
+from ebwm_dist.errors import CheckpointError, ConfigError
+from ebwm_dist.files import sha256_of_bytes, sha256_of_file
+from ebwm_dist.inference.export import export_run
+from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.run import FORMAT_FILE, Run
+from ebwm_dist.training.backend import setup_distributed
+from ebwm_dist.training.dry_run import describe
+from ebwm_dist.training.engine import create_engine
+from ebwm_dist.training.initial_weights import RECORD_FILE, InitialWeights, begin, check_fit
+from tests.distributed import run_distributed_test
+from tests.made_runs import finished_run
+from tests.object_storage import s3_bucket
+from tests.runs import assert_equal_runs, metrics, train_in_turn, write_config
+from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
+from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+LATENTS = (f"data.sequence_length={FRAMES - 1}", f"model.embedding_dim={DIM}")
+CLIPS = (f"data.sequence_length={FRAMES - 1}", "model.embedding_dim=12", "data.encoder=pixels:2")
+FILE = "mp_rank_00_model_states.pt"
+
+
+@pytest.fixture
+def source(tiny: Manifest, tmp_path: Path) -> Run:
+    """A run on text whose step size is 0.75."""
+    config = finished_run(write_config(tmp_path), tiny, tmp_path / "source", ["mcmc.step_size=0.75"])
+    return Run(config.run_dir)
+
+
+def new_run(source: Run, data: Manifest, run_dir: Path, *overrides: str) -> Config:
+    given = [f"training.initialize_from={source.folder}", f"data.path={data.folder}", f"run_dir={run_dir}"]
+    return load_config(write_config(run_dir.parent), [*given, *overrides])
+
+
+def mixture(manifest: Manifest) -> Mixture:
+    return Mixture.of({manifest.name: manifest}, {manifest.name: 1.0})
+
+
+def grown(manifest: Manifest, folder: Path, pieces: tuple[str, ...], instead: bool = False) -> Manifest:
+    """Copy a data folder, with a tokenizer that has further pieces, or these `instead` of its last ones."""
+    shutil.copytree(manifest.folder, folder)
+    file = folder / manifest.token_format.tokenizer
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())  # type: ignore[attr-defined]
+    if instead:
+        del model.pieces[-len(pieces) :]
+    for piece in pieces:
+        model.pieces.add(piece=piece, score=-50.0)
+    file.write_bytes(model.SerializeToString())
+    tokens = replace(
+        manifest.token_format,
+        vocab_size=len(model.pieces),
+        tokenizer_sha256=sha256_of_bytes(file.read_bytes()),
+    )
+    replace(manifest, folder=folder, sample_format=tokens).save()
+    assert Tokenizer(file).vocab_size == tokens.vocab_size
+    return Manifest.load(folder)
+
+
+def begun(config: Config, manifest: Manifest) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights that a run begins with, and the lines of its log."""
+    lines: list[str] = []
+    load, _ = begin(config, mixture(manifest), ALONE, False, lines.append)
+    assert load is not None
+    torch.manual_seed(config.seed)
+    model = build_model(config, 0)
+    load(model)
+    return {name: p.detach() for name, p in model.named_parameters()}, lines
+
+
+def whole(config: Config, manifest: Manifest, world: World) -> dict[str, Tensor]:
+    """Return the weights of an engine that is made as a trainer makes it."""
+    load, _ = begin(config, mixture(manifest), world, False, lambda text: None)
+    engine, _ = create_engine(config, lambda: build_model(config, 0), world, load)
+    weights = {name: engine.read(p) for name, p in engine.module.named_parameters()}
+    engine.deepspeed.destroy()
+    return weights
+
+
+def begin_everywhere(
+    rank: int, world_size: int, cases: list[tuple[Config, Manifest]], expected: dict[str, Any]
+) -> None:
+    world = setup_distributed(60)
+    for config, manifest in cases:
+        found = whole(config, manifest, world)
+        torch.manual_seed(config.seed)
+        fresh = dict(build_model(config, 0).named_parameters())
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        assert found.keys() == expected.keys() == fresh.keys()
+        for name, tensor in found.items():
+            saved = expected[name]
+            wanted = torch.cat((saved[: len(tensor)], fresh[name][len(saved) :])).detach()
+            assert torch.equal(tensor.to(dtype), wanted.to(dtype)), (config.zero, config.training.precision, name)
+    leave()
+
+
+def test_every_stage_begins_with_the_same_weights(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """On two ranks, which the zero stages share in their ways; also where tokens are new, or some are gone."""
+    more = grown(tiny, tmp_path / "more", ("new", "newer", "newest"))
+    resize = ("training.initialize_vocabulary=resize", "seed=5", "model.vocab_size=323")
+    settings = [(tiny, (f"zero.stage={stage}", "training.precision=bf16")) for stage in (0, 1, 3)]
+    settings.append((tiny, ("zero.stage=3", "zero.offload_parameters=true", "zero.offload_optimizer=true")))
+    settings += [(more, (f"zero.stage={stage}", *resize)) for stage in range(4)]
+    cases = [
+        (new_run(source, data, tmp_path / f"run{number}", *overrides), data)
+        for number, (data, overrides) in enumerate(settings)
+    ]
+    run_distributed_test(begin_everywhere, 2, cases, dict(source.weights()), backend="", timeout=200)
+
+
+def test_rows_of_tokens(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """New rows are those of a fresh model of the seed and are told; those of tokens that are gone are left out."""
+    more = grown(tiny, tmp_path / "more", ("new", "newer"))
+    resize = "training.initialize_vocabulary=resize"
+    config = new_run(source, more, tmp_path / "run", resize, "model.vocab_size=322")
+    weights, lines = begun(config, more)
+    torch.manual_seed(config.seed)
+    for name, fresh in build_model(config, 0).named_parameters():
+        if len(fresh) == 322:
+            assert torch.equal(weights[name][:320], source.weights()[name])
+            assert torch.equal(weights[name][320:], fresh[320:])
+            assert f"{name}: the rows 320 to 321 are new, as in a fresh model" in lines
+    trained = finished_run(write_config(tmp_path), more, tmp_path / "grown", ["model.vocab_size=322"])
+    back = Run(trained.run_dir)
+    weights, lines = begun(new_run(back, tiny, tmp_path / "back", resize), tiny)
+    assert torch.equal(weights["space.embeddings.weight"], back.weights()["space.embeddings.weight"][:320])
+    assert "space.embeddings.weight: the rows 320 to 321 of these weights are left out" in lines
+
+
+def test_tokens_must_mean_the_same(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """Another tokenizer is refused, also of the same size; one that only has more tokens where that is asked for."""
+    other = grown(tiny, tmp_path / "other", ("hello", "world"), instead=True)
+    more = grown(tiny, tmp_path / "more", ("hello",))
+    resize = "training.initialize_vocabulary=resize"
+    was = load_tokenizer(tiny).pieces()[318]
+    for data, overrides, reason in (
+        (other, (), r"their tokenizer \(sha256 \w{12}\) is not that of \S+other \(\w{12}\) \(training.initialize_v"),
+        (other, (resize,), rf": 2 ids mean other tokens, the first is 318, '{was}' there and 'hello' here$"),
+        (more, ("model.vocab_size=321",), r"model.vocab_size is 320 there and 321 here \(.*; their tokenizer"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            check_fit(source, new_run(source, data, tmp_path / "run", *overrides), mixture(data))
+    check_fit(source, new_run(source, more, tmp_path / "run", resize, "model.vocab_size=321"), mixture(more))
+
+
+def test_all_that_differs_is_named_in_one_line(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    config = new_run(source, tiny, tmp_path / "run", "model.kind=ar", "model.num_heads=4", "model.rope_base=5000")
+    with pytest.raises(CheckpointError) as error:
+        InitialWeights(config, mixture(tiny), ALONE, print)
+    assert str(error.value) == (
+        f"training.initialize_from = {source.folder}: its weights do not fit this run: model.kind is ebt there and ar "
+        "here; model.num_heads is 2 there and 4 here; model.rope_base is 10000.0 there and 5000.0 here"
+    )
+    with pytest.raises(CheckpointError, match="model.num_heads is 2 there and 4 here"):
+        describe(config)
+    assert not (tmp_path / "run" / RECORD_FILE).exists()
+
+
+def test_the_twin_does_not_look_at_keys_of_energies(tiny: Manifest, tmp_path: Path) -> None:
+    twin = finished_run(write_config(tmp_path), tiny, tmp_path / "twin", ["model.kind=ar"])
+    config = new_run(Run(twin.run_dir), tiny, tmp_path / "run", "model.kind=ar", "model.energy_head=bilinear")
+    weights, _ = begun(config, tiny)
+    assert torch.equal(weights["head.weight"], Run(twin.run_dir).weights()["head.weight"])
+
+
+def test_what_a_run_records_and_logs(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """Of a run, of a checkpoint of it, of an export and of an address: where the weights are from, and alpha."""
+    export_run(source, tmp_path / "export")
+    with s3_bucket() as bucket:
+        from ebwm_dist.checkpoint.mirror import CheckpointMirror
+
+        CheckpointMirror(bucket.format("run"), source.folder).upload(source.checkpoint, keep=1)
+        forms = [source.folder, source.checkpoint, tmp_path / "export", bucket.format("run")]
+        for number, form in enumerate(map(str, forms)):
+            config = new_run(source, tiny, tmp_path / f"run{number}", "mcmc.num_steps=3", "mcmc.step_size=9")
+            config.training.initialize_from = form
+            assert f"weights: of {form.partition('?')[0]}" in describe(config)
+            weights, lines = begun(config, tiny)
+            assert weights["space.step_size.alpha"].item() == 0.75
+            assert lines == [
+                f"begins with the weights of {form.partition('?')[0]}, step 10",
+                "not as these weights were trained: mcmc.num_steps was 2, now it is 3",
+                "alpha = 0.75 is of these weights, mcmc.step_size = 9 not",
+            ]
+            record = json.loads((Path(config.run_dir) / RECORD_FILE).read_text())
+            file = source.checkpoint / FILE if number != 2 else tmp_path / "export" / "model.safetensors"
+            hashes = {file.name: sha256_of_file(file)}
+            assert record == {"source": form.partition("?")[0], "step": 10, "sha256": hashes}
+
+
+def test_a_source_that_cannot_be_read(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    config = new_run(source, tiny, tmp_path / "run")
+    (source.checkpoint / FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+        InitialWeights(config, mixture(tiny), ALONE, print)
+    config.training.initialize_from = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        describe(config)
+    for key, reason in (
+        ("initialize_from=https://x/y", "must be a path, or begin with s3://"),
+        ("initialize_vocabulary=resize", "needs training.initialize_from"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            load_config(write_config(tmp_path), [f"training.{key}"])
+
+
+def make_video(kind: str, folder: Path) -> tuple[Manifest, tuple[str, ...]]:
+    """Make video data and return the settings of a model of them."""
+    return (make_tiny_latents(folder), LATENTS) if kind == "latents" else (make_tiny_clips(folder, "jpeg"), CLIPS)
+
+
+def train_and_go_on(rank: int, world_size: int, config: Path, runs: list[list[str]], sources: list[Path]) -> None:
+    """Train each run but for what its last override says, and all of the last one once the `sources` are gone."""
+    train_in_turn(rank, world_size, config, runs)
+    if rank == 0:
+        for folder in sources:
+            shutil.rmtree(folder)
+    train_in_turn(rank, world_size, config, [run[:-1] for run in runs if "stop_after" in run[-1]])
+
+
+def test_video_keeps_its_normalisation(tmp_path: Path) -> None:
+    """Also when it goes on and the first weights are gone; an encoder that is not known (of an import) is the run's."""
+    config, runs = write_config(tmp_path), {}
+    for kind in ("latents", "clips"):
+        data, overrides = make_video(kind, tmp_path / kind)
+        source = tmp_path / f"{kind}_source"
+        finished_run(config, data, source, overrides)
+        file = source / (FORMAT_FILE if kind == "latents" else STATISTICS_FILE)
+        unknown = dict.fromkeys(("encoder", "encoder_sha256") if kind == "latents" else ("encoder", "sha256"))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "mean": 3.0, "std": 5.0, **unknown}))
+        given = [f"data.path={data.folder}", f"run_dir={tmp_path / kind}_run", "training.global_batch_size=3"]
+        given += ["training.max_steps=2", f"training.initialize_from={source}", *overrides]
+        runs[kind] = [*given, "training.stop_after=1"]
+    sources = [tmp_path / f"{kind}_source" for kind in runs]
+    run_distributed_test(train_and_go_on, 1, config, list(runs.values()), sources)
+    for kind, encoder in (("latents", "pixels:1"), ("clips", "pixels:2")):
+        found = Run(tmp_path / f"{kind}_run")
+        assert found.step == 2
+        assert (found.statistics.mean, found.statistics.std) == (3.0, 5.0)
+        assert found.statistics.encoder == encoder and len(found.statistics.sha256 or "") == 64
+
+
+def test_latents_are_shown_with_it(tmp_path: Path) -> None:
+    data, overrides = make_video("latents", tmp_path / "data")
+    finished_run(write_config(tmp_path), data, tmp_path / "source", overrides)
+    file = tmp_path / "source" / FORMAT_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mean": 3.0, "std": 5.0}))
+    config = new_run(Run(tmp_path / "source"), data, tmp_path / "run", *overrides)
+    shown = begin(config, mixture(data), ALONE, False, print)[1].sample_format
+    assert isinstance(shown, LatentFormat) and (shown.mean, shown.std) == (3.0, 5.0)
+    assert isinstance(data.sample_format, LatentFormat) and data.sample_format.mean == 0.5
+
+
+def test_another_encoder_is_refused(tmp_path: Path) -> None:
+    data, overrides = make_video("latents", tmp_path / "data")
+    finished_run(write_config(tmp_path), data, tmp_path / "source", overrides)
+    assert isinstance(data.sample_format, LatentFormat)
+    other = replace(data, sample_format=replace(data.sample_format, encoder="pixels:1/1", encoder_sha256="1" * 64))
+    config = new_run(Run(tmp_path / "source"), other, tmp_path / "run", *overrides)
+    with pytest.raises(
+        CheckpointError, match=r"encoder is pixels:1 \(sha256 0{12}\), that of \S+ is pixels:1/1 \(1{12}\)"
+    ):
+        check_fit(Run(tmp_path / "source"), config, mixture(other))
+
+
+def test_a_start_without_the_weights_forgets_them(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """A start that left no checkpoint leaves no trace in the next one, which draws its weights."""
+    config = new_run(source, tiny, tmp_path / "run")
+    begin(config, mixture(tiny), ALONE, False, print)
+    assert (tmp_path / "run" / RECORD_FILE).exists()
+    config.training.initialize_from = None
+    load, _ = begin(config, mixture(tiny), ALONE, False, print)
+    assert load is None and not (tmp_path / "run" / RECORD_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "precision"),
+    [(1, 0, "fp32"), pytest.param(2, 3, "bf16", marks=pytest.mark.slow)],
+)
+def test_a_resumed_fine_tune_equals_an_uninterrupted_one(
+    tiny: Manifest, tmp_path: Path, capfd: pytest.CaptureFixture[str], world_size: int, stage: int, precision: str
+) -> None:
+    """On prompts with completions, from a model of text that is deleted before the run goes on."""
+    data = make_tiny_prompts(tmp_path / "prompts", load_tokenizer(tiny), tiny_prompts(300))
+    source = finished_run(write_config(tmp_path), tiny, tmp_path / "source", ["mcmc.step_size=0.25"])
+    common = [
+        f"data.path={data.folder}",
+        "data.sequence_length=40",
+        f"training.initialize_from={source.run_dir}",
+        f"zero.stage={stage}",
+        f"training.precision={precision}",
+        "training.max_steps=6",
+        "validation.interval=3",
+    ]
+    runs = [[*common, f"run_dir={tmp_path / name}"] for name in ("whole", "parts")]
+    runs[1].append("training.stop_after=2")
+    arguments = write_config(tmp_path), runs, [Path(source.run_dir)]
+    run_distributed_test(train_and_go_on, world_size, *arguments, timeout=300)
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+    assert metrics(tmp_path / "whole")[0]["mcmc_step_size"] == 0.25
+    told = f"training.initialize_from = {source.run_dir} is not read: the run goes on from its own checkpoint"
+    out = capfd.readouterr().out
+    assert out.count(told) == 1 and out.count("begins with the weights of") == 2
+    records = [(tmp_path / name / RECORD_FILE).read_text() for name in ("parts", "whole")]
+    assert records[0] == records[1] and json.loads(records[0])["step"] == 10
