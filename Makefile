@@ -7,6 +7,7 @@ STAMP := $(VENV)/.setup-done
 SAMPLE := data/raw/sample.jsonl
 TOKENIZER := data/text/tokenizer.model
 SHARDS := data/text/manifest.json
+HALVES := data/halves/manifest.json
 VIDEOS := data/raw/video
 VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
@@ -32,14 +33,21 @@ $(VENV)/bin/deepspeed --num_accelerators 1 launchers/train.py --config configs/$
 $(VENV)/bin/python launchers/watch.py $(2) --finished
 endef
 
+# Begin with the weights of the quickstart, of an EBT (no second argument) or of its twin (`ar_` and `_ar`), and learn
+# prompts with completions: two epochs of 96 batches.
+define fine_tune
+$(call train,$(1)quickstart,runs/halves$(2),training.initialize_from=runs/quickstart$(2) data.path=data/halves \
+	training.max_steps=192 validation.interval=96 checkpoint.interval=96 optimizer.lr=1.0e-3 optimizer.warmup_steps=20)
+endef
+
 # The same beside another run, which has the console: what this one prints goes into a file.
 define train_beside
 @mkdir -p $(dir $(2)) && echo "$(2) trains beside the others, its console is in $(2).log"
 $(call train,$(1),$(2),> $(2).log 2>&1 || { tail $(2).log >&2; exit 1; })
 endef
 
-.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes test check clean \
-	reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1
+.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes fine-tune test \
+	check clean reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1
 
 setup: $(STAMP)
 
@@ -63,6 +71,16 @@ train: setup data
 	$(call train,quickstart,runs/quickstart)
 	$(call train,ar_quickstart,runs/quickstart_ar)
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/quickstart --baseline runs/quickstart_ar
+
+# What the quickstart's models know of held-out completions, before and after they learn from prompts.
+fine-tune: setup data $(HALVES)
+	$(call train,quickstart,runs/quickstart)
+	$(call train,ar_quickstart,runs/quickstart_ar)
+	$(call fine_tune)
+	$(call fine_tune,ar_,_ar)
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/quickstart --baseline runs/quickstart_ar \
+		--data data/halves --out runs/halves/before
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/halves --baseline runs/halves_ar
 
 # These models are small: two side by side, a thread each, are done much sooner than one after the other.
 train-reasoning: setup data-reasoning
@@ -103,6 +121,7 @@ check: setup
 
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
+		runs/halves runs/halves_ar \
 		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar runs/reasoning \
 		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4 runs/reasoning_ar*.log
 
@@ -115,6 +134,13 @@ $(TOKENIZER): $(SAMPLE)
 
 $(SHARDS): $(TOKENIZER)
 	$(VENV)/bin/python data_tools/tokenize_text.py --input $(SAMPLE) --tokenizer $(TOKENIZER) --out $(dir $@) \
+		--sequence-length 128 --holdout-fraction $(HOLDOUT)
+
+data/raw/halves.jsonl: $(SHARDS)
+	$(VENV)/bin/python data_tools/tasks/halves.py --input $(SAMPLE) --out $@ --holdout-fraction $(HOLDOUT)
+
+$(HALVES): data/raw/halves.jsonl
+	$(VENV)/bin/python data_tools/tokenize_text.py --input $< --tokenizer $(TOKENIZER) --out $(dir $@) \
 		--sequence-length 128 --holdout-fraction $(HOLDOUT)
 
 .PRECIOUS: data/raw/pointers_hops%.jsonl

@@ -1,7 +1,7 @@
 """Bring weights of the published code here: `python launchers/import_weights.py --weights F --config C --out FOLDER`.
 
-The configuration says what the weights do not: `configs/` has the published sizes. The result is an export, which has
-no tokenizer: that code uses one of another kind, whose token ids go in and out as they are.
+The configuration is that of the model: `configs/` has the published sizes. Where it contradicts the hyper-parameters of
+the checkpoint the import is refused. The result is an export, which has no tokenizer: token ids go in and out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ def main() -> None:
     parser.add_argument("--weights", type=local_path, required=True, help="Lightning checkpoint, or its state dict")
     parser.add_argument("--config", required=True, help="YAML file of the same model; see configs/")
     parser.add_argument("--pad-id", type=int, default=0, help="token that counts as padding (the published code: 0)")
+    parser.add_argument(
+        "--latent-scale",
+        type=float,
+        help="of video by an autoencoder: factor of its latents in training (published: 1 in S1, 0.18215 in S2), where "
+        "the checkpoint does not say it",
+    )
     parser.add_argument("--out", type=local_path, required=True, help="folder to write, which must not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.variant=adaln")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    print(f"imported to {import_weights(args.weights, config, args.pad_id, args.out)}")
+    out = import_weights(args.weights, config, args.pad_id, args.out, args.latent_scale)
+    print(f"imported to {out}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 9 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 6
+    assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 6
     assert len(CALIBRATION) == 2 and len(PLAN) == 1
 
 
@@ -101,6 +101,7 @@ def test_own_text_can_be_trained_on(checkout: Path) -> None:
     assert (checkout / "runs" / "mine" / "evaluation" / "evaluation.html").is_file()
     for name in ("mine", "hub"):
         assert (checkout / "exports" / name / "model.safetensors").is_file()
+    assert (checkout / "runs" / "mine_tuned" / "initialized_from.json").is_file()
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
 """Weights in the parameter naming of the published code, brought into ours.
 
 That code saves Lightning checkpoints: a dictionary whose `state_dict` holds the model under `model.` (and
-`model._orig_mod.` if it was compiled). Its names were read in its sources; no checkpoint of it was at hand. What
-differs:
+`model._orig_mod.` if it was compiled), and whose `hyper_parameters` say what the weights do not
+(`published_settings.py`). Names were read in its sources; no checkpoint of it was at hand. What differs:
 
 * the read-in is a Linear(V -> D), whose weight is the transpose of our matrix [V, D];
 * alpha is a scalar, ours has one element;
 * the standard deviation of the Langevin noise is saved as if it were a parameter, and so are the weights of a frozen
-  image encoder: both are left out, as they belong to the configuration here.
-
-The number of heads, step counts and noise leave no trace in the weights; they are taken from the configuration.
+  image encoder: both are left out, as they belong to the configuration here;
+* an autoregressive model of frames predicts by a Linear(D -> D) without bias, followed by a Linear(D -> E) where
+  embeddings are projected: ours is their product. Where they have no bias, tied ones among them, ours is zero;
+* latents of the autoencoder are used as they are in one recipe and scaled in the other: what divides ours is kept.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.inference.export import write_export
+from ebwm_dist.inference.published_settings import HyperParameters, check_settings, latent_deviation
 
 _PREFIX = re.compile(r"^(model\.)?(_orig_mod\.)?")
 _LEFT_OUT = re.compile(r"(langevin_dynamics_noise_std$|image_encoder\.|torchmetrics_dict\.)")
@@ -47,12 +49,27 @@ _AUTOREGRESSIVE = {
     r"transformer\.norm\.weight": "norm.weight",
     r"output\.weight": "head.weight",
 }
+_AUTOREGRESSIVE_FRAMES = {
+    **_AUTOREGRESSIVE,
+    r"encoder_down_projection\.(weight|bias)": r"embeddings.\1",
+    r"encoder_up_projection\.(weight|bias)": r"up.\1",
+}
 
 
-def import_weights(file: Path, config: Config, pad_id: int, out: Path) -> Path:
-    """Write the weights of a Lightning checkpoint as an export of the configured model; return `out`."""
-    state = rename(read_state_dict(file), config.model.kind, str(file))
+def import_weights(file: Path, config: Config, pad_id: int, out: Path, latent_scale: float | None = None) -> Path:
+    """Write the weights of a Lightning checkpoint as an export of the configured model; return `out`.
+
+    Args:
+        file: the checkpoint, or its state dict.
+        config: of the same model; what contradicts the checkpoint is refused.
+        pad_id: token that counts as padding.
+        out: a new folder.
+        latent_scale: factor of the autoencoder's latents in training, where the checkpoint does not say it.
+    """
+    state, settings = read_checkpoint(file)
+    check_settings(config, settings, str(file))
     length, width = config.data.sequence_length, config.model.embedding_dim
+    renamed = rename(state, config.model.kind, width is not None, str(file))
     described: dict[str, Any]
     if width is None:
         described = {
@@ -61,13 +78,17 @@ def import_weights(file: Path, config: Config, pad_id: int, out: Path) -> Path:
             "vocab_size": config.model.vocab_size,
             "pad_id": pad_id,
         }
-    else:  # that code takes embeddings as its encoder gives them
-        described = {"kind": "latents", "frames": length + 1, "embedding_dim": width, "mean": 0.0, "std": 1.0}
-    return write_export(out, config, described, state, files=[], step=0, source=str(file))
+    else:
+        std = latent_deviation(settings, width != config.model.dim, latent_scale, str(file))
+        described = {"kind": "latents", "frames": length + 1, "embedding_dim": width, "mean": 0.0, "std": std}
+    return write_export(out, config, described, renamed, files=[], step=0, source=str(file))
 
 
-def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """Read the state dict of a Lightning checkpoint, or a bare one; nothing in the file is executed."""
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], HyperParameters]:
+    """Read the state dict of a Lightning checkpoint and its hyper-parameters, or a bare one, which has none.
+
+    Nothing in the file is executed.
+    """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -75,18 +96,28 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file} is not a file of weights alone ({reason}); save its state dict by itself with the code that wrote "
-            "it: torch.save({'state_dict': checkpoint['state_dict']}, ...)"
+            f"{file} is not a file of weights and plain values ({reason}); save them alone, by the code that wrote it: "
+            "torch.save({'state_dict': checkpoint['state_dict'], 'hyper_parameters': {...}}, ...)"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise CheckpointError(f"{file} holds no state_dict of tensors: name a checkpoint that Lightning has written")
-    return state
+    settings = content.get("hyper_parameters") if state is not content else None
+    return state, settings if isinstance(settings, dict) else {}
 
 
-def rename(state: Mapping[str, Tensor], kind: str, where: str) -> dict[str, Tensor]:
-    """Return published weights under our names, in our shapes; `kind` is `model.kind`."""
-    rules = _AUTOREGRESSIVE if kind == "ar" else _ENERGY
+def rename(state: Mapping[str, Tensor], kind: str, frames: bool, where: str) -> dict[str, Tensor]:
+    """Return published weights under our names, in our shapes.
+
+    Args:
+        state: theirs.
+        kind: `model.kind`.
+        frames: whether the model is one of frames.
+        where: what they are called in the error.
+    """
+    rules = _ENERGY
+    if kind == "ar":
+        rules = _AUTOREGRESSIVE_FRAMES if frames else _AUTOREGRESSIVE
     renamed: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in state.items():
@@ -106,4 +137,19 @@ def rename(state: Mapping[str, Tensor], kind: str, where: str) -> dict[str, Tens
         raise CheckpointError(
             f"{where} holds weights that a model of model.kind = {kind!r} does not have: {', '.join(sorted(unknown))}"
         )
-    return renamed
+    return _one_head(renamed) if kind == "ar" and frames else renamed
+
+
+def _one_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Merge the two linear maps of an output into the head, and add the biases that are not there."""
+    up, bias = state.pop("up.weight", None), state.pop("up.bias", None)
+    head = state.get("head.weight")
+    if head is None:
+        return state  # what is missing is reported with all else
+    if up is not None and up.shape[1:] == head.shape[:1]:
+        state["head.weight"] = (up.double() @ head.double()).to(head.dtype)
+    state["head.bias"] = state["head.weight"].new_zeros(len(state["head.weight"])) if bias is None else bias
+    down = state.get("embeddings.weight")
+    if down is not None:
+        state.setdefault("embeddings.bias", down.new_zeros(len(down)))
+    return state

@@ -40,6 +40,8 @@ RECORD_FILE = "initialized_from.json"
 _ALPHA = "space.step_size.alpha"
 _OF_ENERGIES = {"variant", "num_landscapes", "tie_embeddings", "energy_head", "add_most_recent"}
 """Keys of the model that an autoregressive one does not look at."""
+_OF_TRAINING = {"step_size", "step_size_lr_multiplier", "num_steps_warmup", "step_size_warmup"}
+"""Keys of the refinement that say how alpha and the number of steps come to be, not what they do."""
 
 
 class InitialWeights:
@@ -183,14 +185,18 @@ def check_fit(source: Run, config: Config, data: Mixture | None) -> EmbeddingSta
 
 
 def describe_changes(source: Run, config: Config) -> list[str]:
-    """Return a line on settings of context and refinement that differ from those that the weights were trained with."""
-    there, here = source.config, config
+    """Return lines on what may be meant, but is not as it was when the weights were trained."""
+    there, here, lines = source.config, config, []
     pairs = [("data.sequence_length", there.data.sequence_length, here.data.sequence_length)]
     if here.model.kind == "ebt":
         before, now = asdict(there.mcmc), asdict(here.mcmc)
-        pairs += [(f"mcmc.{key}", before[key], now[key]) for key in now if key != "step_size"]
+        pairs += [(f"mcmc.{key}", before[key], now[key]) for key in now if key not in _OF_TRAINING]
     changed = [f"{key} was {before}, now it is {now}" for key, before, now in pairs if before != now]
-    return [f"not as these weights were trained: {'; '.join(changed)}"] if changed else []
+    if changed:
+        lines.append(f"not as these weights were trained: {'; '.join(changed)}")
+    if source.sample_format["kind"] == "tokens" and "tokenizer_sha256" not in source.sample_format:
+        lines.append("these weights come without a tokenizer: their token ids are taken to be those of the data")
+    return lines
 
 
 def _other_model(source: Run, config: Config) -> Iterator[str]:
@@ -210,8 +216,13 @@ def _other_model(source: Run, config: Config) -> Iterator[str]:
 def _other_tokenizer(source: Run, config: Config, data: Mixture) -> Iterator[str]:
     """Compare the tokenizers; imported weights come without one."""
     assert isinstance(data.sample_format, TokenFormat)
-    trained, found = source.sample_format.get("tokenizer_sha256"), data.sample_format.tokenizer_sha256
-    if trained in (None, found):
+    made, end = source.sample_format, data.sample_format.eos_id
+    trained, found = made.get("tokenizer_sha256"), data.sample_format.tokenizer_sha256
+    if trained is None:
+        return
+    if made["eos_id"] != end:
+        yield f"their documents end with the token {made['eos_id']}, those of {data.name} with {end}"
+    if trained == found:
         return
     differ = f"their tokenizer (sha256 {trained[:12]}) is not that of {data.name} ({found[:12]})"
     if config.training.initialize_vocabulary == "strict":

@@ -152,14 +152,15 @@ def test_paths_mean_the_same_on_the_nodes(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "run.yaml").write_text("extends: base/base.yaml\ndata: {encoder_weights: vae, encoder: sd_vae}\n")
     outputs = {"tensorboard": {"output_path": "boards", "enabled": True}, "flops_profiler": {"output_file": None}}
     overrides = ["run_dir=runs/x", "data.mixture={'s3://bucket/a': 1, b: 2, 'pipe:ssh host cat c': 1, /d: 1}"]
+    overrides.append("training.initialize_from=exports/first")
     config = load_config("run.yaml", ["model.embedding_dim=4", *overrides])
     config.deepspeed = outputs
     before = copy.deepcopy(config)
     absolute = with_absolute_paths(config)
     assert (config, absolute) == (before, with_absolute_paths(absolute))
     data = absolute.data
-    found = (absolute.run_dir, data.path, data.cache_dir, data.encoder_weights)
-    assert found == tuple(str(tmp_path / name) for name in ("runs/x", "data/text", "cache", "vae"))
+    found = (absolute.run_dir, data.path, data.cache_dir, data.encoder_weights, absolute.training.initialize_from)
+    assert found == tuple(str(tmp_path / name) for name in ("runs/x", "data/text", "cache", "vae", "exports/first"))
     assert list(data.mixture) == ["s3://bucket/a", str(tmp_path / "b"), "pipe:ssh host cat c", "/d"]
     boards = {"output_path": str(tmp_path / "boards"), "enabled": True}
     assert absolute.deepspeed == {"tensorboard": boards, "flops_profiler": {"output_file": None}}

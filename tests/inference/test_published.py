@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError
-from ebwm_dist.inference.published import import_weights
+from ebwm_dist.inference.published import import_weights, rename
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.run import Run
 from tests.oracle import DenseOracle
 from tests.runs import write_config
+from tests.tiny_shards import DIM as DIM_OF_LATENTS
+from tests.tiny_shards import make_tiny_latents, tiny_latents
 
 DIM, VOCABULARY, LAYERS, LANDSCAPES = 32, 320, 2, 2
 
@@ -61,6 +65,15 @@ def published_state(variant: str) -> dict[str, Tensor]:
     trainer = nn.Module()
     trainer.model = model
     return trainer.state_dict()
+
+
+def published_video() -> dict[str, Tensor]:
+    """Return random weights of an energy model of latents."""
+    state = published_state("default")
+    for name in ("embeddings", "vocab_to_embed"):
+        del state[f"model.{name}.weight"]
+    projection = nn.Linear(DIM_OF_LATENTS, DIM)
+    return state | {f"model.encoder_down_projection.{name}": x for name, x in projection.state_dict().items()}
 
 
 def configured(folder: Path, variant: str) -> Config:
@@ -123,14 +136,186 @@ def test_video(tmp_path: Path) -> None:
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     video = ["model.embedding_dim=48", "mcmc.initial_state=most_recent_embedding"]
     config = load_config(write_config(tmp_path), video)
-    run = Run(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported"))
+    run = Run(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported", latent_scale=1.0))
     assert run.sample_format["kind"] == "latents" and "pad_id" not in run.sample_format
     assert torch.equal(run.model.space.projection.weight, projection.weight)
     frames = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1))
     losses, energies, _ = run.model.evaluate(frames, torch.arange(2), 2)
     assert losses.isfinite().all() and (energies[-1] < energies[0]).all()
     with pytest.raises(CheckpointError, match="missing space.projection"):
-        import_weights(tmp_path / "tokens.ckpt", config, 0, tmp_path / "other")
+        import_weights(tmp_path / "tokens.ckpt", config, 0, tmp_path / "other", latent_scale=1.0)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Rotate the interleaved pairs of [B, H, S, d] by their positions."""
+    width = x.shape[-1]
+    angles = torch.arange(x.shape[2])[:, None] * 10000 ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
+    even, odd = x[..., ::2], x[..., 1::2]
+    pairs = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
+    return torch.stack(pairs, -1).flatten(-2)
+
+
+def next_frames(w: dict[str, Tensor], frames: Tensor, heads: int) -> Tensor:
+    """Return what the published autoregressive model says of the frames [B, S, E] that follow, from its weights."""
+    x = frames
+    if "encoder_down_projection.weight" in w:
+        x = functional.linear(x, w["encoder_down_projection.weight"], w.get("encoder_down_projection.bias"))
+    for number in range(LAYERS):
+        block = {name.partition(f"layers.{number}.")[2]: tensor for name, tensor in w.items()}
+        h = functional.rms_norm(x, x.shape[-1:], block["attention_norm.weight"], 1e-5)
+        q, k, v = ((h @ block[f"attention.w{c}.weight"].T).unflatten(-1, (heads, -1)).transpose(1, 2) for c in "qkv")
+        h = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + h.transpose(1, 2).flatten(-2) @ block["attention.wo.weight"].T
+        h = functional.rms_norm(x, x.shape[-1:], block["ffn_norm.weight"], 1e-5)
+        gate, value = (h @ block[f"feed_forward.w{n}.weight"].T for n in (1, 3))
+        x = x + (functional.silu(gate) * value) @ block["feed_forward.w2.weight"].T
+    x = functional.rms_norm(x, x.shape[-1:], w["transformer.norm.weight"], 1e-5) @ w["output.weight"].T
+    if "encoder_up_projection.weight" in w:
+        x = functional.linear(x, w["encoder_up_projection.weight"], w.get("encoder_up_projection.bias"))
+    return x
+
+
+def autoregressive_frames(projection: str) -> dict[str, Tensor]:
+    """Return random weights (float64) of a model of frames as wide as itself, or of projected ones."""
+    state = published_state("ar")
+    del state["model.embeddings.weight"]
+    state["model.output.weight"] = torch.randn(DIM, DIM) / DIM**0.5
+    if projection != "none":
+        down, up = nn.Linear(48, DIM), nn.Linear(DIM, 48)
+        if projection == "tied":  # which cannot have biases
+            state["model.encoder_down_projection.weight"] = down.weight.detach()
+            state["model.encoder_up_projection.weight"] = down.weight.detach().T
+        else:
+            for name, linear in (("down", down), ("up", up)):
+                nn.init.normal_(linear.bias)
+                state |= {f"model.encoder_{name}_projection.{key}": x for key, x in linear.state_dict().items()}
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("projection", ["none", "biased", "tied"])
+def test_autoregressive_video(projection: str, tmp_path: Path) -> None:
+    """Predictions of DINOv2's embeddings, which are as wide as the model, and of the autoencoder's, which are not."""
+    state, width = autoregressive_frames(projection), DIM if projection == "none" else 48
+    config = load_config(write_config(tmp_path), ["model.kind=ar", f"model.embedding_dim={width}"])
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    scale = None if projection == "none" else 0.18215
+    run = Run(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported", latent_scale=scale))
+    model = build_model(config, None).double()
+    model.load_state_dict(rename(state, "ar", True, "last.ckpt"))
+    frames = torch.randn(2, 7, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    theirs = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    expected = next_frames(theirs, frames, heads=2)
+    torch.testing.assert_close(model.predict(frames), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(run.model.predict(frames.float()), expected.float(), rtol=1e-4, atol=1e-4)
+    del state["model.output.weight"]
+    with pytest.raises(CheckpointError, match=r"missing .*head.weight"):
+        torch.save({"state_dict": state}, tmp_path / "part.ckpt")
+        import_weights(tmp_path / "part.ckpt", config, 0, tmp_path / "part", latent_scale=scale)
+
+
+S1_TEXT = {
+    "modality": "NLP",
+    "model_name": "ebt",
+    "ebt_type": "time_embed",
+    "embedding_dim": DIM,
+    "num_transformer_blocks": LAYERS,
+    "multiheaded_attention_heads": 2,
+    "ffn_dim_multiplier": None,
+    "context_length": 16,
+    "mcmc_num_steps": 2,
+    "randomize_mcmc_num_steps": 0,
+    "denoising_initial_condition": "random_noise",
+    "langevin_dynamics_noise": 0.0,
+    "normalize_initial_condition": True,
+    "normalize_initial_condition_only_first_step": False,
+    "vocab_to_embed_uses_prob_dist": False,
+    "ebt_norm": "rms",
+    "ebt_act_func": "silu",
+    "clamp_futures_grad": False,
+    "absolute_clamp": 0.0,
+    "sharpen_predicted_distribution": 0.0,
+    "gaussian_random_noise_scaling": 1,
+    "peak_learning_rate": 1.2e-3,  # says nothing of the model
+}
+"""Hyper-parameters as a Lightning checkpoint carries them, of the small model here."""
+
+
+def test_settings_that_fit(tmp_path: Path) -> None:
+    content = {"state_dict": published_state("time_embed"), "hyper_parameters": S1_TEXT}
+    assert Run(imported(tmp_path, "time_embed", content)).config.model.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "reason"),
+    [
+        ({"multiheaded_attention_heads": 4}, [], "multiheaded_attention_heads = 4 makes model.num_heads 4, not 2"),
+        ({}, ["model.num_heads=4"], "multiheaded_attention_heads = 2 makes model.num_heads 2, not 4"),
+        ({"num_transformer_blocks": 3}, [], "makes model.num_layers 3, not 2"),
+        ({"embedding_dim": 64}, [], "makes model.dim 64, not 32"),
+        ({"ffn_dim_multiplier": 2.0}, [], "makes model.ffn_multiplier 2.0, not 1.0"),
+        ({"context_length": 256}, [], "context_length = 256 makes data.sequence_length 256, not 16"),
+        ({"model_name": "baseline_transformer"}, [], "makes model.kind 'ar', not 'ebt'"),
+        ({"model_name": "dit"}, [], "model_name = 'dit' makes model.kind None, not 'ebt'"),
+        ({"modality": "VID"}, [], "modality = 'VID' makes a model of frames True, not False"),
+        ({"ebt_type": "adaln_zero"}, [], "makes model.variant 'adaln', not 'time_embed'"),
+        ({"mcmc_num_steps": 3}, [], "mcmc_num_steps = 3 makes model.num_landscapes 3, not 2; .*MCMC steps 3, not 2"),
+        ({"randomize_mcmc_num_steps": 2}, [], "mcmc_num_steps = 2 makes the most MCMC steps 4, not 2"),
+        ({"denoising_initial_condition": "zeros"}, [], "makes mcmc.initial_state 'zeros', not 'random_noise'"),
+        ({"langevin_dynamics_noise": 3.0}, [], "makes mcmc.langevin_noise 3.0, not 0.0"),
+        ({"vocab_to_embed_uses_prob_dist": True}, [], "makes model.tie_embeddings True, not False"),
+        ({"normalize_initial_condition": False}, [], "normalize_initial_condition = False, here models only have True"),
+        ({"ebt_norm": "dyt"}, [], "ebt_norm = 'dyt', here models only have 'rms'"),
+        ({"clamp_futures_grad": True}, [], "clamp_futures_grad = True, here models only have False"),
+        ({}, ["model.add_most_recent=true"], "model.add_most_recent = True, the published code only has False"),
+        ({}, ["mcmc.update=mirror"], "mcmc.update = 'mirror', the published code only has 'probabilities'"),
+        ({}, ["model.norm_eps=1e-6", "model.num_heads=8"], r"model.norm_eps = 1e-06, .*; multihead\S+ = 2 makes"),
+    ],
+)
+def test_settings_that_contradict_the_weights_are_refused(
+    given: dict[str, Any], overrides: list[str], reason: str, tmp_path: Path
+) -> None:
+    """Also those that no shape shows, of which the energies would be others."""
+    config = load_config(
+        write_config(tmp_path), ["model.variant=time_embed", f"model.num_landscapes={LANDSCAPES}", *overrides]
+    )
+    content = {"state_dict": published_state("time_embed"), "hyper_parameters": S1_TEXT | given}
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=f"last.ckpt is not of the configured model: .*{reason}") as error:
+        import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported")
+    assert "\n" not in str(error.value) and not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "std"),
+    [
+        ({"backbone_type": "vae", "sdxl_vae_standardization": False}, None, 0.18215),  # S1
+        ({"backbone_type": "vae", "sdxl_vae_standardization": True}, None, 1.0),  # S2
+        ({"backbone_type": "vae", "sdxl_vae_standardization": True}, 0.18215, 1.0),
+        ({"backbone_type": "vae"}, 1.0, 0.18215),
+        ({"backbone_type": "dinov2"}, None, 1.0),
+    ],
+)
+def test_latents_keep_their_scale(given: dict[str, Any], scale: float | None, std: float, tmp_path: Path) -> None:
+    """Shards hold latents of the autoencoder times 0.18215; a model trained without that factor sees them without."""
+    latents = make_tiny_latents(tmp_path / "latents")
+    torch.save({"state_dict": published_video(), "hyper_parameters": given}, tmp_path / "last.ckpt")
+    overrides = [f"model.embedding_dim={DIM_OF_LATENTS}", "data.sequence_length=2", f"data.path={latents.folder}"]
+    config = load_config(write_config(tmp_path), overrides)
+    run = Run(import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported", latent_scale=scale))
+    (batch,) = run.validation_data().batches(len(tiny_latents("val")), len(tiny_latents("val")))
+    stored = torch.from_numpy(tiny_latents("val").astype("float32"))
+    torch.testing.assert_close(batch.observed, stored / std, rtol=1e-6, atol=0)
+
+
+def test_a_scale_that_is_not_known_or_another_is_refused(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), [f"model.embedding_dim={DIM_OF_LATENTS}"])
+    torch.save({"state_dict": published_video()}, tmp_path / "bare.ckpt")
+    with pytest.raises(CheckpointError, match=r"does not say at which scale its latents were: give --latent-scale 1 "):
+        import_weights(tmp_path / "bare.ckpt", config, 0, tmp_path / "imported")
+    settings = {"backbone_type": "vae", "sdxl_vae_standardization": True}
+    torch.save({"state_dict": published_video(), "hyper_parameters": settings}, tmp_path / "s2.ckpt")
+    with pytest.raises(CheckpointError, match=r"was trained on latents times 0.18215, not 1$"):
+        import_weights(tmp_path / "s2.ckpt", config, 0, tmp_path / "imported", latent_scale=1.0)
 
 
 def test_names_that_do_not_fit_are_all_told(tmp_path: Path) -> None:
@@ -156,9 +341,9 @@ class Intruder:
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(CheckpointError, match=r"last.ckpt is not a file of weights alone"):
+    with pytest.raises(CheckpointError, match=r"last.ckpt is not a file of weights and plain values"):
         imported(tmp_path, "default", {"state_dict": published_state("default"), "hyper_parameters": Intruder()})
     assert "executed" not in capsys.readouterr().out
     (tmp_path / "last.ckpt").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"last.ckpt is not a file of weights alone"):
+    with pytest.raises(CheckpointError, match=r"last.ckpt is not a file of weights and plain values"):
         import_weights(tmp_path / "last.ckpt", configured(tmp_path, "default"), 0, tmp_path / "imported")

@@ -18,12 +18,12 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.sample_format import LatentFormat
 from ebwm_dist.data.loading.mixture import Mixture
-from ebwm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import World, leave
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
 from ebwm_dist.errors import CheckpointError, ConfigError
 from ebwm_dist.files import sha256_of_bytes, sha256_of_file
-from ebwm_dist.inference.export import export_run
+from ebwm_dist.inference.export import export_run, write_export
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import FORMAT_FILE, Run
 from ebwm_dist.training.backend import setup_distributed
@@ -75,7 +75,6 @@ def grown(manifest: Manifest, folder: Path, pieces: tuple[str, ...], instead: bo
         tokenizer_sha256=sha256_of_bytes(file.read_bytes()),
     )
     replace(manifest, folder=folder, sample_format=tokens).save()
-    assert Tokenizer(file).vocab_size == tokens.vocab_size
     return Manifest.load(folder)
 
 
@@ -158,6 +157,11 @@ def test_tokens_must_mean_the_same(source: Run, tiny: Manifest, tmp_path: Path) 
     for data, overrides, reason in (
         (other, (), r"their tokenizer \(sha256 \w{12}\) is not that of \S+other \(\w{12}\) \(training.initialize_v"),
         (other, (resize,), rf": 2 ids mean other tokens, the first is 318, '{was}' there and 'hello' here$"),
+        (
+            replace(tiny, sample_format=replace(tiny.token_format, eos_id=7)),
+            (),
+            "end with the token 3, those of .* with 7",
+        ),
         (more, ("model.vocab_size=321",), r"model.vocab_size is 320 there and 321 here \(.*; their tokenizer"),
     ):
         with pytest.raises(CheckpointError, match=reason):
@@ -210,6 +214,18 @@ def test_what_a_run_records_and_logs(source: Run, tiny: Manifest, tmp_path: Path
             assert record == {"source": form.partition("?")[0], "step": 10, "sha256": hashes}
 
 
+def test_imported_weights_come_without_a_tokenizer(source: Run, tiny: Manifest, tmp_path: Path) -> None:
+    """Any of the right size is taken, and a line says so."""
+    described = {"kind": "tokens", "sequence_length": 16, "vocab_size": 320, "pad_id": 0}
+    write_export(
+        tmp_path / "imported", source.config, described, source.weights(), files=[], step=0, source="last.ckpt"
+    )
+    config = new_run(Run(tmp_path / "imported"), tiny, tmp_path / "run", "mcmc.step_size=0.75")
+    weights, lines = begun(config, tiny)
+    assert torch.equal(weights["space.embeddings.weight"], source.weights()["space.embeddings.weight"])
+    assert lines[1] == "these weights come without a tokenizer: their token ids are taken to be those of the data"
+
+
 def test_a_source_that_cannot_be_read(source: Run, tiny: Manifest, tmp_path: Path) -> None:
     config = new_run(source, tiny, tmp_path / "run")
     (source.checkpoint / FILE).write_bytes(b"damaged")
@@ -231,17 +247,20 @@ def make_video(kind: str, folder: Path) -> tuple[Manifest, tuple[str, ...]]:
     return (make_tiny_latents(folder), LATENTS) if kind == "latents" else (make_tiny_clips(folder, "jpeg"), CLIPS)
 
 
-def train_and_go_on(rank: int, world_size: int, config: Path, runs: list[list[str]], sources: list[Path]) -> None:
-    """Train each run but for what its last override says, and all of the last one once the `sources` are gone."""
+def train_and_go_on(rank: int, world_size: int, config: Path, runs: list[list[str]], gone: list[Path]) -> None:
+    """Train, delete folders, and go on with the runs whose last override stops them early, without it."""
     train_in_turn(rank, world_size, config, runs)
     if rank == 0:
-        for folder in sources:
+        for folder in gone:
             shutil.rmtree(folder)
     train_in_turn(rank, world_size, config, [run[:-1] for run in runs if "stop_after" in run[-1]])
 
 
 def test_video_keeps_its_normalisation(tmp_path: Path) -> None:
-    """Also when it goes on and the first weights are gone; an encoder that is not known (of an import) is the run's."""
+    """Also when it goes on from its copy in storage, and the run folder and the first weights are gone.
+
+    An encoder that is not known, as that of an import, is the run's.
+    """
     config, runs = write_config(tmp_path), {}
     for kind in ("latents", "clips"):
         data, overrides = make_video(kind, tmp_path / kind)
@@ -252,9 +271,10 @@ def test_video_keeps_its_normalisation(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), "mean": 3.0, "std": 5.0, **unknown}))
         given = [f"data.path={data.folder}", f"run_dir={tmp_path / kind}_run", "training.global_batch_size=3"]
         given += ["training.max_steps=2", f"training.initialize_from={source}", *overrides]
+        given.append(f"checkpoint.remote=file://{tmp_path}/{kind}_copy")
         runs[kind] = [*given, "training.stop_after=1"]
-    sources = [tmp_path / f"{kind}_source" for kind in runs]
-    run_distributed_test(train_and_go_on, 1, config, list(runs.values()), sources)
+    gone = [tmp_path / f"{kind}_{name}" for kind in runs for name in ("source", "run")]
+    run_distributed_test(train_and_go_on, 1, config, list(runs.values()), gone)
     for kind, encoder in (("latents", "pixels:1"), ("clips", "pixels:2")):
         found = Run(tmp_path / f"{kind}_run")
         assert found.step == 2

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test
 from tests.runs import metrics, train_in_turn
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 
+PROJECTION = "transformer.blocks.0.attention.wq.weight"
 KEYS = ("loss", "loss_last_step", "grad_norm")
 
 
@@ -42,6 +50,35 @@ def assert_same(run_dir: Path, expected: Path, tolerance: float, kinds: tuple[st
         for got, want in zip(found, wanted, strict=True):
             for key in KEYS if kind == "train" else KEYS[:2]:
                 assert got[key] == pytest.approx(want[key], rel=tolerance), (run_dir.name, kind, key)
+
+
+def gradients(config: Config, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradients of a training step of fixed weights and noise, of the sum of losses divided by 10."""
+    torch.manual_seed(0)
+    model: Any = build_model(config, pad_id=0)
+    model.training_step(tokens, torch.arange(len(tokens)), model.plan(1, 0), targets=targets, num_targets=10.0)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("kind", "gradient"), [("ebt", "truncated"), ("ebt", "full"), ("ar", "truncated")])
+def test_prompts_get_no_gradient(prompts: Manifest, tiny_config: Path, kind: str, gradient: str) -> None:
+    """To the last bit: what is a prompt alone counts for nothing, whatever stands in it, also beside completions."""
+    config = load_config(tiny_config, [f"model.kind={kind}", f"mcmc.gradient={gradient}", "data.sequence_length=40"])
+    rows = ShardReader(prompts, "train").read(np.zeros(3, dtype=int), np.arange(3))[0]
+    tokens = torch.from_numpy(rows[:, 0].astype(np.int64))
+    targets = torch.from_numpy(prompts.token_format.targets(rows).astype(np.int64))
+    assert (targets != 0).any(1).all()
+    alone = torch.zeros_like(targets)
+    assert all(not found.any() for found in gradients(config, tokens, alone).values())
+    beside = targets.clone()
+    beside[1:] = 0  # the first row keeps its completions, the others are prompts
+    found = gradients(config, tokens, beside)
+    assert found[PROJECTION.removeprefix("transformer." if kind == "ar" else "")].any()
+    others = tokens.clone()
+    others[1:] = tokens[1:].roll(5, 1)
+    for name, expected in gradients(config, others, beside).items():
+        assert torch.equal(found[name], expected), name
+    assert any(not torch.equal(found[name], other) for name, other in gradients(config, tokens, targets).items())
 
 
 @pytest.mark.slow
