@@ -20,11 +20,13 @@ from __future__ import annotations
 import copy
 import io
 import os
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -59,6 +61,8 @@ def create_engine(
     """
     import deepspeed
 
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     settings = deepspeed_dict(config, world.world_size)
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,8 +104,6 @@ class Trainer:
 
     def _build_model(self, load: Callable[[nn.Module], None] | None) -> None:
         config, sample_format = self.config, self.data.sample_format
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
         pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
         self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world, load)
         self.model = cast("Model", self.engine.module)
