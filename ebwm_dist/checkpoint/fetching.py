@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -47,6 +47,24 @@ def fetch(address: str, export_file: str, warn: Warn) -> Path:
         except (ConfigError, OSError) as error:
             raise CheckpointError(f"{shown} cannot be read: {' '.join(str(error).split())}") from None
     return folder
+
+
+def fetch_description(address: str, folder: Path, names: Iterable[str]) -> None:
+    """Copy those of the files `names` that lie beside what is at `address`, and nothing else, into `folder`.
+
+    Raises:
+        CheckpointError: there is none of them, or the storage cannot be read.
+    """
+    shown = without_options(address)
+    try:
+        mirror = CheckpointMirror(_parts(address)[0], folder, "run")
+        found = {name: content for name in names if (content := mirror.read(name)) is not None}
+    except (ConfigError, OSError) as error:
+        raise CheckpointError(f"{shown} cannot be read: {' '.join(str(error).split())}") from None
+    if not found:
+        raise CheckpointError(f"{shown} holds no run, checkpoint or export")
+    for name, content in found.items():
+        (folder / name).write_bytes(content)
 
 
 def _parts(address: str) -> tuple[str, int | None]:

@@ -20,19 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ebwm_dist.checkpoint.fetching import fetch_description
 from ebwm_dist.checkpoint.folder import read_marker
-from ebwm_dist.checkpoint.mirror import CheckpointMirror
 from ebwm_dist.checkpoint.zero_files import weight_files
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.tokenizer import load_tokenizer
+from ebwm_dist.data.tokenizer.opening import JSON_FILE, MODEL_FILE
 from ebwm_dist.distributed import World
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, EmbeddingStatistics, build_preprocessor
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.files import write_json
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.run import EXPORT_FILE, FORMAT_FILE, Run, check_weights
+from ebwm_dist.run import CONFIG_FILE, EXPORT_FILE, FORMAT_FILE, Run, check_weights
 from ebwm_dist.storage import without_options
 
 RECORD_FILE = "initialized_from.json"
@@ -152,9 +153,7 @@ def check_initial_weights(config: Config, data: Mixture | None) -> list[str]:
         check_fit(source, config, data)
         return [f"weights: of {source.name}, step {step}", *describe_changes(source, config)]
     with tempfile.TemporaryDirectory() as folder:
-        mirror = CheckpointMirror(name, Path(folder), "training.initialize_from")
-        if mirror.fetch(-1, lambda text: None, lambda staging: []) is None:
-            raise CheckpointError(f"training.initialize_from = {without_options(name)} holds no run with a checkpoint")
+        fetch_description(name, Path(folder), (CONFIG_FILE, FORMAT_FILE, STATISTICS_FILE, JSON_FILE, MODEL_FILE))
         source = Run(folder)
         source.name = without_options(name)
         check_fit(source, config, data)

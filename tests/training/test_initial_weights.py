@@ -196,7 +196,8 @@ def test_what_a_run_records_and_logs(source: Run, tiny: Manifest, tmp_path: Path
         from ebwm_dist.checkpoint.mirror import CheckpointMirror
 
         CheckpointMirror(bucket.format("run"), source.folder).upload(source.checkpoint, keep=1)
-        forms = [source.folder, source.checkpoint, tmp_path / "export", bucket.format("run")]
+        addresses = [bucket.format("run"), bucket.format("run/checkpoints/step-000010"), f"file://{tmp_path}/export"]
+        forms = [source.folder, source.checkpoint, tmp_path / "export", *addresses]
         for number, form in enumerate(map(str, forms)):
             config = new_run(source, tiny, tmp_path / f"run{number}", "mcmc.num_steps=3", "mcmc.step_size=9")
             config.training.initialize_from = form
@@ -209,7 +210,7 @@ def test_what_a_run_records_and_logs(source: Run, tiny: Manifest, tmp_path: Path
                 "alpha = 0.75 is of these weights, mcmc.step_size = 9 not",
             ]
             record = json.loads((Path(config.run_dir) / RECORD_FILE).read_text())
-            file = source.checkpoint / FILE if number != 2 else tmp_path / "export" / "model.safetensors"
+            file = tmp_path / "export" / "model.safetensors" if "export" in form else source.checkpoint / FILE
             hashes = {file.name: sha256_of_file(file)}
             assert record == {"source": form.partition("?")[0], "step": 10, "sha256": hashes}
 
@@ -233,6 +234,9 @@ def test_a_source_that_cannot_be_read(source: Run, tiny: Manifest, tmp_path: Pat
         InitialWeights(config, mixture(tiny), ALONE, print)
     config.training.initialize_from = str(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        describe(config)
+    config.training.initialize_from = f"file://{tmp_path}/nothing"
+    with pytest.raises(CheckpointError, match="nothing holds no run, checkpoint or export"):
         describe(config)
     for key, reason in (
         ("initialize_from=https://x/y", "must be a path, or begin with s3://"),
