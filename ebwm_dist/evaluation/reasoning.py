@@ -138,7 +138,8 @@ class Reasoning:
 def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return tokens as text on one line, or by their numbers where they have none that can be shown."""
     text = " ".join(tokenizer.decode(ids).split())
-    return text if text and text.isprintable() else " ".join(f"#{number}" for number in ids)
+    shown = text and text.isprintable() and "\ufffd" not in text  # which stands for a part of a character
+    return text if shown else " ".join(f"#{number}" for number in ids)
 
 
 def max_trained_difficulty(run: Run) -> int | None:

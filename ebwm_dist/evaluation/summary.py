@@ -157,7 +157,9 @@ def continued(run: Run, data: ValidationData) -> list[tuple[str, str]]:
     texts = Predictor(run.model, run.config, run.tokenizer).generate(
         prompts, GENERATED_TOKENS, sampling=Sampling(TEMPERATURE), seeds=range(len(prompts)), slide=True
     )
-    return [(run.tokenizer.decode(prompt), text.text) for prompt, text in zip(prompts, texts, strict=True)]
+    # They may begin and end within a character; what is left of it at the end goes on in the continuation.
+    shown = [run.tokenizer.decode(prompt, complete=True).lstrip("\ufffd") for prompt in prompts]
+    return [(prompt, text.text) for prompt, text in zip(shown, texts, strict=True)]
 
 
 def video_summary(pair: Pair, data: ValidationData, evaluation: dict[str, Any]) -> dict[str, Any]:

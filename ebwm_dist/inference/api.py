@@ -115,7 +115,7 @@ class Predictor:
         observed, seeds = self._sequences(prompts, seeds, length, slide)
         sequences = Sequences(model, observed, thinking, seeds, self.max_context)
         texts, shown = [Continuation() for _ in observed], [0] * len(observed)
-        follows = [tokenizer is not None and int(states[-1]) != tokenizer.eos_id for states in observed]
+        after = [[] if tokenizer is None else _of_document(states, tokenizer.eos_id) for states in observed]
         going = list(range(len(observed)))
         for position in range(length):
             prediction = sequences.predict()
@@ -126,7 +126,7 @@ class Predictor:
             for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
                 text = texts[row]
                 text.note(prediction, place)
-                text.add(token, tokenizer, stop, follows[row])
+                text.add(token, tokenizer, stop, after[row])
                 if text.finish == "length":
                     kept.append(place)
                 settled = text.settled(stop, text.finish != "length" or position + 1 == length)
@@ -192,3 +192,9 @@ class Predictor:
         if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= size:
             raise UserError(f"a sequence of tokens: expected at least one, each from 0 to {size - 1}")
         return tokens.to(self.device)
+
+
+def _of_document(tokens: Tensor, eos_id: int) -> list[int]:
+    """Return the tokens after the last end token."""
+    ends = (tokens == eos_id).nonzero().flatten().tolist()
+    return tokens[ends[-1] + 1 if ends else 0 :].tolist()

@@ -43,16 +43,16 @@ class Continuation:
             self.energies.append(prediction.energies[row, : steps + 1].tolist())
             self.nfe += int(prediction.nfe[row])
 
-    def add(self, token: int, tokenizer: Tokenizer | None, stop: Sequence[str], follows: bool) -> None:
+    def add(self, token: int, tokenizer: Tokenizer | None, stop: Sequence[str], after: Sequence[int] = ()) -> None:
         """Add a token, unless it is the end, and end at a stop string; without a tokenizer there is neither.
 
-        It `follows` a text, or begins one.
+        The text follows the tokens `after` of the same document.
         """
         if tokenizer is not None and token == tokenizer.eos_id:
             self.finish = "end"
             return
         self.tokens.append(token)
-        self.text = "" if tokenizer is None else tokenizer.decode(self.tokens, follows=follows, complete=True)
+        self.text = "" if tokenizer is None else tokenizer.decode(self.tokens, after=after, complete=True)
         ends = [self.text.find(text) for text in stop if text in self.text]
         if ends:
             self.text, self.finish = self.text[: min(ends)], "stop"

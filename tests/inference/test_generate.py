@@ -36,7 +36,7 @@ class Letters:
 
     pad_id, eos_id = PAD, VOCAB
 
-    def decode(self, ids: Sequence[int], follows: bool = False, complete: bool = False) -> str:
+    def decode(self, ids: Sequence[int], after: Sequence[int] = (), complete: bool = False) -> str:
         return "".join(chr(ord("A") + token) for token in ids)
 
 
@@ -192,7 +192,7 @@ def test_streamed_text_is_never_taken_back() -> None:
     class Halves(Letters):
         """Two tokens make a character; one alone is unfinished."""
 
-        def decode(self, ids: Sequence[int], follows: bool = False, complete: bool = False) -> str:
+        def decode(self, ids: Sequence[int], after: Sequence[int] = (), complete: bool = False) -> str:
             return super().decode(ids[1::2]) + "\ufffd" * (not complete and len(ids) % 2)
 
     parts: list[str] = []
@@ -212,13 +212,19 @@ def test_streamed_characters_are_whole(tmp_path: Path) -> None:
     assert len(ids) > len(text)
     continuation, parts, shown = Continuation(), [], 0
     for token in ids[:-1]:
-        continuation.add(token, tokenizer, ["字"], follows=True)
+        continuation.add(token, tokenizer, ["字"])
         settled = continuation.settled(["字"], done=False)
         parts.append(settled[shown:])
         shown = len(settled)
     assert "".join(parts) == continuation.settled([], done=True) == text[:-1]
-    continuation.add(ids[-1], tokenizer, ["字"], follows=True)
+    continuation.add(ids[-1], tokenizer, ["字"])
     assert continuation.text == text[:-1] and continuation.finish == "stop"
+    # A prompt of tokens may end within a character, which belongs to the text that finishes it.
+    for cut in range(1, len(ids)):
+        rest = Continuation()
+        for token in ids[cut:]:
+            rest.add(token, tokenizer, [], after=ids[:cut])
+        assert tokenizer.decode(ids[:cut], complete=True) + rest.text == text
 
 
 def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:

@@ -152,18 +152,18 @@ class Tokenizer(ABC):
             )
         return found
 
-    def decode(self, ids: Sequence[int], *, follows: bool = False, complete: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, after: Sequence[int] = (), complete: bool = False) -> str:
         """Return the text of `ids`; pad, begin and end tokens have none, nor have others that no text may hold.
 
         Args:
             ids: tokens.
-            follows: they go on where others end, so a space before their first word is text.
+            after: tokens that they follow: a character that these begin is text of `ids`, and so is a space after them.
             complete: leave out bytes at the end that only begin a character.
         """
-        before = self._anchor if follows else []
-        spoken = [int(token) for token in ids if int(token) not in self._silent]
-        text = self._decode([*before, *spoken], self._unfinished(spoken) if complete else 0)
-        return text.removeprefix(_ANCHOR) if before else text
+        before = self._spoken(after[-_LONGEST:])
+        spoken = [*before, *self._spoken(ids)]
+        text = self._decode(spoken, self._unfinished(spoken) if complete else 0)
+        return text.removeprefix(self._decode(before, self._unfinished(before))) if before else text
 
     def losses(self) -> list[str]:
         """Return the names of the `PROBES` that encoding and decoding change; a lossless tokenizer has none.
@@ -184,6 +184,10 @@ class Tokenizer(ABC):
         """The tokens of a text to go on from; none where no space is added to the beginning of texts."""
         one = self.encode_raw(["a"], special=False)[0]
         return [] if self._decode(one * 2, 0) == "aa" else self.encode_raw([_ANCHOR], special=False)[0]
+
+    def _spoken(self, ids: Sequence[int]) -> list[int]:
+        """Return the tokens that have a text."""
+        return [int(token) for token in ids if int(token) not in self._silent]
 
     def _unfinished(self, ids: Sequence[int]) -> int:
         """Return how many bytes at the end only begin a character, which further ones may finish."""
