@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,9 +24,9 @@ _BATCH = 64  # documents handed to a worker at a time
 _Task = tuple[Path, str, SpecialTokens, list[str | tuple[Turn, ...]]]
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the tokens of each document, the end token included, as `[n]` uint32."""
-    return [np.array([*ids, tokenizer.eos_id], dtype=np.uint32) for ids in tokenizer.encode_batch(texts)]
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Return the tokens of one document, the end token included, as `[n]` uint32."""
+    return np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.uint32)
 
 
 def encode_turns(tokenizer: Tokenizer, turns: Iterable[Turn]) -> np.ndarray:
@@ -65,8 +65,7 @@ def encode_documents(
 def _encode_batch(task: _Task) -> list[np.ndarray]:
     path, sha256, special, contents = task
     tokenizer = _load(path, sha256, special)
-    texts = iter(encode_texts(tokenizer, [content for content in contents if isinstance(content, str)]))
-    return [next(texts) if isinstance(content, str) else encode_turns(tokenizer, content) for content in contents]
+    return [encode_text(tokenizer, c) if isinstance(c, str) else encode_turns(tokenizer, c) for c in contents]
 
 
 @lru_cache(maxsize=1)

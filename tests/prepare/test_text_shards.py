@@ -22,7 +22,7 @@ from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.build_state import Report
 from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
 from ebwm_dist.prepare.documents import Fields, is_held_out
-from ebwm_dist.prepare.encoding import encode_texts
+from ebwm_dist.prepare.encoding import encode_text
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.workers.executors import LOCAL, Work
 from tests.tiny_data import HELD_OUT, byte_level_tokenizer, lossy_tokenizer, make_tiny_data, tiny_documents
@@ -128,7 +128,7 @@ def test_an_interrupted_run_is_continued(
         with pytest.raises(KeyboardInterrupt):
             build_text_shards([source], tokenizer, tmp_path / "out", layout)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    monkeypatch.setattr(encoding, "encode_texts", lambda t, texts: encoded.extend(texts) or encode_texts(t, texts))
+    monkeypatch.setattr(encoding, "encode_text", lambda t, text: encoded.append(text) or encode_text(t, text))
     build_text_shards([source], tokenizer, tmp_path / "out", layout)
     contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tiny.folder, tmp_path / "out")]
     assert contents[0] == contents[1]

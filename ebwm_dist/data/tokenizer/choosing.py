@@ -89,7 +89,7 @@ def _not_for_padding(tokenizer: Tokenizer, token: int, eos: int) -> str | None:
         return "stands for unknown text"
     piece = tokenizer.piece(token)
     assert piece is not None
-    return "occurs in texts" if token in tokenizer.encode_raw([piece], special=False)[0] else None
+    return "occurs in texts" if token in tokenizer.encode_raw(piece, special=False) else None
 
 
 def _special_tokens(tokenizer: Tokenizer) -> str:

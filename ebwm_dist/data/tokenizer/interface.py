@@ -133,24 +133,19 @@ class Tokenizer(ABC):
             anchored = self.encode(_ANCHOR + text)
             if anchored[: len(self._anchor)] == self._anchor:
                 return anchored[len(self._anchor) :]
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text, as `encode` does."""
-        for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"a text is not valid Unicode at character {error.start} ({text[error.start]!a}): give it in UTF-8"
-                ) from None
-        found = self.encode_raw(texts, self.allow_special)
-        if any(self.pad_id in ids for ids in found):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"a text is not valid Unicode at character {error.start} ({text[error.start]!a}): give it in UTF-8"
+            ) from None
+        ids = self.encode_raw(text, self.allow_special)
+        if self.pad_id in ids:
             raise DataError(
                 f"{self.name} encodes a text with its pad token {self.pad_id}, which would not be predicted: name "
                 "another one with --pad-token"
             )
-        return found
+        return ids
 
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = (), complete: bool = False) -> str:
         """Return the text of `ids`; pad, begin and end tokens have none, nor have others that no text may hold.
@@ -172,8 +167,7 @@ class Tokenizer(ABC):
         """
         own = sorted(self.marked_ids | {self.eos_id, self.pad_id})[:_MOST_SPELLINGS]
         probes = PROBES | {_SPELLING: " ".join([PROBES[_SPELLING], *(self.piece(token) or "" for token in own)])}
-        encoded = self.encode_raw(list(probes.values()), special=False)
-        return [name for (name, text), ids in zip(probes.items(), encoded, strict=True) if self.decode(ids) != text]
+        return [name for name, text in probes.items() if self.decode(self.encode_raw(text, special=False)) != text]
 
     def pieces(self) -> list[str]:
         """Return what every id stands for, in the spelling of the file; an id that it does not know is empty."""
@@ -182,8 +176,8 @@ class Tokenizer(ABC):
     @cached_property
     def _anchor(self) -> list[int]:
         """The tokens of a text to go on from; none where no space is added to the beginning of texts."""
-        one = self.encode_raw(["a"], special=False)[0]
-        return [] if self._decode(one * 2, 0) == "aa" else self.encode_raw([_ANCHOR], special=False)[0]
+        one = self.encode_raw("a", special=False)
+        return [] if self._decode(one * 2, 0) == "aa" else self.encode_raw(_ANCHOR, special=False)
 
     def _spoken(self, ids: Sequence[int]) -> list[int]:
         """Return the tokens that have a text."""
@@ -230,8 +224,8 @@ class Tokenizer(ABC):
         """Return the spelling of an id in the file."""
 
     @abstractmethod
-    def encode_raw(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the tokens of texts in valid Unicode; `special` as `allow_special`, the pad token is always text."""
+    def encode_raw(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of a text in valid Unicode; `special` as `allow_special`, the pad token is always text."""
 
     @abstractmethod
     def _load(self, content: bytes) -> None:

@@ -89,25 +89,14 @@ class JsonTokenizer(Tokenizer):
         piece: str | None = self._tokenizer.id_to_token(token)
         return piece
 
-    def encode_raw(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the tokens of texts."""
-        self._tokenizer.encode_special_tokens = not special
+    def encode_raw(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of a text."""
         pad = self.piece(self.pad_id) if special else None
-        if pad is not None and any(pad in text for text in texts):
-            return [self._encode_around(text, pad) for text in texts]
-        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def _encode_around(self, text: str, pad: str) -> list[int]:
-        """Return the tokens of a text with special tokens, of which that of padding is text."""
-        first, *others = text.split(pad)
-        parts = [
-            (first, True),
-            *((part, special) for other in others for part, special in ((pad, False), (other, True))),
-        ]
         ids: list[int] = []
-        for part, special in parts:
-            self._tokenizer.encode_special_tokens = not special
-            ids += self._tokenizer.encode(part, add_special_tokens=False).ids
+        for part in [text] if pad is None else re.split(f"({re.escape(pad)})", text):
+            self._tokenizer.encode_special_tokens = not special or part == pad
+            # Without the places of tokens in the text, which `encode` finds too: half as fast again.
+            ids += self._tokenizer.encode_batch_fast([part], add_special_tokens=False)[0].ids
         return ids
 
     def _decode(self, ids: Sequence[int], unfinished: int) -> str:

@@ -69,16 +69,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the piece of an id."""
         return str(self._processor.id_to_piece(token)) if token < self.size else None
 
-    def encode_raw(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        """Return the tokens of texts."""
-        if not special:
-            return [self._processor.encode(text) for text in texts]  # a list at once would start threads each time
-        return [self._encode_special(text) for text in texts]
-
-    def _encode_special(self, text: str) -> list[int]:
+    def encode_raw(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of a text."""
         ids: list[int] = []
-        for part in self._spellings.split(text):
-            ids += [self._spelled[part]] if part in self._spelled else self._processor.encode(part)
+        for part in self._spellings.split(text) if special else [text]:
+            ids += [self._spelled[part]] if special and part in self._spelled else self._processor.encode(part)
         return ids
 
     def _decode(self, ids: Sequence[int], unfinished: int) -> str:
