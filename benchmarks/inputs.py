@@ -31,12 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def documents(megabytes: float) -> Iterator[dict[str, str]]:
-    """Make up documents of 5 kB: five paragraphs out of 20,000, of words as frequent as those of a language."""
+    """Make up documents of 5 kB: five paragraphs out of 20 per MB, of words as frequent as those of a language."""
     generator = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(generator.choices(letters, k=generator.randint(1, 11))) for _ in range(20_000)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
-    paragraphs = [" ".join(generator.choices(words, weights, k=150)) for _ in range(20_000)]
+    paragraphs = [" ".join(generator.choices(words, weights, k=150)) for _ in range(100 + int(20 * megabytes))]
     left, number = megabytes * 1e6, 0
     while left > 0:
         text = "\n\n".join(generator.choices(paragraphs, k=5))

@@ -12,9 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote, unquote
 
-from ebwm_dist.data.transport import SCHEMES, TransportError, base_name, explained, open_http, open_hub, shown
+from ebwm_dist.data.transport import (
+    SCHEMES,
+    TransportError,
+    base_name,
+    credentials_of,
+    explained,
+    open_http,
+    open_hub,
+    open_objects,
+    shown,
+)
 from ebwm_dist.errors import FetchError, UserError
-from ebwm_dist.storage import check_address, open_storage
+from ebwm_dist.storage import check_address
 
 _WILDCARD = re.compile(r"(\*+|\[[^]/]+\])")
 
@@ -59,7 +69,9 @@ def list_files(address: str, key: str) -> tuple[list[StoredFile], bool]:
             files, pattern = list_folder(folder, key)[0], _pattern(parts[fixed:])
             return [file for file in files if pattern.fullmatch(f"{file.name}/")], True
     except TransportError as error:
-        raise FetchError(f"{shown(address)} cannot be reached: {error}; check the address and the network") from None
+        where = credentials_of(address)
+        checked = f"the address, the network and your credentials{where}" if where else "the address and the network"
+        raise FetchError(f"{shown(address)} cannot be reached: {error}; check {checked}") from None
 
 
 def is_unchanged(file: StoredFile, key: str) -> bool:
@@ -114,7 +126,7 @@ def _of_server(address: str, key: str, many: bool) -> list[StoredFile]:
 def _of_storage(address: str, key: str) -> tuple[list[StoredFile], bool]:
     from pyarrow.fs import FileInfo, FileSelector, FileType
 
-    storage, path = open_storage(address, key)
+    storage, path = open_objects(address, key)
     path = path.rstrip("/")
     about = storage.get_file_info(path)
     if about.type == FileType.NotFound:

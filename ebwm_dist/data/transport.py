@@ -25,12 +25,17 @@ from ebwm_dist.storage import check_address, open_storage, quoted, without_optio
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
+    from pyarrow.fs import FileSystem
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 _BLOCK = 1 << 23
-_OPTIONS = re.compile(r"(?<=\w)\?[^\s'\"]+")  # of an address, however an exception quotes it
+_OPTIONS = re.compile(
+    r"(?<=\w)\?[^\s'\"]+| error_info=\{.*"
+)  # of an address, however quoted; details of Google's errors
 _HTTP_TIMEOUT = 60.0
 """Seconds without a byte after which an HTTP request has failed."""
+_GCS_RETRIES = 20
+"""Seconds for which the library of Google Cloud Storage tries again by itself, unless the address says otherwise."""
 _TEMPORARY = (408, 425, 429)
 """HTTP statuses below 500 with which a server asks for another try."""
 _REFUSED = re.compile("ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|ACCESS_KEY_ID|SIGNATURE|EXPIRED_TOKEN")
@@ -94,10 +99,14 @@ def base_name(url: str) -> str:
     return os.path.basename(shown(url)).strip("'")
 
 
-def _refusal(url: str, reason: str) -> FetchError:
+def credentials_of(url: str) -> str:
+    """Return where the credentials of an address come from, in brackets, if it needs any."""
     where = _CREDENTIALS.get(url.partition(":")[0])
-    credentials = f" ({where})" if where else ""
-    return FetchError(f"{shown(url)}: {reason}; check the address and your permissions{credentials}")
+    return f" ({where})" if where else ""
+
+
+def _refusal(url: str, reason: str) -> FetchError:
+    return FetchError(f"{shown(url)}: {reason}; check the address and your permissions{credentials_of(url)}")
 
 
 def _raise_status(url: str, code: int, reason: str) -> NoReturn:
@@ -158,8 +167,17 @@ def _read_hub(url: str, key: str) -> Iterator[bytes]:
         yield from iter(partial(stream.read, _BLOCK), b"")
 
 
+def open_objects(url: str, key: str) -> tuple[FileSystem, str]:
+    """Return the object storage of an address, which reports soon that it cannot be reached, and the path in it."""
+    if url.startswith("gs:") and "retry_limit_seconds" not in url:
+        url += (
+            f"{'&' if '?' in url else '?'}retry_limit_seconds={_GCS_RETRIES}"  # its library's own limit is 15 minutes
+        )
+    return open_storage(url, key)
+
+
 def _read_object(url: str, key: str) -> Iterator[bytes]:
-    storage, path = open_storage(url, key)
+    storage, path = open_objects(url, key)
     with storage.open_input_stream(path, compression=None) as stream:
         yield from iter(partial(stream.read, _BLOCK), b"")
 

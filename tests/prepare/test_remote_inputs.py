@@ -229,8 +229,9 @@ def test_storage_that_cannot_be_reached_is_one_line_at_once(monkeypatch: pytest.
         f"http://{host}/a.jsonl?signature=secret",
         f"hf://{REPOSITORY}",
         f"s3://bucket/a.jsonl?endpoint_override={host}&scheme=http&region=us-east-1",
+        f"gs://anonymous@bucket/a.jsonl?scheme=http&endpoint_override={host}&retry_limit_seconds=1",
     ):
-        with pytest.raises(FetchError, match=r"cannot be reached: .*; check the address and the network") as raised:
+        with pytest.raises(FetchError, match=r"cannot be reached: .*; check the address(,| and) the network") as raised:
             find_documents([address])
         assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
 
