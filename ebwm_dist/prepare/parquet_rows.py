@@ -29,7 +29,7 @@ def read_rows(stream: BinaryIO, fields: Fields) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(stream, buffer_size=1 << 20, page_checksum_verification=True)
+        file = ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         columns = _columns(file.schema_arrow, fields)
     except (pyarrow.ArrowException, OSError) as error:
         yield 1, ValueError(f"not a Parquet file, or its footer is damaged ({_reason(error)})")
