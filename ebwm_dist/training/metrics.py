@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import UserError, as_line
 from ebwm_dist.files import METRICS_FILE, Record, append_lines, parse, to_line, write_atomically
 
 
@@ -43,9 +43,8 @@ class MetricsLog:
         try:
             self._file.write(to_line(record))
         except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror}): make room there, then start the same command again"
-            ) from None
+            error.filename = str(self.path)
+            raise UserError(as_line(error)) from None
 
     def has(self, kind: str, step: int) -> bool:
         """Return whether there is a record of `kind` for `step`."""

@@ -59,7 +59,7 @@ def test_no_record_is_lost_when_training_starts_again(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     log, console = MetricsLog(tmp_path, 0), Console(tmp_path / "log", enabled=False)
     log._file = console._log = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\): make room"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: No space left on device; make room there, then"):
         log.write({"kind": "train", "step": 1})
     console.line("still said")
     console.close()
