@@ -110,15 +110,15 @@ class Profile:
             while True:
                 running = bool(wait(writes, 0.2).not_done)
                 now = gather((running, self._written))
-                if now != before:
-                    self._progress()
                 if not any(running for running, _ in now):
                     break
+                if now != before:
+                    self._progress()
                 before = now
             for write in writes:
                 try:
                     self.log(write.result())
-                except (OSError, RuntimeError) as error:  # of a full disk: the training goes on
+                except (OSError, RuntimeError, ValueError) as error:  # of a full disk, say: the training goes on
                     self.log(f"the profile could not be written: {error}")
 
     def _write(self, profiler: profile) -> str:

@@ -146,7 +146,13 @@ def test_writing_a_trace_is_progress_as_long_as_it_goes_on(tmp_path: Path, monke
     assert 3 <= beats_of(World(0, 0, 1, torch.device("cpu"), "here"), tmp_path) <= 6
     of_rank_0 = iter([(True, 0), (True, 1), (True, 1), (True, 1), (True, 2), (False, 2)])
     monkeypatch.setattr(World, "gather_objects", lambda self, mine: [next(of_rank_0), mine])
-    assert beats_of(World(1, 1, 2, torch.device("cpu"), "here"), tmp_path) == 4
+    assert beats_of(World(1, 1, 2, torch.device("cpu"), "here"), tmp_path) == 3
+
+
+def test_a_profile_of_nothing_leaves_the_phase_of_an_error(tmp_path: Path) -> None:
+    """Which the other ranks read in the last report of this one."""
+    config = Config(str(tmp_path), profile=ProfileConfig(steps=1, start=3))
+    Profile(config, World(0, 0, 1, torch.device("cpu"), "here"), 1, [], pytest.fail, pytest.fail).close()
 
 
 def assert_traced(run_dir: Path, steps: str, names: set[str], log: str) -> None:
