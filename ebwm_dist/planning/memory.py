@@ -76,7 +76,8 @@ def state_of(parameters: Parameters, config: Config, world_size: int) -> State:
     if stage == 0:
         return State(weight * number, 4.0 * number, (8.0 if fp32 else 12.0) * number, 0.0, 0.0)
     own, offload = number / world_size, config.zero.offload_optimizer
-    weights, optimizer, bucket, host = weight * number, 12.0 * own, weight * bucket_size(config), 0.0
+    weights, optimizer, host = weight * number, 12.0 * own, 0.0
+    bucket = weight * min(number, bucket_size(config))
     if stage == 1:
         gradients = (8.0 if fp32 else 4.0) * number
         bucket = bucket if fp32 else 0.0

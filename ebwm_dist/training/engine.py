@@ -73,6 +73,9 @@ def create_engine(
             model = build().to(world.device, dtype if optimizer_checks(config) else None)
     if load is not None:
         load(model)
+    if config.zero.stage > 0:  # a bucket is a buffer, which need not be larger than the model
+        zero, size = settings["zero_optimization"], sum(map(_numbers, model.parameters()))
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], size)
     with _quiet():
         optimizer = build_optimizer(model, config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -95,7 +98,7 @@ class TrainingEngine:
     @property
     def num_parameters(self) -> int:
         """Number of parameters of the whole model."""
-        return sum(vars(p).get("ds_numel", p.numel()) for p in self.module.parameters())
+        return sum(map(_numbers, self.module.parameters()))
 
     def __call__(self, method: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a method of the model."""
@@ -183,6 +186,11 @@ class TrainingEngine:
     def load_resharded(self, saved: ZeroState, progress: Callable[[], None] = lambda: None) -> None:
         """Read back what any number of ranks wrote at any stage, calling `progress` on the way."""
         reshard(self.deepspeed, saved, progress)
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """Return the elements of a whole parameter, of which stage 3 may hold none here."""
+    return int(vars(parameter).get("ds_numel", parameter.numel()))
 
 
 def _clear_gradients(optimizer: Any) -> None:
