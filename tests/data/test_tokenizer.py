@@ -224,8 +224,9 @@ def test_sentencepiece_folders_and_models_without_padding(tiny: Manifest, tmp_pa
         (
             {"vocab.json": "{}", "merges.txt": ""},
             {},
-            r"only in parts \(vocab.json, merges.txt\): convert it with python",
+            r"only in parts \(vocab.json, merges.txt\): convert it with python .*GPT2Tokenizer.from_pretrained",
         ),
+        ({"vocab.txt": "", "config.json": "{}"}, {}, r"only in parts \(vocab.txt\): .*AutoTokenizer.from_pretrained"),
         ({"tokenizer.json": "{}"}, {}, r"tokenizer.json is not a file of the tokenizers library \("),
         ({"tokenizer.json": "not JSON"}, {}, r"tokenizer.json is not a sentencepiece model"),
         (

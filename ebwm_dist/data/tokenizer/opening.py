@@ -91,9 +91,11 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     parts = [name for name in ("vocab.json", "merges.txt", "vocab.txt") if (folder / name).is_file()]
     if parts:
+        described = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+        kind = "AutoTokenizer" if described else "GPT2Tokenizer" if "merges.txt" in parts else "BertTokenizer"
         raise DataError(
             f"tokenizer {printable(folder)} is only in parts ({', '.join(parts)}): convert it with python -c "
-            f'"from transformers import AutoTokenizer as A; A.from_pretrained({printable(folder)!r}).save_pretrained('
+            f'"import transformers as t; t.{kind}.from_pretrained({printable(folder)!r}).save_pretrained('
             "'converted')\", then give the folder converted"
         )
     raise DataError(f"folder {printable(folder)} has neither {JSON_FILE} nor {MODEL_FILE}: name a tokenizer")
