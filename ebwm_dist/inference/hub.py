@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import UserError
@@ -21,6 +24,7 @@ from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.run import EXPORT_FILE, Run
 
 CODE_FILE = "modeling_ebwm.py"
+_PRECISIONS = {"F32": "float32", "BF16": "bfloat16"}
 _CODE = '''"""The model and its tokenizer; they are part of the package ebwm_dist, which has to be installed."""
 
 from ebwm_dist.inference.transformers_model import EbwmConfig, EbwmForCausalLM, EbwmTokenizer  # noqa: F401
@@ -57,11 +61,19 @@ def export_to_hub(run: Run, out: Path, thinking: Thinking, license_: str | None)
                 folder / "tokenizer_config.json", _tokenizer_configuration(tokenizer, config.data.sequence_length)
             )
         parameters = json.loads((folder / EXPORT_FILE).read_text("utf-8"))["parameters"]
+        precisions = sorted({_PRECISIONS.get(name, name) for name in _stored_precisions(folder)})
         own_code = tokenizer is not None and not tokenizer.is_plain
-        card = model_card(run, out.resolve().name, parameters, license_, own_code)
+        card = model_card(run, out.resolve().name, parameters, precisions, license_, own_code)
         (folder / "README.md").write_text(card, "utf-8")
 
     return export_run(run, out, add=add)
+
+
+def _stored_precisions(folder: Path) -> Iterator[str]:
+    """Yield the precision of every weight, as safetensors names it."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            yield from (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
 
 
 def _configuration(run: Run) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from ebwm_dist import __version__
 from ebwm_dist.run import Run
 
 
-def model_card(run: Run, name: str, parameters: int, license_: str | None, tokenizer_needs_code: bool) -> str:
+def model_card(
+    run: Run, name: str, parameters: int, precisions: list[str], license_: str | None, tokenizer_needs_code: bool
+) -> str:
     """Return README.md of a hub's folder: its fields for the hub, then text."""
     energy = run.config.model.kind == "ebt"
     fields = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -34,7 +36,7 @@ def model_card(run: Run, name: str, parameters: int, license_: str | None, token
     if (found := _evaluation(run)) is not None:
         parts += ["## Evaluation", "Held-out text of the training data, by `launchers/evaluate.py`.", _table(found)]
     parts.append(
-        "The weights are in float32. Licence: "
+        f"The weights are stored in {' and '.join(precisions)} and loaded in float32. Licence: "
         + (f"{license_}." if license_ is not None else "not stated by whoever exported the model.")
     )
     if run.tokenizer is None:

@@ -19,6 +19,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
+from ebwm_dist.run import Run
 from launchers.export import main
 from tests.made_runs import finished_run
 from tests.runs import write_config
@@ -207,6 +208,18 @@ def test_a_loaded_model_can_be_saved(exports: Path, tmp_path: Path, offline: Non
     assert ids == own.tokenizer.encode(" é")
 
 
+def test_weights_of_half_precision_are_loaded_as_here(
+    runs: Path, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Run.weights
+    monkeypatch.setattr(Run, "weights", lambda self: {name: x.bfloat16() for name, x in weights(self).items()})
+    export("--run", runs / "twin", "--out", tmp_path / "out", "--hub-format")
+    assert "stored in bfloat16 and loaded in float32" in (tmp_path / "out" / "README.md").read_text()
+    model, _, own = load(tmp_path / "out")
+    assert model.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own.model.parameters(), strict=True))
+
+
 def test_a_tokenizer_that_adds_tokens_is_loaded_as_ours(runs: Path, tmp_path: Path, offline: None) -> None:
     """A model that was trained without a begin token gets none from transformers either."""
     run = Path(shutil.copytree(runs / "twin", tmp_path / "run"))
@@ -241,6 +254,7 @@ def test_the_card_says_what_the_model_is(exports: Path) -> None:
         "| data | text |",
         "| validation loss | 2.5000 |",
         "| loss after 2 steps (perplexity) | 3.2500 (25.79) |",
+        "The weights are stored in float32 and loaded in float32. Licence: apache-2.0.",
     ):
         assert f"{line}\n" in card
     parameters = json.loads((exports / "energy" / "export.json").read_text())["parameters"]
