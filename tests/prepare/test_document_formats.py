@@ -141,8 +141,11 @@ def test_a_damaged_row_group_is_left_out_and_the_following_ones_are_read(tmp_pat
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     content = bytearray(path.read_bytes())
     place = column.data_page_offset + column.total_compressed_size * 2 // 3
-    for byte in range(place, place + 20):
-        content[byte] ^= 0xFF
+    if codec == "none":  # what only the checksum of the page can tell
+        place = content.index(b"text 400 ")
+        content[place : place + 9] = b"text 499 "
+    else:
+        content[place : place + 20] = bytes(byte ^ 0xFF for byte in content[place : place + 20])
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"in.parquet, row (\d+): damaged row group 1: rows \1 to 500 cannot be read"):
         read(path)
