@@ -62,6 +62,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.holdout_fraction = 0.0 if options.holdout else 0.05
     if not 0.0 <= options.holdout_fraction < 1.0:
         parser.error("--holdout-fraction must be at least 0 and below 1")
+    if not options.holdout and not options.holdout_fraction:
+        parser.error("--holdout-fraction 0 holds nothing out for validation; give more, or name groups with --holdout")
     for name in ("sequence_length", "samples_per_member", "members_per_shard"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

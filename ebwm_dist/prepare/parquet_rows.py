@@ -83,9 +83,11 @@ def _columns(schema: pyarrow.Schema, fields: Fields) -> list[str]:
     ignored = {fields.prompt, fields.completion, fields.difficulty} if fields.text in needed else set()
     needed += [name for name in chosen if name not in ignored]
     if missing := [name for name in dict.fromkeys(needed) if types[name] is None]:
+        keys = [key for key, name in vars(fields).items() if name in missing]
+        keys = [*dict.fromkeys([*keys, "prompt", "completion"])] if "text" in keys else keys
         raise ValueError(
             f"no column {shortened(map(repr, missing))}; its columns are {shortened(_names(schema))}: choose with "
-            "--text-column, --prompt-column and --completion-column"
+            f"{', '.join(f'--{key}-column' for key in keys)}"
         )
     if fields.text in needed and not _is_text(types[fields.text]):
         raise ValueError(f"column {fields.text!r} holds {types[fields.text]}, not text: choose with --text-column")

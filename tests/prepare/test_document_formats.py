@@ -244,10 +244,13 @@ def test_every_value_is_found_by_its_path_unless_a_literal_name_wins(content: An
     ("names", "message"),
     [
         ({"text": "body"}, r"no column 'body'; its columns are id, content, meta.site, n: choose with --text-column"),
-        ({}, r"no column 'text'; its columns are id, content"),
-        ({"text": "content", "group": "site"}, r"no column 'site'; its columns"),
+        ({}, r"no column 'text'; .* with --text-column, --prompt-column, --completion-column; correct it"),
+        (
+            {"text": "content", "group": "site"},
+            r"no column 'site'; its columns .*: choose with --group-column; correct it",
+        ),
         ({"text": "n"}, r"column 'n' holds int64, not text"),
-        ({"prompt": "content"}, r"no column 'completion'; its columns"),
+        ({"prompt": "content"}, r"no column 'completion'; its columns .*: choose with --completion-column; correct it"),
         ({"text": "meta"}, r"column 'meta' holds struct<site: string>, not text"),
     ],
 )
@@ -297,6 +300,14 @@ def test_the_tools_take_columns(tiny: Manifest, tmp_path: Path, capsys: pytest.C
     tokenize_text.main([*names, *made, "--samples-per-member", "8", "--members-per-shard", "4", "--holdout", HELD_OUT])
     found = Manifest.load(tmp_path / "out")
     assert [s.sha256 for s in found.train.shards] == [s.sha256 for s in tiny.train.shards]
+
+
+def test_a_split_that_holds_nothing_out_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        tokenize_text.main(["--input", "in.jsonl", "--tokenizer", "none", "--holdout-fraction", "0"])
+    assert "--holdout-fraction 0 holds nothing out for validation" in capsys.readouterr().err
 
 
 def test_an_input_that_changes_under_a_build_is_noticed(
