@@ -62,8 +62,7 @@ def export_to_hub(run: Run, out: Path, thinking: Thinking, license_: str | None)
             )
         parameters = json.loads((folder / EXPORT_FILE).read_text("utf-8"))["parameters"]
         precisions = sorted({_PRECISIONS.get(name, name) for name in _stored_precisions(folder)})
-        own_code = tokenizer is not None and not tokenizer.is_plain
-        card = model_card(run, out.resolve().name, parameters, precisions, license_, own_code)
+        card = model_card(run, out.resolve().name, parameters, precisions, license_)
         (folder / "README.md").write_text(card, "utf-8")
 
     return export_run(run, out, add=add)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist import __version__
+from ebwm_dist.config.schema import Config
 from ebwm_dist.run import Run
 
 
-def model_card(
-    run: Run, name: str, parameters: int, precisions: list[str], license_: str | None, tokenizer_needs_code: bool
-) -> str:
+def model_card(run: Run, name: str, parameters: int, precisions: list[str], license_: str | None) -> str:
     """Return README.md of a hub's folder: its fields for the hub, then text."""
     energy = run.config.model.kind == "ebt"
     fields = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -29,12 +28,12 @@ def model_card(
             if energy
             else ""
         ),
-        _usage(name, energy, tokenizer_needs_code),
+        _usage(name, run.config),
         "## Size and training",
         _table({"parameters": f"{parameters:,}", **_training(run)}),
     ]
     if (found := _evaluation(run)) is not None:
-        parts += ["## Evaluation", "Held-out text of the training data, by `launchers/evaluate.py`.", _table(found)]
+        parts += ["## Evaluation", "Held-out text, by `launchers/evaluate.py`.", _table(found)]
     parts.append(
         f"The weights are stored in {' and '.join(precisions)} and loaded in float32. Licence: "
         + (f"{license_}." if license_ is not None else "not stated by whoever exported the model.")
@@ -44,9 +43,12 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(name: str, energy: bool, tokenizer_needs_code: bool) -> str:
-    code = ", trust_remote_code=True" if tokenizer_needs_code else ""
-    thinking = ', thinking={"steps": 8, "candidates": 4, "energy_tolerance": 1e-3}' if energy else ""
+def _usage(name: str, config: Config) -> str:
+    energy = config.model.kind == "ebt"
+    # Without noise candidates would all be the same, and are refused.
+    noise = config.mcmc.initial_state == "random_noise" or config.mcmc.langevin_noise > 0
+    candidates = '"candidates": 4, ' if noise else ""
+    thinking = f', thinking={{"steps": 8, {candidates}"energy_tolerance": 1e-3}}' if energy else ""
     lines = [
         "## Use",
         "",
@@ -55,7 +57,8 @@ def _usage(name: str, energy: bool, tokenizer_needs_code: bool) -> str:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{code})',
+        # Also where the tokenizer's class is one of transformers, which asks before it reads the model's configuration.
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         'inputs = tokenizer("In the beginning", return_tensors="pt")',
         f"tokens = model.generate(**inputs, max_new_tokens=40{thinking})",
@@ -98,7 +101,7 @@ def _evaluation(run: Run) -> dict[str, str] | None:
     try:
         found: dict[str, Any] = json.loads((run.folder / "evaluation" / "evaluation.json").read_text("utf-8"))["model"]
         steps = found["by_steps"]
-        if found["step"] != run.step:
+        if found["model"]["step"] != run.step:
             return None
         return {
             f"loss after {number} step{'s' if number > 1 else ''} (perplexity)": f"{loss:.4f} ({perplexity:.2f})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,8 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import ebwm_dist
+from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import open_tokenizer
+from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
+from ebwm_dist.evaluation.evaluate import measure_runs
+from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.thinking import Thinking
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
@@ -53,9 +56,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifests["text"] = build_text_shards([folder / "pieces.jsonl"], tokenizer, folder / "text", layout).manifest
     for name, (kind, data) in RUNS.items():
         finished_run(write_config(folder), manifests[data], folder / name, [*MODEL, f"model.kind={kind}"])
-    by_steps = {"steps": [1, 2], "loss": [3.5, 3.25], "perplexity": [math.exp(3.5), math.exp(3.25)]}
+    options = Options((1, 2), (1,), max_sequences=4, only_errors=True)
+    evaluation = measure_runs([Run(folder / "energy")], None, options, join())
     (folder / "energy" / "evaluation").mkdir()
-    evaluation = {"model": {"step": 10, "by_steps": by_steps}}
     (folder / "energy" / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
     return folder
 
@@ -242,7 +245,8 @@ def test_a_tokenizer_that_adds_tokens_is_loaded_as_ours(runs: Path, tmp_path: Pa
     assert ", trust_remote_code=True)\nmodel" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_card_says_what_the_model_is(exports: Path) -> None:
+def test_the_card_says_what_the_model_is(runs: Path, exports: Path) -> None:
+    steps = json.loads((runs / "energy" / "evaluation" / "evaluation.json").read_text())["model"]["by_steps"]
     card = (exports / "energy" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: text-generation\n")
     for line in (
@@ -253,13 +257,15 @@ def test_the_card_says_what_the_model_is(exports: Path) -> None:
         "| tokens | 1,920 |",
         "| data | text |",
         "| validation loss | 2.5000 |",
-        "| loss after 2 steps (perplexity) | 3.2500 (25.79) |",
+        f"| loss after 2 steps (perplexity) | {steps['loss'][1]:.4f} ({steps['perplexity'][1]:.2f}) |",
         "The weights are stored in float32 and loaded in float32. Licence: apache-2.0.",
     ):
         assert f"{line}\n" in card
     parameters = json.loads((exports / "energy" / "export.json").read_text())["parameters"]
     assert f"| parameters | {parameters:,} |" in card
     twin = (exports / "twin" / "README.md").read_text()
+    assert 'thinking={"steps": 8, "candidates": 4, "energy_tolerance": 1e-3}' in card
+    assert card.count(", trust_remote_code=True)\n") == twin.count(", trust_remote_code=True)\n") == 2  # else it asks
     assert "license" not in twin.split("---")[1] and "Evaluation" not in twin and "thinking" not in twin
     generation = json.loads((exports / "energy" / "generation_config.json").read_text())
     assert generation["suppress_tokens"] == [319] and not generation["use_cache"]  # the pad token, which was added
@@ -268,6 +274,12 @@ def test_the_card_says_what_the_model_is(exports: Path) -> None:
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
     (exports / "energy" / "README.md").write_text(card + "\nEdited.\n")  # as people do on a hub
     ebwm_dist.load(exports / "energy")
+
+
+def test_the_card_of_a_model_without_noise_asks_for_one_candidate(runs: Path, tmp_path: Path) -> None:
+    finished_run(write_config(tmp_path), Manifest.load(runs / "text"), tmp_path / "run", ["mcmc.initial_state=zeros"])
+    export("--run", tmp_path / "run", "--out", tmp_path / "out", "--hub-format")
+    assert 'thinking={"steps": 8, "energy_tolerance": 1e-3}' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
