@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--gpus is needed, or --sweep")
     if options.efficiency is not None and not 0 < options.efficiency <= 1:
         parser.error("--efficiency must be above 0 and at most 1")
-    if options.tokens is not None and not options.tokens > 0:
-        parser.error("--tokens must be above 0")
+    if options.tokens is not None and not 0 < options.tokens < math.inf:
+        parser.error("--tokens must be above 0 and finite")
     return options
 
 

@@ -71,6 +71,9 @@ def assumptions(planner: Planner, cluster: Cluster, calibrated: str | None) -> I
         f"{100 * FRAGMENTATION:.0f} % of the memory is lost to fragmentation, {CUDA_CONTEXT / GIB:.1f} GiB are "
         "CUDA's and NCCL's own"
     )
+    zero = planner.config.zero
+    if zero.offload_optimizer or zero.offload_parameters:
+        yield "copies to and from the host, and the optimizer's work there, are left out: it takes longer"
     yield (f"every node writes {WRITE_BANDWIDTH / 1e9:.0f} GB/s of a checkpoint; saves and validation are left out")
 
 

@@ -119,3 +119,16 @@ def test_wrong_tables_are_one_line(row: str, tmp_path: Path) -> None:
     table.write_bytes(row.encode("latin-1"))
     with pytest.raises(Exception, match=r"machines\.yaml"):
         main([*QUICKSTART, "--gpus", "1", "--gpu", "small", "--machines", str(table)])
+
+
+@pytest.mark.parametrize("tokens", ["0", "nan", "inf"])
+def test_tokens_are_a_number(capsys: pytest.CaptureFixture[str], tokens: str) -> None:
+    with pytest.raises(SystemExit):
+        main([*QUICKSTART, "--gpus", "8", "--gpu", "h100", "--tokens", tokens])
+    assert "--tokens must be above 0 and finite" in capsys.readouterr().err
+
+
+def test_what_offloading_costs_is_said_to_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for offload in ("true", "false"):
+        main([*QUICKSTART, "--gpus", "8", "--gpu", "h100", f"zero.offload_optimizer={offload}"])
+        assert ("copies to and from the host" in capsys.readouterr().out) == (offload == "true")
