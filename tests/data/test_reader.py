@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
+from ebwm_dist.data.format import reader as reader_module
 from ebwm_dist.data.format.index import finished_shard
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
@@ -52,6 +56,19 @@ def test_samples_come_back_in_any_order_with_their_keys(made: tuple[str, Manifes
     record = (lambda n: f"{n // PER_RECORD:08d}#{n % PER_RECORD}") if kind == "latents" else (lambda n: f"{n:08d}")
     assert keys == [f"{split}-{s:06d}/{record(n)}" for s, n in zip(shards[order], order, strict=True)]
     assert np.array_equal(np.concatenate(list(reader.blocks()))[order], samples)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked by Linux's call")
+def test_token_shards_are_read_ahead_whole(tiny: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: asked.append((at, size)))
+    monkeypatch.setattr(reader_module, "_READ_AHEAD", 1000)
+    ShardReader(tiny).shard(1)
+    assert asked[0][0] == 0 and sum(asked[-1]) >= tiny.train.shards[1].bytes
+    assert all(sum(first) == second[0] for first, second in pairwise(asked))
+    asked.clear()
+    ShardReader(make_tiny("latents", tmp_path / "latents")).shard(0)  # its samples are larger than pages
+    assert not asked
 
 
 def test_plain_webdataset_reads_the_same(made: tuple[str, Manifest]) -> None:

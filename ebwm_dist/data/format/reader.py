@@ -1,8 +1,9 @@
 """Read samples from tar shards by position, and verify them.
 
-A sample costs one `pread` of its own bytes, so reading in any order is as fast as reading in sequence. On every read
-its bytes are checked against their CRC-32, then its values against their valid range, and tar names, npy headers,
-shapes and dtypes against index and manifest. Nothing is ever unpickled.
+A sample costs one `pread` of its own bytes and no memory beyond them, however the order scatters samples over a window
+of shards and however many ranks and workers share them. Its bytes are checked against their CRC-32 on every read, so
+that damage that happens during a run is noticed too; its values against their valid range, for all samples of a batch
+at once; tar names, npy headers, shapes and dtypes against index and manifest. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,154 +11,191 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from itertools import accumulate
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from ebwm_dist.data.format.index import TAR_BLOCK, IndexEntry, Member, read_index
+from ebwm_dist.data.format.index import TAR_BLOCK, Member, read_index
 from ebwm_dist.data.format.manifest import Manifest, Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.errors import DataError
 
-_NPY_HEADER = 256  # bytes read for an npy header, which takes 128
+_NPY_HEADER = 128  # bytes of the header of arrays of a few dimensions
+_READ_AHEAD = 2**17  # bytes of a request; the kernel cuts longer ones off
+_Part = TypeVar("_Part")
 
 
-class OpenShard:
-    """An open shard with its index."""
+class OpenShard(Generic[_Part]):
+    """An open shard with its index; a part is one sample as it was read, before those of a batch are put together."""
 
     def __init__(self, manifest: Manifest, shard: Shard) -> None:
         self.shard = shard
         self.manifest = manifest
         self.index = read_index(manifest, shard)
-        self._first = np.cumsum([0, *(record.samples for record in self.index.records)])
+        self._first = [0, *accumulate(record.samples for record in self.index.records)]
+        self._prefixes = [f"{shard.name}/{record.key}" for record in self.index.records]
         self._fd = manifest.open(shard)
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def sample(self, row: int) -> tuple[np.ndarray, str]:
-        """Return sample `row` of the shard and its key."""
-        if not 0 <= row < self.shard.samples:
-            raise IndexError(f"sample {row} of {self.shard.path}, which has {self.shard.samples}")
-        number = int(np.searchsorted(self._first, row, side="right")) - 1
-        row -= int(self._first[number])
-        return self._read(number, row, 1)[0], f"{self.shard.name}/{self._key(number, row)}"
-
-    def record(self, number: int) -> np.ndarray:
-        """Return all samples of a record, `[R, ...]`."""
-        return self._read(number, 0, self.index.records[number].samples)
-
-    def _read(self, number: int, first: int, count: int) -> np.ndarray:
-        """Return `count` samples of record `number` from its row `first` on, verified."""
+    def sample(self, row: int) -> tuple[_Part, str]:
+        """Return sample `row` of the shard, its bytes verified, and its key."""
         raise NotImplementedError
 
-    def _key(self, number: int, row: int) -> str:
-        return self.index.records[number].key
+    def together(self, parts: Sequence[_Part]) -> np.ndarray:
+        """Return samples `[n, ...]` of their parts, from any shards; raises ValueError where a value is invalid."""
+        raise NotImplementedError
 
-    def _bytes(self, record: IndexEntry, size: int, offset: int) -> bytes:
+    def record(self, number: int) -> np.ndarray:
+        """Return all samples of a record, `[R, ...]`, verified."""
+        raise NotImplementedError
+
+    def invalid(self, row: int, reason: str) -> DataError:
+        """Return the error that sample `row` is damaged."""
+        return self._damage(self._record_of(row), reason)
+
+    def _record_of(self, row: int) -> int:
+        """Return the number of the record that holds sample `row` of the shard."""
+        if not 0 <= row < self.shard.samples:
+            raise IndexError(f"sample {row} of {self.shard.path}, which has {self.shard.samples}")
+        return bisect_right(self._first, row) - 1
+
+    def _bytes(self, number: int, size: int, offset: int) -> bytes:
         try:
             raw = os.pread(self._fd, size, offset)
         except OSError as error:
-            raise self._damage(record, f"it cannot be read ({error.strerror})") from None
+            raise self._damage(number, f"it cannot be read ({error.strerror})") from None
         if len(raw) != size:
-            raise self._damage(record, f"the file ends {size - len(raw)} bytes too early")
+            raise self._damage(number, f"the file ends {size - len(raw)} bytes too early")
         return raw
 
-    def _check_name(self, record: IndexEntry, member: Member, header: bytes) -> None:
-        """Check the tar header in front of a member."""
+    def _check_name(self, number: int, member: Member, header: bytes) -> None:
+        """Check the tar header in front of a member of record `number`."""
         name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
-        if name != f"{record.key}.{member.extension}":
-            raise self._damage(record, f"at the place of its {member.extension} the shard has {name!r} instead")
+        if name != f"{self.index.records[number].key}.{member.extension}":
+            raise self._damage(number, f"at the place of its {member.extension} the shard has {name!r} instead")
 
-    def _check_sum(self, record: IndexEntry, row: int, checksum: int) -> None:
+    def _check_sum(self, number: int, row: int, checksum: int) -> None:
         if checksum != self.index.checksums[row]:
-            raise self._damage(record, "its bytes are not those that were written (CRC-32)")
+            raise self._damage(number, "its bytes are not those that were written (CRC-32)")
 
-    def _damage(self, record: IndexEntry, reason: str) -> DataError:
-        return self.manifest.error(f"{self.shard.path}, key {record.key}: {reason}")
+    def _damage(self, number: int, reason: str) -> DataError:
+        return self.manifest.error(f"{self.shard.path}, key {self.index.records[number].key}: {reason}")
 
 
-class BlockShard(OpenShard):
+class BlockShard(OpenShard[bytes]):
     """A shard of tokens or latents; the npy header of a record is read and checked once."""
 
     def __init__(self, manifest: Manifest, shard: Shard, sample_format: TokenFormat | LatentFormat) -> None:
         super().__init__(manifest, shard)
         self._format = sample_format
-        self._starts: dict[int, int] = {}  # file positions of the rows of records
+        self._dtype, self._shape = sample_format.array_dtype, sample_format.shape
+        self._row_bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._starts: list[int | None] = [None] * len(self.index.records)  # file positions of the rows of records
+        if isinstance(sample_format, TokenFormat):
+            self._read_ahead()
 
-    def _read(self, number: int, first: int, count: int) -> np.ndarray:
-        record = self.index.records[number]
-        row_bytes = math.prod(self._format.shape) * self._format.array_dtype.itemsize
-        start = self._starts.get(number)
+    def sample(self, row: int) -> tuple[bytes, str]:
+        number = self._record_of(row)
+        within = row - self._first[number]
+        start = self._starts[number]
         if start is None:
-            start = self._starts[number] = self._check_header(record)
-        raw = self._bytes(record, count * row_bytes, start + first * row_bytes)
-        for i in range(count):
-            checksum = zlib.crc32(memoryview(raw)[i * row_bytes : (i + 1) * row_bytes])
-            self._check_sum(record, int(self._first[number]) + first + i, checksum)
-        rows = np.frombuffer(raw, self._format.array_dtype).reshape(count, *self._format.shape)
+            start = self._starts[number] = self._check_header(number)
+        raw = self._bytes(number, self._row_bytes, start + within * self._row_bytes)
+        self._check_sum(number, row, zlib.crc32(raw))
+        return raw, f"{self._prefixes[number]}#{within}"
+
+    def together(self, parts: Sequence[bytes]) -> np.ndarray:
+        # A bytearray, as arrays over bytes are read-only.
+        rows = np.ndarray((len(parts), *self._shape), self._dtype, bytearray().join(parts))
+        return self._format.validate(rows)
+
+    def record(self, number: int) -> np.ndarray:
+        size = self.index.records[number].samples * self._row_bytes
+        raw = self._bytes(number, size, self._check_header(number))
+        parts = [raw[at : at + self._row_bytes] for at in range(0, len(raw), self._row_bytes)]
+        for row, part in enumerate(parts, self._first[number]):
+            self._check_sum(number, row, zlib.crc32(part))
         try:
-            return self._format.validate(rows)
-        except ValueError as error:  # of bytes that are as they were written
-            raise self._damage(record, str(error)) from None
+            return self.together(parts)
+        except ValueError as error:
+            raise self._damage(number, str(error)) from None
 
-    def _key(self, number: int, row: int) -> str:
-        return f"{self.index.records[number].key}#{row}"
-
-    def _check_header(self, record: IndexEntry) -> int:
+    def _check_header(self, number: int) -> int:
         """Check tar name and npy header of a record; return the file position of its first row."""
+        record = self.index.records[number]
         (member,) = record.members
-        raw = self._bytes(record, TAR_BLOCK + _NPY_HEADER, member.offset - TAR_BLOCK)
-        self._check_name(record, member, raw)
-        header = io.BytesIO(raw[TAR_BLOCK:])
+        raw = self._bytes(number, TAR_BLOCK + _NPY_HEADER, member.offset - TAR_BLOCK)
+        self._check_name(number, member, raw)
         try:
-            version = np.lib.format.read_magic(header)
-            if version != (1, 0):
-                raise ValueError(f"npy version {version}")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
+            (shape, fortran_order, dtype), size = _npy_header(raw[TAR_BLOCK:])
         except (ValueError, TokenError):  # numpy reads the header as a line of Python
-            raise self._damage(record, "no valid npy header") from None
-        stored, expected = self._format.array_dtype, (record.samples, *self._format.shape)
-        if shape != expected or dtype != stored or fortran_order:
-            raise self._damage(record, f"it holds {dtype} {shape}, index and manifest say {stored} {expected}")
-        if header.tell() + math.prod(expected) * dtype.itemsize != member.size:
-            raise self._damage(record, f"its index entry gives the size {member.size}, which does not fit {shape}")
-        return member.offset + header.tell()
+            raise self._damage(number, "no valid npy header") from None
+        expected = (record.samples, *self._shape)
+        if shape != expected or dtype != self._dtype or fortran_order:
+            raise self._damage(number, f"it holds {dtype} {shape}, index and manifest say {self._dtype} {expected}")
+        if size + math.prod(expected) * dtype.itemsize != member.size:
+            raise self._damage(number, f"its index entry gives the size {member.size}, which does not fit {shape}")
+        return member.offset + size
+
+    def _read_ahead(self) -> None:
+        """Let the kernel read the shard in large pieces in the background: rows are wanted in a scattered order.
+
+        Rows of tokens are smaller than the pages that hold them, so a process that uses some of them reads most pages.
+        """
+        if sys.platform != "linux":
+            return
+        with suppress(OSError):  # a file system may not know what it is asked for
+            for at in range(0, self.shard.bytes, _READ_AHEAD):
+                os.posix_fadvise(self._fd, at, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
 
-class ClipShard(OpenShard):
+class ClipShard(OpenShard[np.ndarray]):
     """A shard of clips: all members of one are read at once, and decoded."""
 
     def __init__(self, manifest: Manifest, shard: Shard, sample_format: ClipFormat) -> None:
         super().__init__(manifest, shard)
         self._format = sample_format
 
-    def _read(self, number: int, first: int, count: int) -> np.ndarray:
+    def sample(self, row: int) -> tuple[np.ndarray, str]:
+        number = self._record_of(row)
+        return self.record(number)[0], self._prefixes[number]
+
+    def together(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack(parts)
+
+    def record(self, number: int) -> np.ndarray:
         record = self.index.records[number]
         start = record.members[0].offset - TAR_BLOCK
         last = record.members[-1]
-        raw = self._bytes(record, last.offset + last.size - start, start)
+        raw = self._bytes(number, last.offset + last.size - start, start)
         files, checksum = {}, 0
         for member in record.members:
             at = member.offset - start
-            self._check_name(record, member, raw[at - TAR_BLOCK : at])
+            self._check_name(number, member, raw[at - TAR_BLOCK : at])
             files[member.extension] = raw[at : at + member.size]
             checksum = zlib.crc32(files[member.extension], checksum)
-        self._check_sum(record, number, checksum)
-        frames = self._decode(record, [files[extension] for extension in self._format.media])
+        self._check_sum(number, number, checksum)
+        frames = self._decode(number, [files[extension] for extension in self._format.media])
         if frames.shape != self._format.shape:
             found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._format.shape))
-            raise self._damage(record, f"its frames are {found}, the manifest says {expected}")
+            raise self._damage(number, f"its frames are {found}, the manifest says {expected}")
         return frames[None]
 
-    def _decode(self, record: IndexEntry, media: Sequence[bytes]) -> np.ndarray:
+    def _decode(self, number: int, media: Sequence[bytes]) -> np.ndarray:
         from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
 
-        name = f"{self.shard.path}, key {record.key}"
+        name = f"{self.shard.path}, key {self.index.records[number].key}"
         try:
             return decode_clip(media[0], name) if self._format.storage == "mp4" else decode_jpegs(media, name)
         except DataError as error:
@@ -174,18 +212,24 @@ class ShardReader:
         self._manifest = manifest
         self._shards = manifest.splits[split].shards
         self._max_open = max_open
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard[Any]] = OrderedDict()
         self._broken: dict[int, DataError] = {}
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Return the samples `[n, ...]` and their keys like `train-000000/00000012#5`."""
-        sample_format = self._manifest.sample_format
-        samples = np.empty((len(rows), *sample_format.shape), sample_format.sample_dtype)
-        keys = []
-        for i, (number, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            samples[i], key = self.shard(number).sample(row)
+        parts, keys = [], []
+        places = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        for number, row in places:
+            shard = self.shard(number)
+            part, key = shard.sample(row)
+            parts.append(part)
             keys.append(key)
-        return samples, keys
+        try:
+            return shard.together(parts), keys
+        except ValueError:
+            for (number, row), part in zip(places, parts, strict=True):
+                self._check(number, row, part)
+            raise
 
     def blocks(self, shards: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """Yield the samples of `shards` (all of them if None) in file order, one record `[R, ...]` at a time."""
@@ -193,24 +237,37 @@ class ShardReader:
             for record in range(len(self.shard(number).index.records)):
                 yield self.shard(number).record(record)
 
-    def shard(self, number: int) -> OpenShard:
+    def shard(self, number: int) -> OpenShard[Any]:
         """Return an open shard of the split; one that is missing or damaged is not tried again."""
+        opened = self._open.get(number)
+        if opened is None:
+            opened = self._open[number] = self._opened(number)
+        else:
+            self._open.move_to_end(number)
+        return opened
+
+    def _opened(self, number: int) -> OpenShard[Any]:
+        """Open a shard, after closing the one that has not been used for longest if there are too many."""
         if number in self._broken:
             raise self._broken[number]
-        if number not in self._open:
-            if len(self._open) >= self._max_open:
-                self._open.popitem(last=False)[1].close()
-            sample_format, shard = self._manifest.sample_format, self._shards[number]
-            try:
-                if isinstance(sample_format, ClipFormat):
-                    self._open[number] = ClipShard(self._manifest, shard, sample_format)
-                else:
-                    self._open[number] = BlockShard(self._manifest, shard, sample_format)
-            except DataError as error:
-                self._broken[number] = error
-                raise
-        self._open.move_to_end(number)
-        return self._open[number]
+        if len(self._open) >= self._max_open:
+            self._open.popitem(last=False)[1].close()
+        sample_format, shard = self._manifest.sample_format, self._shards[number]
+        try:
+            if isinstance(sample_format, ClipFormat):
+                return ClipShard(self._manifest, shard, sample_format)
+            return BlockShard(self._manifest, shard, sample_format)
+        except DataError as error:
+            self._broken[number] = error
+            raise
+
+    def _check(self, number: int, row: int, part: Any) -> None:
+        """Raise a DataError that names a sample if its values are invalid."""
+        shard = self.shard(number)
+        try:
+            shard.together([part])
+        except ValueError as error:
+            raise shard.invalid(row, str(error)) from None
 
     def close(self) -> None:
         """Close all files."""
@@ -222,3 +279,16 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+
+@lru_cache(maxsize=256)
+def _npy_header(raw: bytes) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
+    """Return shape, order and dtype of the array that begins with `raw`, and the size of its header.
+
+    Most records of a data set have the same header, and to parse one takes as long as to read some of its rows.
+    """
+    header = io.BytesIO(raw)
+    version = np.lib.format.read_magic(header)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version}")
+    return np.lib.format.read_array_header_1_0(header), header.tell()

@@ -22,7 +22,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
@@ -38,11 +38,13 @@ from ebwm_dist.data.format.sample_format import FIRST_DIFFICULTY, SampleFormat, 
 from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.mixture import ORDER_VERSION, Mixture, as_mixture
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
-from ebwm_dist.data.loading.order import MixtureOrder
+from ebwm_dist.data.loading.order import Location, MixtureOrder
 from ebwm_dist.errors import ConfigError, DataError, UserError
 
 _LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")
 """A socket's path has at most 107 bytes, and multiprocessing makes its own in the temporary folder."""
+
+_LOCATED = 1024  # samples whose locations are computed together, which costs little more than for one batch
 
 RawBatch = tuple[np.ndarray, list[str], list[str]]
 """Samples as the reader returns them (small dtypes for the way between processes), keys, and why any were replaced."""
@@ -89,12 +91,12 @@ class BatchLayout:
         """Return the number of micro-batches of this rank in a global batch."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_world_size)
 
-    def numbers(self, micro: int) -> np.ndarray:
-        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]` int64."""
-        batch, within = divmod(micro, self.micro_batches)
+    def numbers(self, micro: int | np.ndarray) -> np.ndarray:
+        """Return the run-wide numbers of the samples in micro-batch `micro`, `[B]` int64, or in several, `[n, B]`."""
+        batch, within = np.divmod(micro, self.micro_batches)
         per_rank = self.global_batch_size // self.dp_world_size
         first = batch * self.global_batch_size + self.dp_rank * per_rank + within * self.micro_batch_size
-        return np.arange(first, first + self.micro_batch_size)
+        return first[..., None] + np.arange(self.micro_batch_size)
 
 
 class _MicroBatches(IterableDataset):
@@ -110,16 +112,27 @@ class _MicroBatches(IterableDataset):
         reader, order = MixtureReader(self._mixture, "train", self._max_open), self._order
         worker = get_worker_info()
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for micro in itertools.count(self._first + index, workers):
-            numbers = self._layout.numbers(micro)
-            if index == 0:
-                reader.fetch_ahead(order, int(numbers[0]))
-            try:
-                yield read_intact(reader.read, order, numbers) if self._skip else (*reader.read(*order[numbers]), [])
-            except UserError as error:
-                # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
-                yield error
-                return
+        together = max(1, _LOCATED // self._layout.micro_batch_size)
+        for first in itertools.count(self._first + index, together * workers):
+            numbers = self._layout.numbers(first + workers * np.arange(together))
+            location = [part.reshape(numbers.shape) for part in order[numbers.ravel()]]
+            for i in range(together):
+                if index == 0:
+                    reader.fetch_ahead(order, int(numbers[i, 0]))
+                try:
+                    yield self._read(reader, tuple(part[i] for part in location), numbers[i])
+                except UserError as error:
+                    # Handed over as a value: a DataLoader would bury the message in the worker's traceback.
+                    yield error
+                    return
+
+    def _read(self, reader: MixtureReader, location: Location, numbers: np.ndarray) -> RawBatch:
+        try:
+            return (*reader.read(*location), [])
+        except DataError:
+            if not self._skip:
+                raise
+        return read_intact(reader.read, self._order, numbers)
 
 
 def _die_with_parent(_worker: int) -> None:
@@ -220,7 +233,7 @@ class SampleStream:
 
     def __next__(self) -> Batch:
         if self._raw is None:
-            self._raw = iter(self._loader())
+            self._raw = iter(self._micro_batches())
         item = next(self._raw)
         if isinstance(item, UserError):
             self.close()
@@ -231,14 +244,19 @@ class SampleStream:
         whole = torch.ones(len(rows), dtype=torch.bool)
         return _batch(self._mixture.sample_format, rows, sample_ids, keys, whole, damaged)
 
-    def _loader(self) -> DataLoader[RawBatch | UserError]:
+    def _micro_batches(self) -> Iterable[RawBatch | UserError]:
+        """Return the micro-batches from here on, read in this process or by workers."""
         dataset = _MicroBatches(self._mixture, self._order, self._layout, 2 * self._window, self._skip, self._micro)
-        own = torch.Generator()  # a DataLoader draws a seed when it starts, which must not move the run's random state
-        workers: dict[str, Any] = {}
-        if self._num_workers:  # each of which runs torch on one thread, as all DataLoader workers do
-            workers = {"multiprocessing_context": _start_fork_server(), "worker_init_fn": _die_with_parent}
+        if not self._num_workers:
+            return dataset
         return DataLoader(
-            dataset, batch_size=None, collate_fn=_as_is, generator=own, num_workers=self._num_workers, **workers
+            dataset,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self._num_workers,  # each of which runs torch on one thread, as all DataLoader workers do
+            generator=torch.Generator(),  # for the seed that it draws, which must not move the run's random state
+            multiprocessing_context=_start_fork_server(),
+            worker_init_fn=_die_with_parent,
         )
 
     def state_dict(self) -> dict[str, Any]:
