@@ -33,6 +33,13 @@ from benchmarks.second_order import processor
 from ebwm_dist.data.format.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "data_cpu.json"
+NAMES = {
+    "plain_webdataset": "plain WebDataset, one block per member,",
+    "ours": "the stream",
+    "mosaicml_streaming": "MosaicML streaming",
+}
+PACKAGES = {name: package for name, (_, package) in TEXT.items()}
 Record = dict[str, Any]
 
 
@@ -126,13 +133,23 @@ def installed(package: str) -> str | None:
         return None
 
 
+def table(result: Record, key: str) -> Iterator[str]:
+    """Yield the lines of the table of `text` or `video`, as they stand in the README."""
+    samples = {"text": "blocks", "video": "clips"}[key]
+    yield f"| {key} | {samples} per CPU second | ratio |"
+    yield "|---|--:|--:|"
+    for row in result[key]:
+        version = result["versions"].get(PACKAGES.get(row["method"]))
+        name = " ".join(filter(None, (NAMES.get(row["method"], row["method"]), version)))
+        yield f"| {name} | {row['samples_per_cpu_second']:,.0f} | {row['ratio']:.2f} |"
+
+
 def report(result: Record) -> Iterator[str]:
-    """Yield the lines of a table a person can read."""
-    for title, key in (("text blocks", "text"), ("clips", "video")):
+    """Yield the lines of a report a person can read."""
+    for key in ("text", "video"):
         if result[key]:
-            yield f"\n| {title} | per CPU second | ratio |\n|---|--:|--:|"
-            for row in result[key]:
-                yield f"| {row['method']} | {row['samples_per_cpu_second']:,.0f} | {row['ratio']:.2f} |"
+            yield ""
+            yield from table(result, key)
     for row in result["resume"]:
         yield (
             f"\nfirst batch after a resume at 90 % of an epoch of {row['bytes'] / 1e6:,.0f} MB in {row['shards']} "
@@ -185,7 +202,7 @@ def main() -> int:
         shutil.rmtree(folder)
     print(json.dumps(result, indent=1) if args.json else "\n".join(report(result)))
     if args.save:
-        (ROOT / "benchmarks" / "results" / "data_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

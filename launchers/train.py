@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the configuration, FLOPs and memory; exit")
+    parser.add_argument("--check-hardware", action="store_true", help="look for slow or wrong devices; exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
     args = parser.parse_intermixed_args()
@@ -39,6 +40,10 @@ def main() -> int:
 
         rank = Place.of_environment().rank
         config = load_config(args.config, args.overrides)
+        if args.check_hardware:
+            from ebwm_dist.training.hardware import check_hardware
+
+            return check_hardware(config)
         if rank == 0 and config.evaluation.workers:
             print(f"evaluation.workers = {config.evaluation.workers}: to start them beside, {follow_command(config)}")
         train(config)

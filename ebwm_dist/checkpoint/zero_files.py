@@ -1,6 +1,6 @@
 """Read DeepSpeed's checkpoint files parameter by parameter, from any ZeRO stage and number of ranks.
 
-DeepSpeed keeps fp32 weights and AdamW's moments in flat vectors. At stages 1 and 2, a rank has one part of the
+DeepSpeed keeps fp32 weights and the optimizer's moments in flat vectors. At stages 1 and 2, a rank has one part of the
 concatenated parameters of a group; at stage 3, an equal share of each parameter of a group; at stage 0, every parameter
 is a vector of its own, and rank 0 writes them all.
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from ebwm_dist.checkpoint.folder import read_marker, verify
 from ebwm_dist.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Of AdamW, and of Muon."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Counters of DeepSpeed's engine."""
 _MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -81,6 +82,10 @@ class ZeroState:
                 parts.append(vectors[key][first + low - offset : first + high - offset])
             offset += size
         return torch.cat(parts)
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """Return which of the `MOMENTS` the optimizer has of a parameter, none before its first step."""
+        return tuple(key for key in MOMENTS if name in self.pieces and key in self.pieces[name][0].vectors)
 
     def steps(self, name: str) -> Tensor | None:
         """Return how often the optimizer has updated a parameter, a scalar; None if it never has."""

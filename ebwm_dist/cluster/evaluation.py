@@ -30,7 +30,7 @@ from ebwm_dist.errors import CheckpointError, UserError
 from ebwm_dist.evaluation.errors_by_step import ErrorsByStep, evaluate_shard, merge
 from ebwm_dist.files import Record, append_record
 from ebwm_dist.run import Run
-from ebwm_dist.training.wandb_log import WandbLog
+from ebwm_dist.training.trackers import Trackers
 from ebwm_dist.workers.pool import Pool, connected
 
 TRIES = 3
@@ -66,7 +66,7 @@ class Follower:
         self.folder = ""
         with suppress(FileNotFoundError):  # the folder of a job may have been replaced; its paths are absolute
             self.folder = os.getcwd()
-        self.wandb = WandbLog(config, run_dir, lambda text: log(f"WARNING: {text}"), evaluation=True)
+        self.trackers = Trackers(config, run_dir, lambda text: log(f"WARNING: {text}"), evaluation=True)
         known = read_evaluations(run_dir).values()
         self.done = {(record["step"], record["checkpoint"]) for record in known if "error" not in record}
         self.failures: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -96,12 +96,12 @@ class Follower:
         finally:
             if pool is not None:
                 pool.close()
-            self.wandb.close()
+            self.trackers.close()
 
     def record(self, record: Record) -> None:
         """Write the record of an evaluation; numbers that JSON cannot hold become null."""
         append_record(self.run_dir / EVALUATIONS_FILE, record)
-        self.wandb.write(record)
+        self.trackers.write(record)
 
     def pending(self) -> list[tuple[Path, tuple[int, str]]]:
         """Return the checkpoints without an evaluation, the newest first, with their steps and fingerprints."""

@@ -143,6 +143,8 @@ def _replay(config: Config) -> Problems:
 def _training(config: Config) -> Problems:
     optimizer, training, warmup = config.optimizer, config.training, config.warmup_steps
     decay, schedule, end = optimizer.decay_steps, optimizer.schedule, f"training.max_steps = {training.max_steps}"
+    if optimizer.kind != "muon" and optimizer.muon_lr is not None:
+        yield "optimizer.muon_lr", f"needs optimizer.kind = 'muon' instead of {optimizer.kind!r}; leave it out"
     if decay is not None and schedule == "cosine" and not warmup < decay <= training.max_steps:
         yield "optimizer.decay_steps", f"the cosine ends after optimizer.warmup_steps = {warmup} and by {end}"
     if decay is not None and schedule == "wsd" and warmup + decay > training.max_steps:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ebwm_dist.config.fields import choice, location, number
-from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileConfig, WandbConfig
+from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileConfig, TensorboardConfig, WandbConfig
 
 
 @dataclass
@@ -110,16 +110,22 @@ class MCMCConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule, in optimizer steps."""
+    """The optimizer and its learning-rate schedule, in optimizer steps."""
 
+    kind: str = choice("adamw", "muon")
+    """`muon`: Muon for the matrices of attention and feed-forward, AdamW for all else."""
     lr: float = number(1.2e-3, above=0)
     """Peak learning rate of the model; alpha's is `mcmc.step_size_lr_multiplier` times this."""
+    muon_lr: float | None = number(None, above=0)
+    """Peak learning rate of Muon's matrices, whose steps are scaled to the size of AdamW's; null: `optimizer.lr`."""
+    muon_momentum: float = number(0.95, at_least=0, below=1)
+    """Decay of Muon's (Nesterov) momentum."""
     betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)
     """AdamW's moment decays."""
     eps: float = number(1e-8, above=0)
     """AdamW's epsilon."""
     weight_decay: float = number(0.01, at_least=0)
-    """Decoupled weight decay of every parameter but alpha."""
+    """Decoupled weight decay of every parameter but alpha, times the learning rate of the parameter."""
     grad_clip: float = number(1.0, at_least=0)
     """Largest global gradient norm; 0 does not clip."""
     schedule: str = choice("cosine", "wsd")
@@ -278,6 +284,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed keys, passed through unchanged; keys that this tree determines are refused."""

@@ -1,4 +1,4 @@
-"""Sections of the configuration for what surrounds a training: evaluation, profile, Weights & Biases, a Ray cluster."""
+"""Sections of the configuration for what surrounds a training: evaluation, profile, trackers, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ class WandbConfig:
     """Name of the project."""
     name: str | None = None
     """Name of the run; null: that of the run folder."""
+
+
+@dataclass
+class TensorboardConfig:
+    """TensorBoard, in addition to metrics.jsonl."""
+
+    enabled: bool = False
+    """Write `tensorboard/` in the run folder; `tensorboard --logdir` shows one run or a folder of them."""
 
 
 @dataclass

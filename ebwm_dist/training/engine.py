@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import os
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.models.passes import P, T
 from ebwm_dist.training.backend import restricted_loading
-from ebwm_dist.training.optimizer import build_optimizer
-from ebwm_dist.training.resharding import reshard
+from ebwm_dist.training.muon import Layout, MuonAdamW
+from ebwm_dist.training.optimizer import build_optimizer, is_matrix
+from ebwm_dist.training.resharding import reshard, vectors_of
 
 
 def create_engine(
@@ -76,9 +78,11 @@ def create_engine(
     if config.zero.stage > 0:  # a bucket is a buffer, which need not be larger than the model
         zero, size = settings["zero_optimization"], sum(map(_numbers, model.parameters()))
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], size)
-    with _quiet():
+    with _quiet(), _without_warning("untested optimizer"):  # which Muon is to DeepSpeed
         optimizer = build_optimizer(model, config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if isinstance(optimizer, MuonAdamW) and config.zero.stage > 0:
+        _lay_out(optimizer, engine, world.device)
     return TrainingEngine(engine), optimizer
 
 
@@ -193,6 +197,14 @@ def _numbers(parameter: nn.Parameter) -> int:
     return int(vars(parameter).get("ds_numel", parameter.numel()))
 
 
+def _lay_out(optimizer: MuonAdamW, engine: Any, device: torch.device) -> None:
+    """Give the optimizer the layouts of the flat vectors that hold matrices."""
+    shapes = {name: torch.Size(vars(p).get("ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    for weights, names, parts in vectors_of(engine):
+        if all(is_matrix(name, shapes[name]) for name in names):
+            optimizer.layouts[weights] = Layout.of({name: shapes[name] for name in names}, parts, device)
+
+
 def _clear_gradients(optimizer: Any) -> None:
     """Clear what ZeRO's optimizers keep of the gradients of a step."""
     kept = list(getattr(optimizer, "accumulated_grads_in_cpu", {}).values())
@@ -247,6 +259,21 @@ class _ShardedPasses:
 def _quiet() -> AbstractContextManager[Any]:
     """Keep DeepSpeed's remarks on its memory and its files off the console, unless one is debugging."""
     return nullcontext() if os.environ.get("EBWM_DEBUG") else redirect_stdout(io.StringIO())
+
+
+@contextmanager
+def _without_warning(text: str) -> Iterator[None]:
+    """Drop the lines of DeepSpeed's log that hold `text`."""
+    from deepspeed.utils import logger
+
+    def keep(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _build_sharded(build: Callable[[], nn.Module], settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:

@@ -1,9 +1,9 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""The optimizer's parameter groups, AdamW's or with Muon, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,46 @@ from torch import nn
 
 from ebwm_dist.config.deepspeed import optimizer_checks
 from ebwm_dist.config.schema import Config
+from ebwm_dist.training.muon import MuonAdamW
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Return AdamW with two groups: the model, and a trained alpha with its own learning rate and no weight decay.
+    """Return the optimizer with a group for the model and one for a trained alpha, and with Muon one for the matrices.
 
-    `set_lr` scales both learning rates alike, so alpha's multiple of the model's survives the decay.
+    Muon's group is the second. `set_lr` scales all learning rates alike, so their ratios survive the decay.
     """
     opt = config.optimizer
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    alpha = [(name, p) for name, p in trained if name.endswith("alpha")]
-    rest = [(name, p) for name, p in trained if not name.endswith("alpha")]
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": opt.lr, "weight_decay": opt.weight_decay}]
-    if alpha:
-        groups.append({"params": alpha, "lr": opt.lr * step_size_lr_multiplier(config), "weight_decay": 0.0})
-    settings: dict[str, Any] = {"betas": (opt.betas[0], opt.betas[1]), "eps": opt.eps, "fused": True}
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in group_settings(config, 1.0)}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = "matrices" in parts and is_matrix(name, vars(p).get("ds_shape", p.shape))
+            parts["alpha" if name.endswith("alpha") else "matrices" if matrix else "rest"].append((name, p))
+    groups: list[dict[str, Any]] = [
+        {"params": parts[role], **settings} for role, settings in group_settings(config, 1.0).items() if parts[role]
+    ]
     if optimizer_checks(config):
-        return CheckedAdamW(groups, opt.grad_clip, **settings)
+        return CheckedAdamW(groups, opt.grad_clip, fused=True)
     # DeepSpeed flattens the parameters, so their names would be those of something else.
-    return torch.optim.AdamW([{**group, "params": [p for _, p in group["params"]]} for group in groups], **settings)
+    nameless = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
+    return MuonAdamW(nameless, fused=True) if opt.kind == "muon" else torch.optim.AdamW(nameless, fused=True)
+
+
+def group_settings(config: Config, scale: float) -> dict[str, dict[str, Any]]:
+    """Return the settings of every group of parameters, in order, at `scale` times the peak learning rates."""
+    opt = config.optimizer
+    adamw = {"betas": (opt.betas[0], opt.betas[1]), "eps": opt.eps}
+    groups = {"rest": {"lr": opt.lr * scale, "weight_decay": opt.weight_decay, **adamw}}
+    if opt.kind == "muon":
+        lr = opt.lr if opt.muon_lr is None else opt.muon_lr
+        groups["matrices"] = {"lr": lr * scale, "weight_decay": opt.weight_decay, "momentum": opt.muon_momentum}
+    lr = opt.lr * step_size_lr_multiplier(config)
+    return groups | {"alpha": {"lr": lr * scale, "weight_decay": 0.0, **adamw}}
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether Muon takes a parameter: the matrices of attention and feed-forward, as opposed to embeddings,
+    heads, norms and what conditions the blocks on the MCMC step."""
+    return len(shape) == 2 and (".attention." in name or ".feed_forward." in name)
 
 
 def step_size_lr_multiplier(config: Config) -> float:
@@ -38,8 +59,8 @@ def step_size_lr_multiplier(config: Config) -> float:
     return 3 * config.mcmc.step_size if multiplier is None else multiplier
 
 
-class CheckedAdamW(torch.optim.AdamW):
-    """AdamW that clips to `max_norm` and leaves everything as it was when the gradient is not finite.
+class CheckedAdamW(MuonAdamW):
+    """AdamW or Muon that clips to `max_norm` and leaves everything as it was when the gradient is not finite.
 
     Of parameters in bf16 it keeps and updates copies in fp32, and it has their gradients added up in fp32. It reports
     through `overflow` and `_global_grad_norm`, which the engine reads from any optimizer. Its state holds the names of
@@ -110,13 +131,10 @@ def set_lr(optimizer: torch.optim.Optimizer, config: Config, step: int) -> float
 
     The other settings are taken from the configuration again as well: a resume brings the groups of the checkpoint.
     """
-    opt = config.optimizer
-    lr = opt.lr * lr_scale(config, step)
-    for group, multiplier, decay in zip(
-        optimizer.param_groups, (1.0, step_size_lr_multiplier(config)), (opt.weight_decay, 0.0), strict=False
-    ):
-        group.update(lr=lr * multiplier, weight_decay=decay, betas=(opt.betas[0], opt.betas[1]), eps=opt.eps)
-    return lr
+    scale = lr_scale(config, step)
+    for group, settings in zip(optimizer.param_groups, group_settings(config, scale).values(), strict=False):
+        group.update(settings)
+    return config.optimizer.lr * scale
 
 
 def lr_scale(config: Config, step: int) -> float:

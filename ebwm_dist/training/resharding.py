@@ -9,16 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ebwm_dist.checkpoint.zero_files import COUNTERS, MOMENTS, ZeroState
-
-
-class Part(NamedTuple):
-    """A consecutive part of a parameter: its offset in the parameter, and its start in a vector of fp32 weights."""
-
-    name: str
-    offset: int
-    start: int
-    numel: int
+from ebwm_dist.checkpoint.zero_files import COUNTERS, ZeroState
+from ebwm_dist.training.muon import Part
 
 
 class Vector(NamedTuple):
@@ -37,16 +29,12 @@ def reshard(engine: Any, saved: ZeroState, progress: Callable[[], None]) -> None
     base = getattr(optimizer, "optimizer", optimizer)
     if engine.zero_optimization_stage() == 3:
         optimizer.checkpoint_event_prologue()
-    for weights, names, parts in _vectors(engine):
+    for weights, names, parts in vectors_of(engine):
         base.state.pop(weights, None)
-        vectors = {"fp32": weights}
-        steps = saved.steps(names[0])
+        steps, moments = saved.steps(names[0]), {key: torch.zeros_like(weights) for key in saved.moments(names[0])}
+        vectors = {"fp32": weights, **moments}
         if steps is not None:
-            vectors |= {key: torch.zeros_like(weights) for key in MOMENTS}
-            base.state[weights] = {
-                "step": steps.clone().to(weights.device),
-                **{key: vectors[key] for key in MOMENTS},
-            }
+            base.state[weights] = {"step": steps.clone().to(weights.device), **moments}
         for name, offset, start, numel in parts:
             progress()
             for key, vector in vectors.items() if numel else ():
@@ -57,7 +45,7 @@ def reshard(engine: Any, saved: ZeroState, progress: Callable[[], None]) -> None
         setattr(engine, name, saved.client[name])
 
 
-def _vectors(engine: Any) -> Iterator[Vector]:
+def vectors_of(engine: Any) -> Iterator[Vector]:
     """Yield the vectors of this rank; their layout is described in `ebwm_dist/checkpoint/zero_files.py`."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:

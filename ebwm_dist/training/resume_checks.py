@@ -39,7 +39,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
         warn: gets a line for each setting that has changed, and for what that does to the learning rate.
 
     Raises:
-        CheckpointError: it is of another model or precision.
+        CheckpointError: it is of another model, kind of optimizer or precision.
     """
     now, defaults = resume_settings(config), resume_settings(Config())
     if saved["precision"] != now["precision"]:
@@ -55,7 +55,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
             name, old = f"{section}.{key}", before.get(key)
             if old == value:
                 continue
-            if section in _REFUSED:
+            if section in _REFUSED or name == "optimizer.kind":  # whose state is another one
                 raise CheckpointError(
                     f"{path} has {name} = {old}, the configuration has {value}: "
                     f"set {name}={old}, or start a new run_dir"

@@ -10,7 +10,7 @@ from typing import Any
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
 from ebwm_dist.training.metrics import Console, MetricsLog, SampleLog, train_line, val_line
-from ebwm_dist.training.wandb_log import WandbLog
+from ebwm_dist.training.trackers import Trackers
 
 
 class RunLog:
@@ -22,7 +22,7 @@ class RunLog:
         self._console = Console(self._run_dir / "logs" / f"rank_{world.rank:05d}.log", world.rank == 0)
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None
-        self._wandb: WandbLog | None = None
+        self._trackers: Trackers | None = None
 
     def open(self, step: int) -> None:
         """Open the files of records, and show the progress, of a run that goes on from `step`."""
@@ -36,7 +36,7 @@ class RunLog:
                 )
             if config.data.log_sample_ids:
                 self._samples = SampleLog(self._run_dir, step)
-            self._wandb = WandbLog(config, self._run_dir, self.warn)
+            self._trackers = Trackers(config, self._run_dir, self.warn, step)
         self._console.start_bar(config.training.max_steps, step)
 
     def log(self, text: str) -> None:
@@ -79,11 +79,11 @@ class RunLog:
     def close(self) -> None:
         """Close everything."""
         self._console.close()
-        for log in (self._metrics, self._samples, self._wandb):
+        for log in (self._metrics, self._samples, self._trackers):
             if log is not None:
                 log.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        for log in (self._metrics, self._wandb):
+        for log in (self._metrics, self._trackers):
             if log is not None:
                 log.write(record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections import deque
@@ -34,6 +35,8 @@ _SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 def connected(cpus: int) -> Iterator[None]:
     """Connect to the cluster of this process or of RAY_ADDRESS, or start one on this machine for the block."""
     started = not ray.is_initialized()
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # otherwise Ray colours the names of actors wherever it prints
     if started and (address := os.environ.get("RAY_ADDRESS")):
         try:
             ray.init(logging_level=logging.ERROR)

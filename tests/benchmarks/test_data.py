@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.data import RESULT, table
+from benchmarks.tables import README
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("key", ["text", "video"])
+def test_the_readme_holds_what_was_measured(key: str) -> None:
+    assert "\n".join(table(json.loads(RESULT.read_text()), key)) in README.read_text()
 
 
 @pytest.mark.slow

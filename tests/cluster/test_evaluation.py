@@ -203,7 +203,7 @@ def test_evaluations_are_recorded_without_wandb(config: Config, monkeypatch: pyt
         follower = Follower(config, Path(config.run_dir), warnings.append)
         for step in (1, 2):
             follower.record({**record, "step": step})
-        follower.wandb.close()
+        follower.trackers.close()
         assert len(warnings) == 1 and warnings[0].startswith("WARNING: Weights & Biases is not used: ")
     assert list(read_evaluations(Path(config.run_dir))) == [1, 2]
 
@@ -217,7 +217,7 @@ def test_wandb_has_a_run_of_the_evaluations(config: Config) -> None:
     for step in (2, 1):
         follower = Follower(config, run_dir, pytest.fail)
         follower.record({**record, "step": step})
-        follower.wandb.close()
+        follower.trackers.close()
     assert list(read_evaluations(run_dir)) == [1, 2]
     folders = list((run_dir / "wandb").glob("offline-run-*"))
     assert {folder.name.rsplit("-", 1)[1] for folder in folders} == {(run_dir / "wandb_evaluation_id").read_text()}

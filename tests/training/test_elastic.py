@@ -15,7 +15,7 @@ import torch
 
 from ebwm_dist.checkpoint.folder import checkpoint_path, list_checkpoints
 from ebwm_dist.checkpoint.zero_files import MOMENTS, ZeroState, load_module_state, open_zero_state
-from ebwm_dist.config.schema import Config
+from ebwm_dist.config.schema import Config, OptimizerConfig
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.mcmc.build import build_model
@@ -34,16 +34,20 @@ Numbers = dict[str, dict[str, torch.Tensor]]
 """Name of a parameter -> `fp32`, the moments and `step`."""
 
 SEED = 33
+MUON = OptimizerConfig(kind="muon", lr=0.1, muon_lr=0.01, eps=1.0, warmup_steps=0, grad_clip=0.05)
 FAST, SLOW = (1, 3), (2, 3, 1)
 """Numbers of ranks that go on with one another's checkpoints."""
 # Precision, the cases of test_engine.py for one turn after the other, and what else is special.
 CHAINS: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {
     "1-3-2": ("fp32", ("1", "3, nothing kept", "2"), {}),
     "3-2-1": ("bf16", ("3, nothing kept", "2", "1"), {}),
+    "1-3-2 by Muon": ("fp32", ("1", "3, nothing kept", "2"), {"optimizer": MUON}),
     "0-2-0": ("fp32", ("0", "2", "0"), {}),
     "3-3-1": ("fp32", ("3", "3, all offloaded", "1, optimizer offloaded"), {}),
     "1-0-3": ("bf16", ("1", "0", "3"), {}),
     "2-1-3": ("bf16", ("2, optimizer offloaded", "1", "3, all offloaded"), {}),
+    "2-1-3 by Muon": ("bf16", ("2, optimizer offloaded", "1", "3, all offloaded"), {"optimizer": MUON}),
+    "0-3-0 by Muon": ("bf16", ("0", "3", "0"), {"optimizer": MUON}),
     "fixed alpha": ("bf16", ("1", "3", "0"), {"learn_step_size": False}),
     "not updated yet": ("fp32", ("3", "1", "0"), {"steps": 0}),
 }
@@ -52,6 +56,7 @@ CHAINS: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {
 def configuration(chain: str, turn: int, root: Path) -> Config:
     precision, stages, special = CHAINS[chain]
     config = settings(precision, run_dir=str(root / chain), seed=SEED, **CASES[stages[turn]])
+    config.optimizer = special.get("optimizer", config.optimizer)
     config.training.global_batch_size = 12
     config.mcmc.max_num_steps = None
     config.mcmc.learn_step_size = special.get("learn_step_size", True)
@@ -116,8 +121,9 @@ def check_weights(path: Path, engine: TrainingEngine, chain: str) -> None:
 def numbers_in(path: Path) -> Numbers:
     saved, numbers = open_zero_state(path), {}
     for name in saved.shapes:
-        steps = saved.steps(name)
-        keys = ("fp32",) if steps is None else ("fp32", *MOMENTS)
+        steps, moments = saved.steps(name), saved.moments(name)
+        assert set(moments) <= set(MOMENTS) and bool(moments) == (steps is not None)
+        keys = ("fp32", *moments)
         numbers[name] = {key: saved.read(name, key) for key in keys} | ({} if steps is None else {"step": steps})
     return numbers
 
@@ -156,7 +162,7 @@ def check_chain(root: Path, chain: str, turns: int) -> None:
             continue
         assert {numbers["step"].item() for numbers in numbers_in(after).values()} == {2.0 * turn}
         for path, stage in ((before, stages[turn - 1]), (after, stages[turn])):
-            if stage == "0" or (precision, stage) == ("bf16", "1"):
+            if stage == "0" or (precision, stage) == ("bf16", "1") or "optimizer" in special:
                 continue  # which it does not convert, or only groups that are larger than the number of ranks
             numbers = numbers_in(path)
             if stage[0] == "3":  # of which it leaves out shapes and steps
@@ -195,13 +201,13 @@ def check_run(run_dir: Path, whole_dir: Path) -> None:
 
 def work(rank: int, world_size: int, root: Path, turn: int, config: Path, runs: list[list[str]]) -> None:
     """Do what two tests want of this number of ranks, as starting processes takes longer than either."""
-    go_on(rank, world_size, root, turn, list(CHAINS)[:2])
+    go_on(rank, world_size, root, turn, list(CHAINS)[:3])
     train_in_turn(rank, world_size, config, runs)
 
 
 @pytest.fixture(scope="module")
 def elastic(tiny_data: Path, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with two chains, a run on one rank at ZeRO 1 that goes on with three at ZeRO 3, and its twin."""
+    """Return a folder with chains, a run on one rank at ZeRO 1 that goes on with three at ZeRO 3, and its twin."""
     root, more = tmp_path_factory.mktemp("elastic"), "training.max_steps=5"
     runs = {
         1: [
@@ -215,7 +221,7 @@ def elastic(tiny_data: Path, tiny_config: Path, tmp_path_factory: pytest.TempPat
     return root
 
 
-@pytest.mark.parametrize("chain", list(CHAINS)[:2])
+@pytest.mark.parametrize("chain", list(CHAINS)[:3])
 def test_weights_and_optimizer_are_the_same_after_a_conversion(elastic: Path, chain: str) -> None:
     check_chain(elastic, chain, len(FAST))
 

@@ -93,7 +93,8 @@ def whole(engine: TrainingEngine) -> dict[str, torch.Tensor]:
 
 def by_one_process(config: Config, world_size: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Return the weights after `STEPS` steps over the batches of all ranks, and each step's gradient norm."""
-    config = settings(config.training.precision, model=config.model, mcmc=config.mcmc, zero=ZeroConfig(0))
+    kept = {"model": config.model, "mcmc": config.mcmc, "optimizer": config.optimizer}
+    config = settings(config.training.precision, **kept, zero=ZeroConfig(0))
     torch.manual_seed(config.seed)
     model: Any = build_model(config, pad_id=0)
     model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
@@ -115,11 +116,17 @@ def by_one_process(config: Config, world_size: int) -> tuple[dict[str, torch.Ten
     return {name: p.detach() for name, p in model.named_parameters()}, norms
 
 
-def follow_one_process(rank: int, world_size: int, cases: dict[str, dict[str, Any]], precision: str) -> None:
+def follow_one_process(
+    rank: int,
+    world_size: int,
+    cases: dict[str, dict[str, Any]],
+    precision: str,
+    common: dict[str, Any] | None = None,
+) -> None:
     world = setup_distributed(60)
-    expected, norms = by_one_process(settings(precision), world_size)
+    expected, norms = by_one_process(settings(precision, **(common or {})), world_size)
     for name, changes in cases.items():
-        config = settings(precision, **changes)
+        config = settings(precision, **(common or {}), **changes)
         engine, _ = create_engine(config, lambda config=config: build_model(config, pad_id=0), world)
         assert engine.num_parameters == sum(p.numel() for p in expected.values())
         found = []
@@ -145,19 +152,27 @@ def test_every_stage_follows_one_process(precision: str) -> None:
     run_distributed_test(follow_one_process, 2, cases, precision, backend="", timeout=300)
 
 
-def skip_and_resume(rank: int, world_size: int, root: Path) -> None:
+RESUMED = [
+    ("0", "fp32"),
+    ("0", "bf16"),
+    ("1", "bf16"),
+    ("2", "fp32"),
+    ("3, nothing kept", "bf16"),
+    ("2, optimizer offloaded", "bf16"),
+    ("3, all offloaded", "fp32"),
+]
+
+
+def skip_and_resume(
+    rank: int,
+    world_size: int,
+    root: Path,
+    cases: list[tuple[str, str]] = RESUMED,
+    common: dict[str, Any] | None = None,
+) -> None:
     world = setup_distributed(60)
-    cases = [
-        ("0", "fp32"),
-        ("0", "bf16"),
-        ("1", "bf16"),
-        ("2", "fp32"),
-        ("3, nothing kept", "bf16"),
-        ("2, optimizer offloaded", "bf16"),
-        ("3, all offloaded", "fp32"),
-    ]
     for number, (name, precision) in enumerate(cases):
-        config = settings(precision, run_dir=str(root / str(number)), **CASES[name])
+        config = settings(precision, run_dir=str(root / str(number)), **(common or {}), **CASES[name])
         config.training.global_batch_size = 4
         config.mcmc.max_num_steps = None
 
