@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from ebwm_dist.data.tokenizer import Tokenizer
@@ -20,7 +21,9 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.inference.model_card import model_card
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.thinking import Thinking, check_thinking
+from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.run import EXPORT_FILE, Run
 
 CODE_FILE = "modeling_ebwm.py"
@@ -48,6 +51,10 @@ def export_to_hub(run: Run, out: Path, thinking: Thinking, license_: str | None)
         raise UserError(f"{run.name} is a model of video, --hub-format is for text: leave it out")
     if config.model.kind == "ar" and thinking != Thinking():
         raise UserError("an autoregressive model takes no MCMC steps: leave out the options of thinking")
+    with torch.device("meta"):
+        model = build_model(config, run.pad_id or 0)
+    if isinstance(model, EnergyBasedTransformer):
+        check_thinking(model, thinking)  # or every `generate` would refuse it
     if license_ is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_):
         raise UserError(f"--license {license_!r}: expected an identifier like apache-2.0, mit or other")
 

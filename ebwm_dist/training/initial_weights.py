@@ -65,7 +65,7 @@ class InitialWeights:
         def read() -> Any:
             if world.rank != 0:
                 return None
-            source = Run(str(config.training.initialize_from))
+            source = _open(config.training.initialize_from)
             statistics, notes = check_fit(source, config, data), describe_changes(source, config)
             self._state = source.weights()
             with torch.device("meta"):
@@ -148,7 +148,7 @@ def check_initial_weights(config: Config, data: Mixture | None) -> list[str]:
     """
     name = str(config.training.initialize_from)
     if "://" not in name:
-        source = Run(name)
+        source = _open(name)
         step = source.step
         check_fit(source, config, data)
         return [f"weights: of {source.name}, step {step}", *describe_changes(source, config)]
@@ -158,6 +158,13 @@ def check_initial_weights(config: Config, data: Mixture | None) -> list[str]:
         source.name = without_options(name)
         check_fit(source, config, data)
         return [f"weights: of {source.name}", *describe_changes(source, config)]
+
+
+def _open(name: str | None) -> Run:
+    try:
+        return Run(str(name))
+    except CheckpointError as error:
+        raise CheckpointError(f"training.initialize_from: {error}") from None
 
 
 def check_fit(source: Run, config: Config, data: Mixture | None) -> EmbeddingStatistics | None:
@@ -233,7 +240,8 @@ def _other_tokenizer(source: Run, config: Config, data: Mixture) -> Iterator[str
     if others:
         before, now = (part[others[0]] for part in pieces)
         first = f"the first is {others[0]}, {before!r} there and {now!r} here"
-        yield f"{differ}: {len(others):,} ids mean other tokens, {first}"
+        mean = "1 id means another token" if len(others) == 1 else f"{len(others):,} ids mean other tokens"
+        yield f"{differ}: {mean}, {first}"
 
 
 def _encoder(config: Config, data: Mixture) -> tuple[str, str]:

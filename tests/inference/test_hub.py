@@ -278,6 +278,8 @@ def test_the_card_says_what_the_model_is(runs: Path, exports: Path) -> None:
 
 def test_the_card_of_a_model_without_noise_asks_for_one_candidate(runs: Path, tmp_path: Path) -> None:
     finished_run(write_config(tmp_path), Manifest.load(runs / "text"), tmp_path / "run", ["mcmc.initial_state=zeros"])
+    with pytest.raises(UserError, match="candidates = 2: all would be the same"):  # as every `generate` would say
+        export("--run", tmp_path / "run", "--out", tmp_path / "out", "--hub-format", "--candidates", 2)
     export("--run", tmp_path / "run", "--out", tmp_path / "out", "--hub-format")
     assert 'thinking={"steps": 8, "energy_tolerance": 1e-3}' in (tmp_path / "out" / "README.md").read_text()
 

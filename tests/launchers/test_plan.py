@@ -41,9 +41,9 @@ def test_settings_are_told_best_first(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_what_does_not_fit_comes_last(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A GPU of 2 GiB holds some settings of the quickstart and not the others."""
+    """A GPU of 0.8 GiB, 0.6 of them for CUDA, holds some settings of the quickstart and not the others."""
     table = tmp_path / "machines.yaml"
-    row = "memory_gib: 1.3, peak_tflops: 10, link_gbps: 10, link_us: 10, network_gbps: 10, network_us: 10"
+    row = "memory_gib: 0.8, peak_tflops: 10, link_gbps: 10, link_us: 10, network_gbps: 10, network_us: 10"
     table.write_text(f"small: {{{row}, gpus_per_node: 2}}\n")
     arguments = [*QUICKSTART, "--gpus", "1", "--gpu", "small", "--machines", str(table)]
     found = plans(capsys, *arguments, "training.global_batch_size=64")

@@ -241,7 +241,7 @@ def test_a_source_that_cannot_be_read(source: Run, tiny: Manifest, tmp_path: Pat
     with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
         InitialWeights(config, mixture(tiny), ALONE, print)
     config.training.initialize_from = str(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+    with pytest.raises(CheckpointError, match="training.initialize_from: .*nowhere does not exist"):
         describe(config)
     config.training.initialize_from = f"file://{tmp_path}/nothing"
     with pytest.raises(CheckpointError, match="nothing holds no run, checkpoint or export"):
