@@ -57,6 +57,8 @@ def test_another_model_or_precision_is_refused() -> None:
         warnings_for(changed("model", dim=64))
     with pytest.raises(CheckpointError, match="training.precision = fp32, this run has bf16"):
         warnings_for(changed("training", precision="bf16"))
+    with pytest.raises(CheckpointError, match=r"has optimizer.kind = adamw, the configuration has muon: set optim"):
+        warnings_for(changed("optimizer", kind="muon"))
 
 
 def test_a_learning_rate_that_jumps_is_announced() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,20 @@ def test_a_long_temporary_folder_is_no_obstacle(
         assert list(pool.map(os.path.join, [("a", "b")])) == ["a/b"]
         pool.close()
     assert f"{folder} is too long for Ray's sockets; using /tmp/ray" in capsys.readouterr().out
+
+
+PRINTS = """
+import time
+import ray
+from ebwm_dist.workers.pool import connected
+
+with connected(1):
+    ray.get(ray.remote(lambda: print("from a worker", flush=True)).remote())
+    time.sleep(3)  # output of workers arrives later
+"""
+
+
+@pytest.mark.slow
+def test_what_workers_print_has_no_colours_beside_a_terminal() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, text=True, check=True)
+    assert "from a worker" in done.stdout + done.stderr and "\x1b" not in done.stdout + done.stderr
