@@ -68,8 +68,15 @@ def test_a_local_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     assert [value for value, _ in found] == pytest.approx(expected, rel=1e-5)
     spaced = model.loglikelihood(requests("loglikelihood", *(("ka lo ", choice[1:]) for choice in CHOICES)))
     assert spaced == found
-    (likeliest,) = predictor.generate("mi ru", 1, thinking=thinking)
-    answers = model.loglikelihood(requests("loglikelihood", *(("mi ru", text) for text in (likeliest.text, "\n"))))
+    prompts = ("mi ru", "ka", "lo", "ten vas", "sho", "bel dor", "fin", "vas vas", "ru ka")
+    likeliest = [predictor.generate(prompt, 1, thinking=thinking)[0] for prompt in prompts]
+    # A single byte of a character has no text of its own.
+    prompt, text = next(
+        (prompt, found.text)
+        for prompt, found in zip(prompts, likeliest, strict=True)
+        if tokenizer.encode(found.text) == list(found.tokens)
+    )
+    answers = model.loglikelihood(requests("loglikelihood", *((prompt, answer) for answer in (text, "\n"))))
     assert [greedy for _, greedy in answers] == [True, False]
     with pytest.raises(UserError, match="a continuation of .* tokens: the model was trained with a context of 16"):
         model.loglikelihood(requests("loglikelihood", ("ka", " lo" * 40)))
