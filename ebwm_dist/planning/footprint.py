@@ -26,7 +26,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.second_order import Refinement
 from ebwm_dist.mcmc.slices import Slice
-from ebwm_dist.mcmc.vocabulary import TokenMatrix
+from ebwm_dist.mcmc.vocabulary import SLICE_ELEMENTS, TokenMatrix
 from ebwm_dist.models.passes import P, T
 
 PERSISTENT = 100_000
@@ -83,7 +83,8 @@ class FootprintModel:
             for layers in _LAYERS
             for positions in sorted(set(self._positions))
         }
-        self._states = cache(partial(_measure_states, _meta_model(config, num_layers=1), config))
+        self._measured_states = cache(partial(_measure_states, _meta_model(config, num_layers=1), config))
+        self._rows_together = max(1, SLICE_ELEMENTS // (config.model.embedding_dim or config.model.vocab_size))
 
     def of(self, config: Config) -> Footprint:
         """Return the footprint of a micro-batch of `config`, in which only `training`'s sizes may be others."""
@@ -125,6 +126,14 @@ class FootprintModel:
             backwards=landscapes + slices * 2 * trained,
             **{what: moved(what) for what in _MOVED},
         )
+
+    def _states(self, count: int) -> Quantities:
+        """Return the quantities of so many states: linear as long as all are worked on together, and beyond that."""
+        most = self._rows_together
+        ends = (max(1, most // 2), most) if count <= most else (2 * most, 4 * most)
+        low, high = (self._measured_states(end) for end in ends)
+        share = (count - ends[0]) / max(1, ends[1] - ends[0])
+        return {name: (1 - share) * low[name] + share * high[name] for name in low}
 
     def _at(self, layers: int, positions: int) -> Quantities:
         """Return the quantities of a sequence at a number of layers and of positions: linear in both."""
