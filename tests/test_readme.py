@@ -61,7 +61,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
-    assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 6
+    assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 7
     assert len(CALIBRATION) == 2 and len(PLAN) == 1
 
 

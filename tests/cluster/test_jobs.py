@@ -138,7 +138,8 @@ def test_the_package_is_small_and_runs(config: Config, tmp_path: Path) -> None:
     assert [path.name for path in bare.iterdir()] == ["run.yaml"]
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
     assert sum((whole / path).stat().st_size for path in files) < 2**21
-    source = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "ebwm_dist").rglob("*.py")}
+    package = [path for path in (REPOSITORY / "ebwm_dist").rglob("*") if path.suffix in (".py", ".yaml")]
+    source = {path.relative_to(REPOSITORY) for path in package}
     assert set(files) == source | {Path("run.yaml")}
     code = "import ebwm_dist.config.loading as l; print(l.__file__); l.load_config('run.yaml')"
     shown = subprocess.run([sys.executable, "-c", code], cwd=whole, env={}, capture_output=True, text=True, check=True)
