@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -162,7 +163,7 @@ def _meta_model(config: Config, **model: Any) -> Model:
         replay_size=0,
     )
     config = replace(config, model=replace(config.model, num_landscapes=1, **model), mcmc=mcmc)
-    with torch.device("meta"):
+    with torch.device("meta"), UndrawnWeights():
         built = build_model(config, pad_id=0)
         built.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
         for p in built.parameters():
@@ -292,6 +293,13 @@ class _Recorder:
     def _count(self, what: str, numbers: int) -> None:
         name = f"{what} {self.last}"
         self.found[name] = self.found.get(name, 0.0) + numbers
+
+
+class UndrawnWeights(TorchFunctionMode):
+    """Leaves the weights of models that are built inside it as they are: drawing them takes time on any device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 class LiveBytes(TorchDispatchMode):

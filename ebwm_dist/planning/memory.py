@@ -13,7 +13,7 @@ import torch
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS, bucket_size
 from ebwm_dist.config.schema import Config, ZeroConfig
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.planning.footprint import Footprint
+from ebwm_dist.planning.footprint import Footprint, UndrawnWeights
 
 GIB = 2**30
 FRAGMENTATION = 0.05
@@ -56,7 +56,7 @@ class State:
 
 def count_parameters(config: Config) -> Parameters:
     """Count them; nothing is allocated."""
-    with torch.device("meta"):
+    with torch.device("meta"), UndrawnWeights():
         model = build_model(config, pad_id=0)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     alpha = sum(size for name, size in sizes.items() if name.endswith("step_size.alpha"))
