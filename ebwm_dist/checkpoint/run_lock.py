@@ -27,10 +27,12 @@ PATIENCE = 60.0
 
 
 class RunLock:
-    """The lock of a run folder."""
+    """The lock of a run folder, or of another folder that errors call `key`."""
 
-    def __init__(self, run_dir: Path, interval: float = INTERVAL, patience: float = PATIENCE) -> None:
-        self.run_dir, self.interval, self.patience = run_dir, interval, patience
+    def __init__(
+        self, run_dir: Path, interval: float = INTERVAL, patience: float = PATIENCE, key: str = "run_dir"
+    ) -> None:
+        self.run_dir, self.interval, self.patience, self.key = run_dir, interval, patience, key
         self.file = run_dir / ".lock"
         self._owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
         self._owner |= {"started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -45,7 +47,7 @@ class RunLock:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._take()
         except OSError as error:
-            raise UserError(f"run_dir = {str(self.run_dir)!r} cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.key} = {str(self.run_dir)!r} cannot be written: {error.strerror}") from None
         self._thread.start()
 
     def release(self) -> None:
@@ -83,7 +85,7 @@ class RunLock:
                 continue
             if found != (first or found) or (lives and silence > 2 * self.interval):
                 raise RunLockedError(
-                    f"{self.run_dir} is in use by {_name(found)}: wait for its end, or choose another run_dir"
+                    f"{self.run_dir} is in use by {_name(found)}: wait for its end, or choose another {self.key}"
                 )
             if first is None and lives is None:
                 waiting = f"{self.run_dir} was in use by {_name(found)}: waiting {self.patience:g} s for a sign of it"
