@@ -11,24 +11,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from dataclasses import fields
 
 from ebwm_dist.errors import run_tool
-from ebwm_dist.prepare.cutting import Cut
+from ebwm_dist.prepare.cutting import Cut, size_argument
 from ebwm_dist.prepare.documents import add_groups_argument
 from ebwm_dist.prepare.latent_shards import Encoding, add_encoding_arguments
 from ebwm_dist.prepare.video_shards import cut_clips
 from ebwm_dist.storage import local_path
 from ebwm_dist.workers.executors import Work, add_arguments
-
-
-def size(text: str) -> tuple[int, int]:
-    """Parse `64` or `96x128` as height and width."""
-    match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 64 or 96x128 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +31,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (default: 16)")
     parser.add_argument("--frame-interval", type=float, default=0.25, help="seconds between two frames (default: 0.25)")
     parser.add_argument("--stride", type=float, default=1.0, help="seconds between the starts of clips (default: 1)")
-    parser.add_argument("--size", type=size, default=(224, 224), help="height and width: 64 or 96x128 (default: 224)")
+    parser.add_argument(
+        "--size", type=size_argument, default=(224, 224), help="height and width: 64 or 96x128 (default: 224)"
+    )
     parser.add_argument(
         "--crop", choices=("center", "none"), default="center", help="center (default), or none: squeeze the frame"
     )

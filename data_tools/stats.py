@@ -1,4 +1,4 @@
-"""Describe a data folder: samples, tokens or frames, bytes, lengths; of video also a contact sheet.
+"""Describe a data folder: samples, tokens or frames, bytes, lengths; of video and images also a contact sheet.
 
     python data_tools/stats.py data/clips --contact-sheet clips.png
 
@@ -23,6 +23,7 @@ from ebwm_dist.data.format.sample_format import (
     ClipFormat,
     SampleFormat,
     TokenFormat,
+    split_labels,
 )
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import to_json
@@ -51,7 +52,7 @@ def split_figures(manifest: Manifest, name: str) -> dict[str, Any]:
             figures |= label_figures(manifest, name)
         else:
             figures["padding"] = 1 - split.totals["tokens"] / max(predicted, 1)
-    else:
+    elif sample_format.frames > 1:
         figures["seconds"] = split.totals["frames"] * sample_format.frame_interval
     figures["bytes_per_sample"] = figures["bytes"] / max(split.samples, 1)
     return figures
@@ -78,11 +79,16 @@ def describe_format(f: SampleFormat) -> str:
     if isinstance(f, TokenFormat):
         kind = "tokens of prompts and completions" if f.labels else "tokens"
         return f"{kind}: {f.sequence_length} a sample, vocabulary of {f.vocab_size:,} ({f.dtype})"
-    frames = f"{f.kind}: {f.frames} frames of {f.height} x {f.width}, one every {f.frame_interval:g} s"
+    size = f"{f.height} x {f.width}"
+    frames = f"{f.kind}: {f.frames} frames of {size}, one every {f.frame_interval:g} s"
+    if f.frames == 1:
+        frames = f"{'images' if isinstance(f, ClipFormat) else 'latents of images'} of {size}"
+    if f.classes:
+        frames += f", {len(f.classes):,} classes"
     if isinstance(f, ClipFormat):
         return f"{frames} ({f.storage})"
     return (
-        f"{frames}\n  {f.encoder}: {f.embedding_dim:,} values a frame ({f.dtype}), "
+        f"{frames}\n  {f.encoder}: {f.embedding_dim:,} values {'a frame' if f.frames > 1 else 'an image'} ({f.dtype}), "
         f"mean {f.mean:.4g}, standard deviation {f.std:.4g}"
     )
 
@@ -109,11 +115,12 @@ def spread_clips(manifest: Manifest, name: str, weights: Path | None) -> np.ndar
     """Return clips spread evenly over a split, `[n, F, H, W, 3]` uint8."""
     split, sample_format = manifest.splits[name], manifest.sample_format
     if isinstance(sample_format, TokenFormat):
-        raise UserError(f"{manifest.folder} holds tokens; only video has a contact sheet")
+        raise UserError(f"{manifest.folder} holds tokens; only video and images have a contact sheet")
     numbers = np.unique(np.linspace(0, split.samples - 1, ROWS).round().astype(np.int64))
     ends = np.cumsum(split.counts)
     shards = np.searchsorted(ends, numbers, side="right")
-    samples, _ = ShardReader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
+    found, _ = ShardReader(manifest, name).read(shards, numbers - (ends - np.array(split.counts))[shards])
+    samples, _ = split_labels(found)
     if isinstance(sample_format, ClipFormat):
         return samples
     import torch
@@ -143,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=local_path, help="data folder")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--contact-sheet", type=local_path, metavar="PNG", help="image to write; video only")
+    parser.add_argument("--contact-sheet", type=local_path, metavar="PNG", help="image to write; not of tokens")
     parser.add_argument("--split", choices=SPLITS, default="train", help="split of the contact sheet (default: train)")
     parser.add_argument(
         "--weights", type=local_path, help="weights of the encoder that decodes latents, where it has any"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from ebwm_dist.data.format.video_codec import encode_clip
+from ebwm_dist.data.format.video_codec import encode_clip, encode_png
 from ebwm_dist.prepare.moving_shapes import moving_shapes
 from tests.tiny_data import tiny_documents
 
@@ -35,9 +35,10 @@ OWN_TEXT = [command for command in COMMANDS if "mine" in command and "--follow" 
 FOLLOW = [command for command in COMMANDS if "--follow" in command]  # tests/cluster/test_follow.py
 OWN_TASK = [command for command in COMMANDS if "my_task" in command]
 OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
+OWN_IMAGES = [command for command in COMMANDS if "_images" in command]
 CALIBRATION = [command for command in COMMANDS if "step.json" in command]  # needs a GPU
 PLAN = [command for command in COMMANDS if "plan.py" in command and command not in CALIBRATION]
-SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + CALIBRATION + PLAN
+SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + OWN_IMAGES + CALIBRATION + PLAN
 LARGE = [command for command in COMMANDS if command not in SMALL]
 
 
@@ -62,7 +63,7 @@ def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
     assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 7
-    assert len(CALIBRATION) == 2 and len(PLAN) == 1
+    assert len(CALIBRATION) == 2 and len(PLAN) == 1 and len(OWN_IMAGES) == 4
 
 
 def test_pages_and_links_are_there() -> None:
@@ -134,6 +135,17 @@ def test_own_video_can_be_trained_on(checkout: Path) -> None:
         checkout / "data" / "my_latents" / "manifest.json"
     ).is_file()
     assert (checkout / "runs" / "my_video" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.slow
+def test_own_images_can_be_packed(checkout: Path) -> None:
+    for number in range(40):
+        folder = checkout / "my_images" / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(encode_png(moving_shapes(number, 1, 40, 48)[0]))
+    packed = [run(shlex.split(command), checkout) for command in OWN_IMAGES]
+    assert "train: 1,419 images of 10 classes" in packed[1] and "1024 values" in packed[2]
+    assert (checkout / "data" / "my_images.png").is_file()
 
 
 @pytest.mark.slow

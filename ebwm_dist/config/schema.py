@@ -207,10 +207,10 @@ class DataConfig:
     sequence_length: int = number(256, at_least=1)
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None
-    """Frozen encoder of the frames of clips: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or torchvision:MODEL; null for
-    text and for latents, which are encoded in advance."""
+    """Frozen encoder of the frames of clips, or of images: pixels:SIZE, pixels:SIZE/P, the same with grey instead of
+    pixels, sd_vae, dinov2 or torchvision:MODEL; null for text and for latents, which are encoded in advance."""
     encoder_weights: str | None = location(None)
-    """Local file or folder of the encoder's weights; `pixels` has none."""
+    """Local file or folder of the encoder's weights; `pixels` and `grey` have none."""
     min_crop_scale: float = number(1.0, above=0, at_most=1)
     """Augment clips by a random square crop, its side at least this share of the frame's, and by mirroring half of
     them; 1: no augmentation."""

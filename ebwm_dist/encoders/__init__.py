@@ -4,6 +4,7 @@
 
     pixels:SIZE          the frame, resized to SIZE x SIZE; no weights, can be decoded (pixels.py)
     pixels:SIZE/P        the same numbers in the order of patches of P x P
+    grey:SIZE, :SIZE/P   one number for each pixel instead of three
     sd_vae               mean of Stable Diffusion's variational autoencoder; can be decoded (pretrained.py)
     dinov2               class embedding of DINOv2
     torchvision:MODEL    input of the last layer of a classifier of torchvision
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ebwm_dist.encoders.encoder import Encoder
-from ebwm_dist.encoders.pixels import Pixels
+from ebwm_dist.encoders.pixels import Grey, Pixels
 from ebwm_dist.encoders.pretrained import DinoV2, StableDiffusionVAE, TorchvisionModel
 from ebwm_dist.errors import UserError
 
@@ -25,6 +26,7 @@ __all__ = ["Encoder", "build_encoder"]
 
 KINDS: dict[str, Callable[[str, Path | None, int, int, str], Encoder]] = {
     "pixels": Pixels,
+    "grey": Grey,
     "sd_vae": StableDiffusionVAE,
     "dinov2": DinoV2,
     "torchvision": TorchvisionModel,
@@ -36,11 +38,13 @@ def build_encoder(
 ) -> Encoder:
     """Return the frozen encoder that `spec` names, for frames of `height` x `width`, on the CPU.
 
-    `weights` is a local path, needed by all but `pixels`. With `precision="bf16"` a pretrained model computes in it.
+    `weights` is a local path, which `pixels` and `grey` have none of. With `precision="bf16"` a pretrained model
+    computes in it.
     """
     kind, _, argument = spec.partition(":")
     if kind not in KINDS:
         raise UserError(
-            f"encoder {spec!r} is not known; it is one of pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2, torchvision:MODEL"
+            f"encoder {spec!r} is not known; it is one of pixels:SIZE, pixels:SIZE/P, grey:SIZE, grey:SIZE/P, sd_vae, "
+            "dinov2, torchvision:MODEL"
         )
     return KINDS[kind](argument, None if weights is None else Path(weights), height, width, precision)

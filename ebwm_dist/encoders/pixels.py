@@ -2,7 +2,8 @@
 
 `pixels:SIZE` holds SIZE x SIZE pixels row by row, each as red, green and blue in [-1, 1]. `pixels:SIZE/P` holds the
 same numbers patch by patch: the P x P pixels of the first patch row by row, then those of the patch to its right, and
-so on. Frames that are not square are squeezed.
+so on. `grey:SIZE` and `grey:SIZE/P` hold one number for each pixel, the mean of the three. Frames that are not square
+are squeezed.
 """
 
 from __future__ import annotations
@@ -20,30 +21,41 @@ from ebwm_dist.errors import UserError
 class Pixels(Encoder):
     """See the module's docstring; `[N, E]` with E = 3 SIZE^2."""
 
+    kind, channels = "pixels", 3
     decodable = True
 
     def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
         match = re.fullmatch(r"([1-9][0-9]{0,3})(?:/([1-9][0-9]{0,3}))?", argument)
         if match is None:
             raise UserError(
-                f"encoder 'pixels:{argument}' is not pixels:SIZE or pixels:SIZE/P, as in pixels:16 or pixels:32/8"
+                f"encoder '{self.kind}:{argument}' is not {self.kind}:SIZE or {self.kind}:SIZE/P, "
+                f"as in {self.kind}:16 or {self.kind}:32/8"
             )
-        super().__init__(f"pixels:{argument}", precision)
+        super().__init__(f"{self.kind}:{argument}", precision)
         self.size = int(match[1])
         self.patch = int(match[2] or self.size)
         if self.size % self.patch:
-            raise UserError(f"encoder 'pixels:{argument}': the patch size {self.patch} does not divide {self.size}")
+            raise UserError(f"encoder '{self.spec}': the patch size {self.patch} does not divide {self.size}")
         if weights is not None:
-            raise UserError(f"encoder pixels:{argument} has no weights, but {weights} was given")
-        self.embedding_dim = 3 * self.size**2
+            raise UserError(f"encoder {self.spec} has no weights, but {weights} was given")
+        self.embedding_dim = self.channels * self.size**2
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         resized = 2 * interpolate(images, size=(self.size, self.size), mode="area") - 1
+        if self.channels == 1:
+            resized = resized.mean(1, keepdim=True)
         rows = self.size // self.patch
-        patches = resized.view(-1, 3, rows, self.patch, rows, self.patch)
+        patches = resized.view(-1, self.channels, rows, self.patch, rows, self.patch)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.embedding_dim)
 
     def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         rows = self.size // self.patch
-        patches = embeddings.view(-1, rows, rows, self.patch, self.patch, 3)
-        return (patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, self.size, self.size) + 1) / 2
+        patches = embeddings.view(-1, rows, rows, self.patch, self.patch, self.channels)
+        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, self.size, self.size)
+        return (images.expand(-1, 3, -1, -1) + 1) / 2
+
+
+class Grey(Pixels):
+    """One number for each pixel, `[N, E]` with E = SIZE^2."""
+
+    kind, channels = "grey", 1

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
-from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, SampleFormat, TokenFormat
+from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, SampleFormat, TokenFormat, split_labels
 from ebwm_dist.data.loading.damage import intact_parts
 from ebwm_dist.data.loading.mixture import Mixture, pooled
 from ebwm_dist.encoders import Encoder, build_encoder
@@ -129,6 +129,8 @@ def check_format(config: Config, sample_format: SampleFormat) -> None:
         raise ConfigError(
             f"model.embedding_dim is null, but {where} are video{width}: set it to the width of the embeddings"
         )
+    elif sample_format.frames == 1:
+        raise ConfigError(f"model.kind is {model.kind!r}, but {where} are single images, which nothing comes before")
     if isinstance(sample_format, LatentFormat):
         required["model.embedding_dim"] = model.embedding_dim, sample_format.embedding_dim
         if data.encoder not in (None, sample_format.encoder):
@@ -152,7 +154,7 @@ def build_preprocessor(config: Config, sample_format: SampleFormat, device: torc
     """
     if isinstance(sample_format, LatentFormat):
         encoder = None
-        if sample_format.encoder.startswith("pixels"):
+        if sample_format.encoder.startswith(("pixels:", "grey:")):
             encoder = build_encoder(sample_format.encoder, None, sample_format.height, sample_format.width)
         return FramePreprocessor(device, encoder, sample_format.mean, sample_format.std)
     if not isinstance(sample_format, ClipFormat):
@@ -200,7 +202,8 @@ def _moments(preprocess: FramePreprocessor, manifest: Manifest, skip: bool) -> t
     for start in range(0, chosen, _CLIPS_AT_ONCE):
         part = slice(start, start + _CLIPS_AT_ONCE)
         place = shards[part], (numbers - counts[shards])[part]
-        for frames in intact_parts(reader.read, place) if skip else (reader.read(*place)[0],):
+        for samples in intact_parts(reader.read, place) if skip else (reader.read(*place)[0],):
+            frames, _ = split_labels(samples)
             embeddings = preprocess.encode(torch.from_numpy(frames).to(preprocess.device)).double()
             count += embeddings.numel()
             total += embeddings.sum().item()

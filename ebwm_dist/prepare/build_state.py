@@ -85,10 +85,12 @@ class Report:
             lines.append(f"  {sample_format.embedding_dim} values a frame, mean {mean:.4f}, std {std:.4f}")
         lines += [f"  {note}" for note in self.notes]
         if self.rejects:
-            what = "malformed documents" if isinstance(sample_format, TokenFormat) else "unreadable videos"
-            lines.append(f"  {self.rejects:,} {what} left out, listed in {manifest.folder / REJECTS_FILE}")
+            what = {"tokens": "malformed documents", "frames": "unreadable videos", "images": "unreadable images"}
+            lines.append(
+                f"  {self.rejects:,} {what[sample_format.unit]} left out, listed in {manifest.folder / REJECTS_FILE}"
+            )
         if not self.up_to_date:
-            unit = "tokens" if isinstance(sample_format, TokenFormat) else "frames"
+            unit = sample_format.unit
             amount = sum(split.totals[unit] for split in manifest.splits.values())
             kept = f", {self.kept:,} shards kept" if self.kept else ""
             lines.append(f"  {self.seconds:.1f} s, {amount / max(self.seconds, 1e-9):,.0f} {unit}/s{kept}")
@@ -101,8 +103,11 @@ class Report:
                 f"{totals['documents']:,} documents in {split.groups:,} groups, {totals['tokens']:,} tokens, "
                 f"{split.samples:,} samples of {sample_format.sequence_length}"
             )
-        else:
+        elif sample_format.frames > 1:
             counts = f"{split.samples:,} clips of {totals['videos']:,} videos, {totals['frames']:,} frames"
+        else:
+            classes = f" of {len(sample_format.classes):,} classes" if sample_format.classes else ""
+            counts = f"{split.samples:,} images{classes}"
         return f"{counts}, {len(split.shards)} shards"
 
 

@@ -9,6 +9,8 @@ Shapes: C clips, F frames of a clip, U different frames, H x W pixels.
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,8 @@ import numpy as np
 from PIL import Image
 
 from ebwm_dist.errors import DataError, UserError
-from ebwm_dist.files import printable
 from ebwm_dist.prepare.documents import is_held_out
-from ebwm_dist.prepare.listing import InputFile, list_local_inputs
+from ebwm_dist.prepare.listing import InputFile, list_named_inputs
 from ebwm_dist.prepare.video_files import VideoInfo, frames_at, probe
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
@@ -90,16 +91,11 @@ class Rejects:
 
 def find_videos(inputs: Sequence[str | Path], outputs: Sequence[Path], cut: Cut) -> list[InputFile]:
     """List the videos among `inputs`, files or folders; names must differ. The tool writes `outputs`."""
-    found: dict[str, InputFile] = {}
-    for file in list_local_inputs(inputs, SUFFIXES, outputs):
-        if (other := found.setdefault(file.name, file)) is not file:
-            both = f"{printable(other.path)} and {printable(file.path)}"
-            raise UserError(f"inputs {both} have the same name; put them into one folder")
-    if missing := sorted(set(cut.holdout) - set(found)):
-        raise UserError(
-            f"held-out video {missing[0]!r} is not in the input; its videos are {', '.join(list(found)[:8])}"
-        )
-    return list(found.values())
+    found = list_named_inputs(inputs, SUFFIXES, outputs)
+    names = [file.name for file in found]
+    if missing := sorted(set(cut.holdout) - set(names)):
+        raise UserError(f"held-out video {missing[0]!r} is not in the input; its videos are {', '.join(names[:8])}")
+    return found
 
 
 def probe_videos(files: Iterable[InputFile], hashes: Iterable[str], rejects: Rejects) -> list[Video]:
@@ -168,3 +164,11 @@ def resize(frame: np.ndarray, height: int, width: int, crop: str) -> np.ndarray:
         down, across = (rows - scale * height) / 2, (columns - scale * width) / 2
         box = (across, down, columns - across, rows - down)
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def size_argument(text: str) -> tuple[int, int]:
+    """Parse `64` or `96x128` as height and width, for a tool."""
+    match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 64 or 96x128 (height x width)")
+    return int(match[1]), int(match[2] or match[1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from ebwm_dist.data.format.manifest import SPLITS, Manifest, Shard
 from ebwm_dist.data.format.reader import ShardReader
-from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat
+from ebwm_dist.data.format.sample_format import IMAGES, ClipFormat, LatentFormat, split_labels
 from ebwm_dist.data.format.writer import ShardWriter
 from ebwm_dist.errors import DataError
 from ebwm_dist.prepare.build_state import Report, begin, finish, up_to_date
@@ -52,7 +52,8 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, required: bool) -> N
         "--encoder",
         required=required,
         metavar="SPEC",
-        help="store latents of this frozen encoder: pixels:SIZE, pixels:SIZE/P, sd_vae, dinov2 or torchvision:MODEL",
+        help="store latents of this frozen encoder: pixels:SIZE, pixels:SIZE/P, grey:SIZE, grey:SIZE/P, sd_vae, dinov2 "
+        "or torchvision:MODEL",
     )
     parser.add_argument("--weights", type=local_path, help="the encoder's weights: a local folder or file")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")
@@ -83,6 +84,7 @@ class LatentStore(Store):
             width=clips.width,
             mean=0.0,
             std=1.0,
+            classes=clips.classes,
         )
         return LatentStore(sample_format, encoding)
 
@@ -92,18 +94,21 @@ class LatentStore(Store):
     def write(self, task: ShardTask, batches: Iterable[Batch], record: BuildRecord) -> Shard | None:
         sample_format = self.sample_format
         encode = _load_encoder(self.encoding, sample_format.height, sample_format.width)
-        clips = [encode(batch.frames)[batch.members] for batch in batches]
+        clips, labels = [], []
+        for frames, chosen, infos in batches:
+            clips.append(encode(frames)[chosen])
+            labels += [info["label"] for info in infos] if sample_format.classes else []
         if not clips:
             return None
         with np.errstate(over="ignore"):
-            stored = np.concatenate(clips).astype(sample_format.array_dtype)  # [C, F, E]
+            stored = np.concatenate(clips).astype(sample_format.dtype)  # [C, F, E]
         if not np.isfinite(stored).all():
             raise DataError(f"latents of {self.encoding.encoder} are not finite or too large for {sample_format.dtype}")
         members = -(-task.clips_per_shard // CLIPS_PER_MEMBER)
         writer = ShardWriter(task.folder, task.split, sample_format, members, first_shard=task.number)
         for first in range(0, len(stored), CLIPS_PER_MEMBER):
             block = stored[first : first + CLIPS_PER_MEMBER]
-            writer.write(block)
+            writer.write(sample_format.labelled(block, labels[first : first + CLIPS_PER_MEMBER]))
             wide = block.astype(np.float64)
             record.values += wide.size
             record.total += float(wide.sum())
@@ -140,10 +145,16 @@ class StoredClips:
         count = manifest.splits[self.split].counts[self.number]
         for first in range(0, count, CLIPS_PER_MEMBER):
             rows = np.arange(first, min(first + CLIPS_PER_MEMBER, count))
-            clips, _ = reader.read(np.full_like(rows, self.number), rows)
+            clips, labels = split_labels(reader.read(np.full_like(rows, self.number), rows)[0])
             frames = clips.reshape(-1, *clips.shape[2:])
-            yield Batch(frames, np.arange(len(frames)).reshape(clips.shape[:2]), [{} for _ in rows])
+            infos: list[dict[str, Any]] = [{} for _ in rows]
+            if labels is not None:
+                infos = [{"label": label} for label in labels.tolist()]
+            yield Batch(frames, np.arange(len(frames)).reshape(clips.shape[:2]), infos)
         reader.close()
+
+    def groups(self, rejected: Set[str]) -> set[str]:
+        raise NotImplementedError  # the manifest of the clips has them
 
 
 def encode_clips(clips: Path, out: Path, encoding: Encoding, *, work: Work = LOCAL) -> Report:
@@ -152,7 +163,9 @@ def encode_clips(clips: Path, out: Path, encoding: Encoding, *, work: Work = LOC
     refuse_outputs(clips, [out])
     given = Manifest.load(clips)
     if not isinstance(given.sample_format, ClipFormat):
-        raise DataError(f"{clips} holds {given.sample_format.kind}, not clips; make some with {ClipFormat.tool}")
+        raise DataError(
+            f"{clips} holds {given.sample_format.kind}, not clips; make some with {ClipFormat.tool} or {IMAGES}"
+        )
     given.check_files()
     store = LatentStore.of(given.sample_format, encoding)
     source = {"version": VERSION, "clips": given.fingerprint, "stored": store.describe()}

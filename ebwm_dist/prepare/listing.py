@@ -1,4 +1,4 @@
-"""List the input files of a data tool, the same way for text and for video: files, folders, patterns, addresses.
+"""List the input files of a data tool, the same way for text, video and images: files, folders, patterns, addresses.
 
 Links to folders are followed, each folder once; hidden files and folders, and what the tool itself writes, are left
 out. A warning counts all that was ignored, by suffix or reason, with an example of each.
@@ -93,6 +93,18 @@ def list_local_inputs(
 ) -> list[InputFile]:
     """Return the files of this machine among `inputs`, as `list_inputs` does."""
     return [file for file in list_inputs(map(Path, inputs), suffixes, outputs) if isinstance(file, InputFile)]
+
+
+def list_named_inputs(
+    inputs: Iterable[str | Path], suffixes: Sequence[str], outputs: Iterable[Path] = ()
+) -> list[InputFile]:
+    """Return the files of `list_local_inputs`, of which no two may have the same name."""
+    found: dict[str, InputFile] = {}
+    for file in list_local_inputs(inputs, suffixes, outputs):
+        if (other := found.setdefault(file.name, file)) is not file:
+            both = f"{printable(other.path)} and {printable(file.path)}"
+            raise UserError(f"inputs {both} have the same name; put them into one folder")
+    return list(found.values())
 
 
 class _Listing:

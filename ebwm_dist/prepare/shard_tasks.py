@@ -1,4 +1,4 @@
-"""Make the shards of video, a task each, in any executor; keep those that an earlier run has made.
+"""Make the shards of video and images, a task each, in any executor; keep those that an earlier run has made.
 
 A task contains all that its shard depends on, and the index of the shard stores a hash of it. A shard with the hash of
 its task is kept: after an interruption, when videos were added at the end, and up to the first clip of a dropped video.
@@ -6,7 +6,7 @@ its task is kept: after an interruption, when videos were added at the end, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +26,10 @@ VERSION = 2
 
 
 class Batch(NamedTuple):
-    """The different frames of some clips `[U, H, W, 3]`, which of them each clip has `[C, F]`, and its info."""
+    """The different frames of some clips `[U, H, W, 3]`, which of them each clip has `[C, F]`, and its info.
+
+    Where clips have classes, the info of each holds its `label`.
+    """
 
     frames: np.ndarray
     members: np.ndarray
@@ -41,6 +44,9 @@ class Source(Protocol):
 
     def batches(self, rejects: Rejects) -> Iterator[Batch]:
         """Yield the clips in order, except those that are added to `rejects`."""
+
+    def groups(self, rejected: Set[str]) -> set[str]:
+        """Return the names of the groups that the clips belong to, without those of the `rejected` files."""
 
 
 @dataclass(frozen=True)

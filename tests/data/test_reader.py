@@ -19,7 +19,7 @@ from ebwm_dist.data.format.index import finished_shard
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import LatentFormat
-from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
+from ebwm_dist.data.format.video_codec import decode_clip, decode_images
 from ebwm_dist.data.format.writer import ClipWriter, ShardWriter
 from tests.tiny_shards import FRAMES, PER_RECORD, PER_SHARD, SAMPLES, make_tiny, tiny_frames, tiny_latents
 
@@ -81,7 +81,7 @@ def test_plain_webdataset_reads_the_same(made: tuple[str, Manifest]) -> None:
             continue
         assert json.loads(sample["json"])["frame_interval"] == 0.25
         images = [sample[f"{n:03d}.jpg"] for n in range(FRAMES)] if kind == "jpeg" else []
-        found.append(decode_jpegs(images, "") if kind == "jpeg" else decode_clip(sample["mp4"], ""))
+        found.append(decode_images(images, "") if kind == "jpeg" else decode_clip(sample["mp4"], ""))
     assert np.array_equal(np.stack(found), np.concatenate(list(ShardReader(manifest).blocks())))
 
 

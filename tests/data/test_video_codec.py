@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ebwm_dist.data.format import video_codec
-from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs, encode_clip, encode_jpeg
+from ebwm_dist.data.format.video_codec import decode_clip, decode_images, encode_clip, encode_jpeg
 from ebwm_dist.errors import DataError, UserError
 from tests.videos import copied, displayed, gradient, make_video, number_of, with_cover
 
@@ -90,12 +90,12 @@ def test_jpegs_come_back_through_either_library(library: str, monkeypatch: pytes
         monkeypatch.setattr(video_codec, "_optional", lambda name: None)
     frames = gradient(3)
     images = [encode_jpeg(frame) for frame in frames]
-    assert np.abs(decode_jpegs(images, "clip").astype(int) - frames).max() <= 6
+    assert np.abs(decode_images(images, "clip").astype(int) - frames).max() <= 6
     for damaged in (b"", b"not an image", images[0][: len(images[0]) // 2]):
-        with pytest.raises(DataError, match="key 7: unreadable JPEG image 1 "):
-            decode_jpegs([images[0], damaged], "key 7")
+        with pytest.raises(DataError, match="key 7: unreadable JPEG or PNG image 1 "):
+            decode_images([images[0], damaged], "key 7")
     with pytest.raises(DataError, match="image 1 is not of the size"):
-        decode_jpegs([images[0], encode_jpeg(frames[0, :24])], "key 7")
+        decode_images([images[0], encode_jpeg(frames[0, :24])], "key 7")
 
 
 def test_damaged_clips_are_named(backend: str) -> None:

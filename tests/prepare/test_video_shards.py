@@ -257,7 +257,7 @@ def test_stats_of_tokens(tiny: Manifest, tmp_path: Path, capsys: pytest.CaptureF
     stats.main([str(tiny.folder)])
     output = capsys.readouterr().out
     assert "tokens: 16 a sample, vocabulary of 320" in output and "held out: book 0" in output
-    with pytest.raises(UserError, match="only video has a contact sheet"):
+    with pytest.raises(UserError, match="only video and images have a contact sheet"):
         stats.main([str(tiny.folder), "--contact-sheet", str(tmp_path / "x.png")])
     other = tmp_path / "notes.txt"
     other.write_text("mine")

@@ -29,7 +29,7 @@ from ebwm_dist.data.format.manifest import Manifest, Shard
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, TokenFormat
 from ebwm_dist.errors import DataError
 
-_NPY_HEADER = 128  # bytes of the header of arrays of a few dimensions
+_NPY_HEADER = 256  # bytes that hold the header of arrays of a few dimensions, also where rows have a label
 _READ_AHEAD = 2**17  # bytes of a request; the kernel cuts longer ones off
 _Part = TypeVar("_Part")
 
@@ -138,7 +138,8 @@ class BlockShard(OpenShard[bytes]):
         raw = self._bytes(number, TAR_BLOCK + _NPY_HEADER, member.offset - TAR_BLOCK)
         self._check_name(number, member, raw)
         try:
-            (shape, fortran_order, dtype), size = _npy_header(raw[TAR_BLOCK:])
+            length = 10 + int.from_bytes(raw[TAR_BLOCK + 8 : TAR_BLOCK + 10], "little")
+            (shape, fortran_order, dtype), size = _npy_header(raw[TAR_BLOCK : TAR_BLOCK + length])
         except (ValueError, TokenError):  # numpy reads the header as a line of Python
             raise self._damage(number, "no valid npy header") from None
         expected = (record.samples, *self._shape)
@@ -169,10 +170,10 @@ class ClipShard(OpenShard[np.ndarray]):
 
     def sample(self, row: int) -> tuple[np.ndarray, str]:
         number = self._record_of(row)
-        return self.record(number)[0], self._prefixes[number]
+        return self.record(number), self._prefixes[number]
 
     def together(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack(parts)
+        return np.concatenate(parts)
 
     def record(self, number: int) -> np.ndarray:
         record = self.index.records[number]
@@ -187,17 +188,20 @@ class ClipShard(OpenShard[np.ndarray]):
             checksum = zlib.crc32(files[member.extension], checksum)
         self._check_sum(number, number, checksum)
         frames = self._decode(number, [files[extension] for extension in self._format.media])
-        if frames.shape != self._format.shape:
-            found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._format.shape))
+        if frames.shape != self._format.value_shape:
+            found, expected = (" x ".join(map(str, shape[:3])) for shape in (frames.shape, self._format.value_shape))
             raise self._damage(number, f"its frames are {found}, the manifest says {expected}")
-        return frames[None]
+        try:
+            return self._format.labelled(frames[None], [int(files["cls"])] if self._format.classes else None)
+        except ValueError as error:
+            raise self._damage(number, str(error)) from None
 
     def _decode(self, number: int, media: Sequence[bytes]) -> np.ndarray:
-        from ebwm_dist.data.format.video_codec import decode_clip, decode_jpegs
+        from ebwm_dist.data.format.video_codec import decode_clip, decode_images
 
         name = f"{self.shard.path}, key {self.index.records[number].key}"
         try:
-            return decode_clip(media[0], name) if self._format.storage == "mp4" else decode_jpegs(media, name)
+            return decode_clip(media[0], name) if self._format.storage == "mp4" else decode_images(media, name)
         except DataError as error:
             raise self.manifest.error(str(error)) from None
 

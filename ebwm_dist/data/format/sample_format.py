@@ -1,7 +1,8 @@
 """The formats of samples: rows of tokens, latents of video frames, and clips of frames.
 
 A format describes the shape and dtype of a sample, its valid values, the members of its record in a shard, and the
-tool that makes it. It is the part of the manifest that is not about files.
+tool that makes it. It is the part of the manifest that is not about files. An image is a clip of one frame, which may
+have a class.
 
 Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's latent, H and W the size of a frame.
 """
@@ -9,6 +10,7 @@ Shapes: S+1 tokens or F = S+1 frames of a sample, E the width of a frame's laten
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -21,6 +23,8 @@ CONTEXT, TARGET, FIRST_DIFFICULTY = 0, 1, 2
 """Labels of tokens: not a target, a target, and from the last on targets of difficulty 0, 1, ..."""
 MAX_DIFFICULTY = 65_000
 """Its label fits into 16 bits."""
+IMAGES = "data_tools/pack_images.py"
+"""The tool that makes clips of one frame."""
 
 
 class _Arrays:
@@ -36,23 +40,70 @@ class _Arrays:
 
 
 class _Video:
-    """Samples of `frames` frames."""
+    """Samples of `frames` frames, each sample with a class where there are `classes`."""
 
-    totals: ClassVar[tuple[str, ...]] = ("videos", "frames")
     frames: int
+    classes: tuple[str, ...]
 
     @property
     def sequence_length(self) -> int:
-        """Return S, the number of frames that are predicted."""
-        return self.frames - 1
+        """Return S, the number of frames that are predicted: all but the first, or the one frame of an image."""
+        return max(1, self.frames - 1)
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Return the names of the totals of a split."""
+        return ("videos", "frames") if self.frames > 1 else ("images",)
+
+    @property
+    def unit(self) -> str:
+        """Return what a sample consists of: frames, or one image."""
+        return self.totals[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample: that of its values, or none where it is a record of values and label."""
+        return () if self.classes else self.value_shape
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Return the shape of the frames or latents of a sample."""
+        raise NotImplementedError
 
     def count(self, samples: np.ndarray) -> dict[str, int]:
         """Return those totals of a split that can be counted in its samples."""
-        return {"frames": len(samples) * self.frames}
+        return {self.unit: len(samples) * self.frames}
 
-    def _check_frames(self) -> None:
-        if self.frames < 2:
-            raise ValueError(f"frames = {self.frames}: a sample needs at least 2")
+    def labelled(self, values: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        """Return samples of values `[n, ...]`, and of their labels `[n]` where there are classes.
+
+        Raises ValueError where a label is that of no class.
+        """
+        if not self.classes:
+            return values
+        assert labels is not None
+        samples = np.empty(len(values), _with_label(values.dtype, values.shape[1:]))
+        samples["values"], samples["label"] = values, labels
+        if len(samples) and not 0 <= samples["label"].min() <= samples["label"].max() < len(self.classes):
+            raise ValueError(f"a label is not one of the {len(self.classes)} classes, numbered from 0")
+        return samples
+
+    def _check_video(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames = {self.frames}: a sample needs at least 1")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("two classes have the same name")
+
+
+def _with_label(dtype: np.dtype, shape: tuple[int, ...]) -> np.dtype:
+    return np.dtype([("values", dtype, shape), ("label", "<i4")])
+
+
+def split_labels(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the values of samples `[n, ...]` and their labels `[n]` int32, if they have any."""
+    if samples.dtype.names is None:
+        return samples, None
+    return np.ascontiguousarray(samples["values"]), np.ascontiguousarray(samples["label"])
 
 
 @dataclass(frozen=True)
@@ -67,6 +118,7 @@ class TokenFormat(_Arrays):
     kind: ClassVar[str] = "tokens"
     tool: ClassVar[str] = "data_tools/tokenize_text.py"
     totals: ClassVar[tuple[str, ...]] = ("documents", "tokens", "text_bytes")
+    unit: ClassVar[str] = "tokens"
 
     sequence_length: int
     dtype: str
@@ -127,7 +179,6 @@ class LatentFormat(_Arrays, _Video):
 
     kind: ClassVar[str] = "latents"
     tool: ClassVar[str] = "data_tools/encode_frames.py"
-    sample_dtype: ClassVar[np.dtype] = np.dtype(np.float32)
 
     frames: int
     embedding_dim: int
@@ -139,65 +190,86 @@ class LatentFormat(_Arrays, _Video):
     width: int
     mean: float
     std: float
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields(self, may_be_negative=("mean",))
         _check_choice("dtype", self.dtype, "float16", "float32")
-        self._check_frames()
+        self._check_video()
         if not self.std > 0:
             raise ValueError(f"std = {self.std} is not positive")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of a sample, `[F, E]`."""
+    def value_shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample's latents, `[F, E]`."""
         return (self.frames, self.embedding_dim)
+
+    @property
+    def array_dtype(self) -> np.dtype:
+        """Return the dtype of the stored arrays, little-endian on every machine."""
+        dtype = super().array_dtype
+        return _with_label(dtype, self.value_shape) if self.classes else dtype
+
+    @property
+    def sample_dtype(self) -> np.dtype:
+        """Return the dtype of a sample as readers return it."""
+        dtype = np.dtype(np.float32)
+        return _with_label(dtype, self.value_shape) if self.classes else dtype
 
     def validate(self, rows: np.ndarray) -> np.ndarray:
         """Return stored rows normalised; raises ValueError where a value is invalid."""
-        values = rows.astype(np.float32)
+        values, labels = split_labels(rows)
+        values = values.astype(np.float32)
         if not np.isfinite(values).all():
             raise ValueError("a latent is not finite")
         values -= np.float32(self.mean)
         values /= np.float32(self.std)
-        return values
+        return self.labelled(values, labels)
 
 
 @dataclass(frozen=True)
 class ClipFormat(_Video):
-    """Clips of `frames` frames `[H, W, 3]`, `frame_interval` seconds apart, stored as one mp4 or as jpegs."""
+    """Clips of `frames` frames `[H, W, 3]`, `frame_interval` seconds apart, stored as one mp4, or as jpegs or pngs."""
 
     kind: ClassVar[str] = "clips"
     tool: ClassVar[str] = "data_tools/cut_clips.py"
-    sample_dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
 
     frames: int
     frame_interval: float
     height: int
     width: int
     storage: str
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        _check_choice("storage", self.storage, "mp4", "jpeg")
-        self._check_frames()
+        _check_choice("storage", self.storage, "mp4", "jpeg", "png")
+        self._check_video()
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of a sample, `[F, H, W, 3]`."""
+    def value_shape(self) -> tuple[int, ...]:
+        """Return the shape of a sample's frames, `[F, H, W, 3]`."""
         return (self.frames, self.height, self.width, 3)
+
+    @property
+    def sample_dtype(self) -> np.dtype:
+        """Return the dtype of a sample as readers return it."""
+        dtype = np.dtype(np.uint8)
+        return _with_label(dtype, self.value_shape) if self.classes else dtype
 
     @property
     def media(self) -> tuple[str, ...]:
         """Return the extensions of the members that hold the frames, in the order of the frames."""
-        if self.storage == "mp4":
-            return ("mp4",)
+        suffix = {"mp4": "mp4", "jpeg": "jpg", "png": "png"}[self.storage]
+        if self.storage == "mp4" or self.frames == 1:
+            return (suffix,)
         digits = max(3, len(str(self.frames - 1)))
-        return tuple(f"{number:0{digits}d}.jpg" for number in range(self.frames))
+        return tuple(f"{number:0{digits}d}.{suffix}" for number in range(self.frames))
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """Return the extensions of the members of a record, in the order of the tar."""
-        return tuple(sorted((*self.media, "json")))
+        return tuple(sorted((*self.media, "json", *(("cls",) if self.classes else ()))))
 
 
 SampleFormat = TokenFormat | LatentFormat | ClipFormat
@@ -208,14 +280,18 @@ def describe_format(sample_format: SampleFormat) -> dict[str, Any]:
     """Return a format as it stands in a manifest, for `parse_format`."""
     described = {"kind": sample_format.kind, **asdict(sample_format)}
     # Manifests and fingerprints without what these fields allow stay what they were before there were these fields.
-    return {key: value for key, value in described.items() if value or key not in ("labels", "allow_special")}
+    optional = ("labels", "allow_special", "classes")
+    return {key: value for key, value in described.items() if value or key not in optional}
 
 
 def parse_format(description: dict[str, Any]) -> SampleFormat:
     """Return the format that a manifest describes; raises ValueError, TypeError or KeyError where it is wrong."""
     kind = description["kind"]
     _check_choice("kind", kind, *KINDS)
-    return KINDS[kind](**{key: value for key, value in description.items() if key != "kind"})
+    values: dict[str, Any] = {key: value for key, value in description.items() if key != "kind"}
+    if "classes" in values:
+        values["classes"] = tuple(values["classes"])
+    return KINDS[kind](**values)
 
 
 def check_relative(path: str) -> str:
@@ -237,6 +313,10 @@ def _check_fields(description: SampleFormat, may_be_negative: tuple[str, ...] = 
     """Check every field against its type; numbers are finite, and none is negative unless it is listed."""
     for field in fields(description):
         value = getattr(description, field.name)
+        if field.name == "classes":
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError(f"classes = {value!r} are not names")
+            continue
         allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}[str(field.type)]
         if not isinstance(value, allowed) or isinstance(value, bool) is not (field.type == "bool"):
             raise ValueError(f"{field.name} = {value!r} is not a value of type {field.type}")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _QUALITY = 90  # of JPEG
+_PNG = b"\x89PNG"
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 # One thread and no macroblock tree, which reads memory that it has not set: the bytes would change between calls.
 _X264_PARAMS = "threads=1:mbtree=0:bframes=0:keyint=infinite:scenecut=0"
@@ -55,14 +56,14 @@ def decode_clip(data: bytes, name: str, backend: str = "auto") -> np.ndarray:
         raise DataError(f"{name}: unreadable video ({one_line(error)})") from None
 
 
-def decode_jpegs(images: Sequence[bytes], name: str) -> np.ndarray:
-    """Return JPEG images of one size as frames `[F, H, W, 3]`."""
+def decode_images(images: Sequence[bytes], name: str) -> np.ndarray:
+    """Return JPEG or PNG images of one size as frames `[F, H, W, 3]`."""
     frames = []
     for number, image in enumerate(images):
         try:
-            frames.append(_decode_jpeg(image))
+            frames.append(_decode_image(image))
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{name}: unreadable JPEG image {number} ({one_line(error)})") from None
+            raise DataError(f"{name}: unreadable JPEG or PNG image {number} ({one_line(error)})") from None
         if frames[-1].shape != frames[0].shape:
             raise DataError(f"{name}: image {number} is not of the size of the first")
     return np.stack(frames)
@@ -87,10 +88,19 @@ def encode_clip(frames: np.ndarray, frame_interval: float) -> bytes:
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
     """Return one frame `[H, W, 3]` as a JPEG image, by the one encoder that is always there."""
+    return _encode_image(frame, "JPEG", quality=_QUALITY)
+
+
+def encode_png(frame: np.ndarray) -> bytes:
+    """Return one frame `[H, W, 3]` as a PNG image, without loss."""
+    return _encode_image(frame, "PNG")
+
+
+def _encode_image(frame: np.ndarray, file_format: str, **options: Any) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=_QUALITY)
+    Image.fromarray(frame).save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -124,13 +134,13 @@ def to_rgb(frame: av.VideoFrame, pixel_aspect: float = 1.0) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _decode_jpeg(image: bytes) -> np.ndarray:
-    if (simplejpeg := _optional("simplejpeg")) is not None:
+def _decode_image(image: bytes) -> np.ndarray:
+    if not image.startswith(_PNG) and (simplejpeg := _optional("simplejpeg")) is not None:
         array: np.ndarray = simplejpeg.decode_jpeg(image, colorspace="RGB")
         return array
     from PIL import Image
 
-    with Image.open(io.BytesIO(image), formats=["JPEG"]) as opened:
+    with Image.open(io.BytesIO(image), formats=["JPEG", "PNG"]) as opened:
         return np.asarray(opened.convert("RGB"))
 
 

@@ -115,10 +115,15 @@ class ClipWriter(_TarShards):
         self._format = sample_format
 
     def write(self, media: bytes | Sequence[bytes], info: dict[str, Any]) -> None:
-        """Append a clip, as one mp4 file or as a JPEG image for each frame, with its description `info`."""
+        """Append a clip, as one mp4 file or as an image of each frame, with its description `info`.
+
+        Where there are classes, the description holds the `label`.
+        """
         images = [media] if isinstance(media, bytes) else list(media)
         description = json.dumps(info, sort_keys=True, ensure_ascii=False).encode("utf-8")
         files = {"json": description, **dict(zip(self._format.media, images, strict=True))}
+        if self._format.classes:
+            files["cls"] = str(info["label"]).encode("ascii")
         checksum = 0
         for extension in sorted(files):
             checksum = zlib.crc32(files[extension], checksum)

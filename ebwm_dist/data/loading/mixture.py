@@ -301,8 +301,8 @@ def pooled(sources: Sequence[Source], moments: Sequence[tuple[float, float]]) ->
 
 def _check_formats_agree(one: Source, other: Source) -> None:
     first, second = (describe_format(source.manifest.sample_format) for source in (one, other))
-    for key, value in first.items():
-        if key not in _MAY_DIFFER and (found := second.get(key)) != value:
+    for key in first | second:
+        if key not in _MAY_DIFFER and (found := second.get(key)) != (value := first.get(key)):
             raise DataError(
                 f"data.mixture: {other.name} has {key} = {found!r}, {one.name} has {value!r}; the data sets of a "
                 "mixture must agree in it: make one again, or leave it out"

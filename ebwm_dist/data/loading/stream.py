@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.sample_format import FIRST_DIFFICULTY, SampleFormat, TokenFormat
+from ebwm_dist.data.format.sample_format import FIRST_DIFFICULTY, SampleFormat, TokenFormat, split_labels
 from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.mixture import ORDER_VERSION, Mixture, as_mixture
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
@@ -70,6 +70,8 @@ class Batch:
     `observed[:, 1:]`."""
     difficulty: torch.Tensor | None = None
     """Difficulty of each target `[B, S]` int64 on the CPU, -1 where it has none."""
+    labels: torch.Tensor | None = None
+    """Class of each image or clip `[B]` int64 on the CPU, where the data have classes."""
 
     @property
     def next_states(self) -> torch.Tensor:
@@ -338,13 +340,14 @@ def _batch(
     sample_mask: torch.Tensor,
     damaged: Sequence[str] = (),
 ) -> Batch:
-    """Return samples as a batch of tensors; tokens of every stored dtype become int64."""
+    """Return samples as a batch of tensors; tokens of every stored dtype become int64, and so do classes."""
+    about = sample_ids, keys, sample_mask, list(damaged)
     if not isinstance(sample_format, TokenFormat):
-        return Batch(torch.from_numpy(samples), sample_ids, keys, sample_mask, list(damaged))
+        values, classes = split_labels(samples)
+        return Batch(torch.from_numpy(values), *about, labels=None if classes is None else torch.tensor(classes).long())
     samples = samples.astype(np.int64)
     if not sample_format.labels:
-        return Batch(torch.from_numpy(samples), sample_ids, keys, sample_mask, list(damaged))
+        return Batch(torch.from_numpy(samples), *about)
     targets = torch.from_numpy(sample_format.targets(samples))
     difficulty = torch.from_numpy(np.maximum(samples[:, 1, 1:] - FIRST_DIFFICULTY, -1))
-    observed = torch.from_numpy(np.ascontiguousarray(samples[:, 0]))
-    return Batch(observed, sample_ids, keys, sample_mask, list(damaged), targets, difficulty)
+    return Batch(torch.from_numpy(np.ascontiguousarray(samples[:, 0])), *about, targets, difficulty)
