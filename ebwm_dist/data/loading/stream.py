@@ -17,15 +17,8 @@ batches do not count. It does not depend on ranks or workers, so a run resumes o
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import signal
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -39,10 +32,8 @@ from ebwm_dist.data.loading.damage import read_intact
 from ebwm_dist.data.loading.mixture import ORDER_VERSION, Mixture, as_mixture
 from ebwm_dist.data.loading.mixture_reader import MixtureReader
 from ebwm_dist.data.loading.order import Location, MixtureOrder
-from ebwm_dist.errors import ConfigError, DataError, UserError
-
-_LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")
-"""A socket's path has at most 107 bytes, and multiprocessing makes its own in the temporary folder."""
+from ebwm_dist.data.loading.worker_processes import die_with_parent, start_fork_server
+from ebwm_dist.errors import DataError, UserError
 
 _LOCATED = 1024  # samples whose locations are computed together, which costs little more than for one batch
 
@@ -137,41 +128,6 @@ class _MicroBatches(IterableDataset):
         return read_intact(reader.read, self._order, numbers)
 
 
-def _die_with_parent(_worker: int) -> None:
-    """End this worker as soon as the training process has ended, however it ended and whatever this one waits for."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _start_fork_server() -> Any:
-    """Start the fork server, if it does not run yet, and return the multiprocessing context of its workers.
-
-    A fork server is safe although this process has threads, and torch, imported there once, makes forks fast. It and
-    its workers block SIGINT and SIGTERM, which Ctrl-C, the DeepSpeed launcher and batch systems send to all processes
-    of a run: the trainer still needs the workers for the step that it finishes before it saves.
-    """
-    if len(os.fsencode(folder := tempfile.gettempdir())) > _LONGEST_TMPDIR:
-        raise ConfigError(
-            f"TMPDIR = {folder}: too long for the sockets of data.num_workers; name a folder of at most "
-            f"{_LONGEST_TMPDIR} characters, or set data.num_workers=0"
-        )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # first, as it unblocks these signals when it has started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -208,7 +164,7 @@ class SampleStream:
         self._micro = 0  # number of the next micro-batch of this rank
         self._raw: Iterator[RawBatch | UserError] | None = None
         if self._num_workers:
-            _start_fork_server()  # it imports torch while the model is being built
+            start_fork_server(__name__)  # it imports torch while the model is being built
 
     @property
     def dropped_per_epoch(self) -> int:
@@ -257,8 +213,8 @@ class SampleStream:
             collate_fn=_as_is,
             num_workers=self._num_workers,  # each of which runs torch on one thread, as all DataLoader workers do
             generator=torch.Generator(),  # for the seed that it draws, which must not move the run's random state
-            multiprocessing_context=_start_fork_server(),
-            worker_init_fn=_die_with_parent,
+            multiprocessing_context=start_fork_server(__name__),
+            worker_init_fn=die_with_parent,
         )
 
     def state_dict(self) -> dict[str, Any]:
