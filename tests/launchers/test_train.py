@@ -266,7 +266,7 @@ def test_a_run_folder_that_cannot_be_used_is_one_line_and_stays(
     assert (one_rank[0] / "config.yaml").read_text() == config
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_rank_that_waits_for_others_says_so_and_ends_on_a_signal(
     start: Start, launch_arguments: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

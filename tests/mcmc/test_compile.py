@@ -26,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
 def build(variant: str) -> EnergyBasedTransformer:
     torch.manual_seed(0)
     landscapes = 1 if variant == "default" else 2
-    model = ModelConfig(variant=variant, num_landscapes=landscapes, vocab_size=50, dim=16, num_heads=2, num_layers=2)
+    model = ModelConfig(variant=variant, num_landscapes=landscapes, vocab_size=50, dim=16, num_heads=2, num_layers=1)
     mcmc = MCMCConfig(num_steps=2, step_size=0.5)
     return EnergyBasedTransformer(model, mcmc, VocabularySpace(model, mcmc, 3), seed=1, position_chunk=4).double()
 

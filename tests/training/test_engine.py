@@ -145,7 +145,7 @@ def follow_one_process(
     leave()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_stage_follows_one_process(precision: str) -> None:
     """Clipped steps of a random number of MCMC steps, in which each backward reaches some of the parameters."""
     cases = CASES if precision == "fp32" else {name: CASES[name] for name in "0123"}

@@ -118,6 +118,7 @@ def test_ranks_follow_one_process(precision: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_bad_steps_are_skipped_and_checkpoints_resume_to_the_bit(tmp_path: Path) -> None:
     cases = [("0", "bf16"), ("1", "bf16"), ("2, optimizer offloaded", "bf16"), ("3", "fp32")]
     run_distributed_test(skip_and_resume, 2, tmp_path, cases, COMMON, backend="", timeout=300)

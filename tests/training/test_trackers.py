@@ -18,6 +18,7 @@ from tests.runs import train_in_turn
 RECORD = {"kind": "train", "step": 1, "loss": 2.0, "energy_first": None}
 
 
+@pytest.mark.slow
 def test_a_restarted_run_is_the_same_run(tiny_data: Path, tiny_config: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run_dir = tmp_path / "run"

@@ -101,7 +101,11 @@ def test_ranks_follow_one_process(
 
 @pytest.mark.parametrize(
     ("world_size", "stage", "precision"),
-    [(1, 0, "fp32"), (2, 1, "bf16"), pytest.param(2, 3, "bf16", marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 0, "fp32", marks=pytest.mark.slow),
+        (2, 1, "bf16"),
+        pytest.param(2, 3, "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_data: Path, tiny_config: Path, tmp_path: Path, world_size: int, stage: int, precision: str

@@ -69,6 +69,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path)
         assert [len(metrics(tmp_path / name / "whole", kind)) for kind in ("train", "val")] == [9, 3]
 
 
+@pytest.mark.slow
 def test_two_ranks_validate_as_one(folder: Path, tmp_path: Path) -> None:
     """5 held-out clips: the last micro-batch is filled up by rows that do not count, in the copy's error as well."""
     runs = {n: overrides(folder, "latents", tmp_path / str(n), "training.max_steps=3") for n in (1, 2)}

@@ -50,6 +50,7 @@ def same_weights(rank: int, world_size: int) -> None:
     leave()
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_an_ordinary_build() -> None:
     run_distributed_test(same_weights, 3, backend="", timeout=120)
 
@@ -204,6 +205,7 @@ def double_backward(rank: int, world_size: int) -> None:
     leave()
 
 
+@pytest.mark.slow
 def test_a_double_backward_still_fails() -> None:
     """The reason for first-order passes. Where this test fails, DeepSpeed has learned to do it."""
     run_distributed_test(double_backward, 2, backend="", timeout=60)
