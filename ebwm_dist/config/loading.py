@@ -109,10 +109,16 @@ def override_keys(text: str) -> set[str]:
     return set(_read_override(text, {}))
 
 
-def _read_chain(path: Path, named_by: str = "", above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Return (file, content) of `path` and the files it extends, the most basic one first."""
-    if path.resolve() in [file.resolve() for file in above]:
-        raise ConfigError(f"{named_by}files extend each other: {' -> '.join(map(str, (*above, path)))}")
+def read_yaml(path: Path, named_by: str = "") -> dict[str, Any]:
+    """Return the mapping in a YAML file, its scalars as they are written: `values.convert` gives them a type.
+
+    Args:
+        path: of the file.
+        named_by: what names it, for the error.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -123,7 +129,14 @@ def _read_chain(path: Path, named_by: str = "", above: tuple[Path, ...] = ()) ->
         tree = yaml.load(text, _Loader)
     if not isinstance(tree, (dict, type(None))):
         raise ConfigError(f"{path}: expected `key: value` lines")
-    tree = tree or {}
+    return tree or {}
+
+
+def _read_chain(path: Path, named_by: str = "", above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Return (file, content) of `path` and the files it extends, the most basic one first."""
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"{named_by}files extend each other: {' -> '.join(map(str, (*above, path)))}")
+    tree = read_yaml(path, named_by)
     base = tree.pop("extends", None)
     if base is None:
         return [(str(path), tree)]

@@ -84,11 +84,11 @@ def typed(name: str, value: Any) -> Any:
     choices, limits = key.metadata.get("choices"), key.metadata.get("limits", {})
     try:
         null = key.optional and (value is None or (isinstance(value, Plain) and _scalar(value) is None))
-        converted: Any = None if null else _converted(value, key.type)
+        converted: Any = None if null else convert(value, key.type)
         if choices and converted not in choices:
             raise TypeError
     except TypeError:
-        expected = f"expected {_expectation(key.type)}{' or null' if key.optional else ''}"
+        expected = f"expected {expectation(key.type)}{' or null' if key.optional else ''}"
         if choices:
             expected = f"allowed are {', '.join(map(repr, choices))}"
         if isinstance(value, str) and value in RENAMED_VALUES.get(name, ()):
@@ -107,33 +107,33 @@ def typed(name: str, value: Any) -> Any:
     return converted
 
 
-def _converted(value: Any, type_: Any) -> Any:
-    """Convert `value`, where nothing is lost by it; raise TypeError otherwise."""
+def convert(value: Any, type_: Any) -> Any:
+    """Return `value`, as it was read from YAML, in a type; raise TypeError where something would be lost by it."""
     if get_origin(type_) in (Union, types.UnionType):
         for option in get_args(type_):
             with suppress(TypeError):
-                return _converted(value, option)
+                return convert(value, option)
         raise TypeError
     if type_ is str:
         if isinstance(value, str) and value:
             return str(value)
     elif isinstance(value, Plain):
         scalar = _scalar(value)
-        return scalar if type_ is Any else _converted(scalar, type_)
+        return scalar if type_ is Any else convert(scalar, type_)
     elif type_ is Any:
         if isinstance(value, list):
-            return [_converted(item, Any) for item in value]
-        return _converted(value, dict[str, Any]) if isinstance(value, dict) else value
+            return [convert(item, Any) for item in value]
+        return convert(value, dict[str, Any]) if isinstance(value, dict) else value
     elif get_origin(type_) is dict:
         if isinstance(value, Mapping):
-            return {str(name): _converted(item, get_args(type_)[1]) for name, item in value.items()}
+            return {str(name): convert(item, get_args(type_)[1]) for name, item in value.items()}
     elif get_origin(type_) is list:
         if isinstance(value, (list, tuple)):
-            return [_converted(item, get_args(type_)[0]) for item in value]
+            return [convert(item, get_args(type_)[0]) for item in value]
     elif get_origin(type_) is tuple:
         items = get_args(type_)
         if isinstance(value, (list, tuple)) and len(value) == len(items):
-            return tuple(_converted(item, of) for item, of in zip(value, items, strict=True))
+            return tuple(convert(item, of) for item, of in zip(value, items, strict=True))
     elif type_ is bool or isinstance(value, bool):
         if type_ is bool and isinstance(value, bool):
             return value
@@ -162,14 +162,20 @@ def _scalar(text: str) -> Any:
     return float(text) if FLOAT.match(text) else str(text)
 
 
-def _expectation(type_: Any) -> str:
+def expectation(type_: Any) -> str:
+    """Return what a value of a type is called in errors."""
     if get_origin(type_) in (Union, types.UnionType):
-        return " or ".join(map(_expectation, get_args(type_)))
+        return " or ".join(map(expectation, get_args(type_)))
     if get_origin(type_) is list:
-        return "points [[sample, weight], ...]"  # of a schedule
+        (of,) = get_args(type_)  # pairs are those of a schedule
+        return (
+            "points [[sample, weight], ...]"
+            if get_origin(of) is tuple
+            else f"a list, of which each is {expectation(of)}"
+        )
     if get_origin(type_) is tuple:
         return f"a list of {len(get_args(type_))} numbers"
     if get_origin(type_) is dict:
         of = get_args(type_)[1]
-        return "a section" if of is Any else f"names, and {_expectation(of)} for each"
+        return "a section" if of is Any else f"names, and {expectation(of)} for each"
     return {bool: "true or false", int: "an integer", float: "a finite number", str: "a non-empty string"}[type_]
