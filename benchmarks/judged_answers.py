@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.evaluation.uncertainty import auroc
-from ebwm_dist.models.layers import candidate_positions
 
 STEPS, CANDIDATES = 16, 8
 NOISES = ((2.0, 0.0), (3.0, 0.0), (4.0, 0.0), (0.0, 1.0), (0.0, 2.0), (0.0, 3.0), (2.0, 1.0))
@@ -117,7 +116,7 @@ def looped_step(model: Any, z: Tensor, context: Any, where: Tensor) -> Tensor:
     """Return the next logits without an energy: the output of the blocks takes the place of -dE/de."""
     p, weight, transformer = z.softmax(-1), model.space.vocab_to_embed.weight, model.transformer
     x = p @ weight
-    positions = candidate_positions(where, x.shape[1], x.device)
+    positions = where[:, None] + 1
     rotary = transformer.blocks.rotary(positions, x.dtype)
     for block, (keys, values) in zip(transformer.blocks, context, strict=True):
         x, _ = transformer.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None)

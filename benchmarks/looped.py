@@ -39,7 +39,6 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.schedule import plan_at
 from ebwm_dist.models.flops import training_flops_per_token
-from ebwm_dist.models.layers import candidate_positions
 from ebwm_dist.training.optimizer import build_optimizer, set_lr
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +94,7 @@ class LoopedCandidate(nn.Module):
         for _ in range(steps):
             p = logits.softmax(-1)
             x = p @ weight
-            positions = candidate_positions(0, x.shape[1], x.device)
+            positions = torch.arange(1, 1 + x.shape[1])
             rotary = self.transformer.blocks.rotary(positions, x.dtype)
             for block, (keys, values) in zip(self.transformer.blocks, keys_values, strict=True):
                 x, _ = self.transformer.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None)

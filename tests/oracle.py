@@ -5,12 +5,15 @@ masked attention of all with all, the energy is differentiated with `create_grap
 through one step at a time or through the whole chain. It reads its weights from the state dict of the package's model,
 so that gradients can be compared by name, and it is given every random number.
 
+States may be blocks of P tokens: then S positions are those of their tokens, and samples have m tokens before them.
+
 Shapes: B batch, S positions, V vocabulary, E width of an observed embedding, D width, H heads, K steps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +48,10 @@ class DenseOracle:
         pad_id: int = -100,
         eps: float = 1e-5,
         add_most_recent: bool = False,
+        block_shape: Sequence[int] = (1,),
+        prefix: int = 1,
     ):
+        self.block_shape, self.block, self.prefix = block_shape, math.prod(block_shape), prefix
         self.add_most_recent = add_most_recent
         self.w = {name: value.detach().clone().requires_grad_() for name, value in state_dict.items()}
         self.num_heads, self.variant, self.pad_id, self.eps = num_heads, variant, pad_id, eps
@@ -65,27 +71,45 @@ class DenseOracle:
         return prediction @ self.w["space.embeddings.weight" if tied else "space.vocab_to_embed.weight"]
 
     def energy(self, context: Tensor, candidate: Tensor, step: int) -> Tensor:
-        """Return the energies [B, S] of embedded candidates [B, S, D] after each embedded `context` [B, S, D]."""
+        """Return the energies [B, S/P] of embedded candidates [B, S, D] after an embedded context [B, m + S - P, D]."""
         w, x = self.w, context
-        batch, size = x.shape[:2]
+        batch, size = candidate.shape[:2]
+        # The numbers of blocks: -1 is the prefix.
+        blocks = [-1] * self.prefix + [i // self.block for i in range(size)]
+        blocks_in_context, blocks = blocks[: x.shape[1]], blocks[self.prefix :]
+        entered = candidate
+        if self.add_most_recent:
+            before = [max(0, i + self.prefix - self.block) for i in range(size)]
+            entered = candidate + context[:, before]
+        if self.block > 1:
+            places = torch.stack([self._place(i % self.block) for i in range(size)])
+            entered = entered + places
+            unplaced = self.prefix if self.prefix < self.block else 0
+            of_context = [i - unplaced for i in range(unplaced, x.shape[1])]
+            x = torch.cat(
+                [x[:, :unplaced], *(x[:, i + unplaced, None] + places[i % self.block] for i in of_context)], 1
+            )
         landscape = min(step, self.num_landscapes - 1)
         condition, offset = None, 0
         if self.variant == "time_embed":
             time = w["transformer.time_embeddings.weight"][landscape].expand(batch, 1, -1)
             x, offset = torch.cat((time, x), 1), 1
+            blocks_in_context = [-2, *blocks_in_context]  # sees itself alone
         elif self.variant == "adaln":
             condition = w["transformer.time_embeddings.weight"][landscape]
         length = x.shape[1]
-        x = torch.cat((x, candidate + context if self.add_most_recent else candidate), 1)
-        positions = torch.cat((torch.arange(length), torch.arange(size) + offset + 1))
+        x = torch.cat((x, entered), 1)
+        first = offset + (self.prefix > 0)
+        positions = torch.tensor([0 if block == -2 else first + block for block in [*blocks_in_context, *blocks]])
 
-        # Allowed: context to earlier context, candidate i to the context up to its own token, candidate to itself.
+        # Allowed: context to its own and earlier blocks, candidates to the context before their block and to that.
         allowed = torch.zeros(length + size, length + size, dtype=torch.bool)
-        for row in range(length):
-            allowed[row, : row + 1] = True
-        for row in range(size):
-            allowed[length + row, : offset + row + 1] = True
-            allowed[length + row, length + row] = True
+        for row, block in enumerate([*blocks_in_context, *blocks]):
+            for column, other in enumerate([*blocks_in_context, *blocks]):
+                if column < length:
+                    allowed[row, column] = other <= block if row < length else other < block
+                else:
+                    allowed[row, column] = row >= length and other == block
 
         for layer in range(self.num_layers):
             name = f"transformer.blocks.{layer}."
@@ -98,7 +122,8 @@ class DenseOracle:
         shift, scale = self._modulation("transformer.", condition, 2)[:2]
         h = self._norm(x, "transformer.norm.weight") * (1 + scale) + shift
         mapped = (h @ w["transformer.head.weight"].T)[:, length:]
-        return mapped[..., 0] if mapped.shape[-1] == 1 else (mapped * candidate).sum(-1)
+        energy = mapped[..., 0] if mapped.shape[-1] == 1 else (mapped * candidate).sum(-1)
+        return energy.view(batch, -1, self.block).mean(-1)
 
     def refine(
         self,
@@ -114,20 +139,20 @@ class DenseOracle:
         num_targets: float | None = None,
         targets: Tensor | None = None,
     ) -> Refined:
-        """Refine `state` [B, S, V or E] after each of `observed` [B, S+1(, E)] but the last.
+        """Refine `state` [B, S, V or E] of all of `observed` [B, m + S(, E)] but the prefix.
 
         Args:
-            observed: the data; position i + 1 is what position i predicts.
+            observed: the data: the prefix, and what is predicted.
             state: initial states.
             num_steps: number of steps K.
             update, gradient, loss: as in the package's configuration.
             factor: what alpha is multiplied by [B, S, 1].
             noise: what is added to the state before each step [K, B, S, V or E].
             num_targets: what sums over targets are divided by; unset, the number of targets that are not padding.
-            targets: what position i predicts, padding where there is no loss; unset, position i + 1 of the data.
+            targets: what is predicted, padding where there is no loss; unset, the data after the prefix.
         """
-        context = self.embed_context(observed[:, :-1])
-        targets = observed[:, 1:] if targets is None else targets
+        context = self.embed_context(observed[:, : -self.block])
+        targets = observed[:, self.prefix :] if targets is None else targets
         alpha = self.w["space.step_size.alpha"].clamp(min=1e-4) * factor
         losses, energies, norms = [], [], []
         mask = targets != self.pad_id if self.text else torch.ones(targets.shape[:2], dtype=torch.bool)
@@ -145,7 +170,7 @@ class DenseOracle:
             # Every rule steps from the state, but for the published one, which steps from its probabilities.
             state = (prediction if update == "probabilities" else state) - alpha * slope
             losses.append(self._losses(state, targets)[mask].sum() / divisor)
-            energies.append(energy[mask].sum() / divisor)
+            energies.append(energy.repeat_interleave(self.block, 1)[mask].sum() / divisor)
             norms.append(embedded_slope.norm(dim=-1)[mask].sum() / divisor)
         step_losses = torch.stack(losses)
         shares = torch.arange(1.0, num_steps + 1, dtype=torch.float64)
@@ -158,6 +183,14 @@ class DenseOracle:
             return F.cross_entropy(state.mT, targets, reduction="none")
         error = (state - targets).abs()
         return torch.where(error < 1, error.square() / 2, error - 0.5).mean(-1)
+
+    def _place(self, token: int) -> Tensor:
+        """Return the learned position [D] of a token of a block: the sum over the axes of the block's shape."""
+        weight, total, first = self.w["transformer.block_positions.weight"], torch.zeros(()), 0
+        for axis, size in enumerate(self.block_shape):
+            total = total + weight[first + token // math.prod(self.block_shape[axis + 1 :]) % size]
+            first += size
+        return total
 
     def _project(self, x: Tensor) -> Tensor:
         if "space.projection.weight" not in self.w:

@@ -28,7 +28,19 @@ def check_config(config: Config) -> None:
     """Refuse a configuration whose keys do not agree; the error names the first one and its value."""
     # The autoregressive twin has no MCMC steps; their settings stay as they are.
     of_mcmc = (_mcmc, _landscapes, _replay) if config.model.kind == "ebt" else ()
-    for problems in (_texts, _places, _model, *of_mcmc, _training, _positions, _data, _mixture, _zero, _cluster):
+    for problems in (
+        _texts,
+        _places,
+        _model,
+        _blocks,
+        *of_mcmc,
+        _training,
+        _positions,
+        _data,
+        _mixture,
+        _zero,
+        _cluster,
+    ):
         for key, reason in problems(config):
             raise ConfigError(f"{key} = {getattr(*locate(config, key))!r}: {reason}")
 
@@ -91,6 +103,26 @@ def _model(config: Config) -> Problems:
     if model.tie_embeddings and model.embedding_dim is not None:
         frames = f"frames of model.embedding_dim = {model.embedding_dim}"
         yield "model.tie_embeddings", f"{frames} have no token embeddings; set it to false"
+
+
+def _blocks(config: Config) -> Problems:
+    model, length, size = config.model, config.data.sequence_length, config.model.block_size
+    if model.block_shape is not None and math.prod(model.block_shape) != size:
+        yield "model.block_shape", f"its product must be model.block_size = {size}, not {math.prod(model.block_shape)}"
+    if length % size:
+        reason = f"must be a multiple of model.block_size = {size}, as whole blocks are predicted"
+        yield (
+            "data.sequence_length",
+            f"{reason}; the nearest are {max(1, length // size) * size} or {(length // size + 1) * size}",
+        )
+    if size > 1 and model.kind == "ebt" and config.training.attention == "fused":
+        yield "training.attention", f"the kernels know no blocks (model.block_size = {size}); use 'auto' or 'math'"
+    if model.prefix == "none" and model.kind == "ebt":
+        nothing = "model.prefix = 'none': nothing is observed before the first state"
+        if model.add_most_recent:
+            yield "model.add_most_recent", f"not with {nothing}"
+        if config.mcmc.initial_state.startswith("most_recent"):
+            yield "mcmc.initial_state", f"not with {nothing}; use 'random_noise' or 'zeros'"
 
 
 def _mcmc(config: Config) -> Problems:
@@ -164,9 +196,11 @@ def _positions(config: Config) -> Problems:
     key, group, length = "training.position_parallel", config.training.position_parallel, config.data.sequence_length
     if group > 1 and config.model.kind == "ar":
         yield key, "must be 1 where model.kind = 'ar', whose positions are no work of their own"
-    if group > max(1, length // 2):
-        half = f"half of data.sequence_length = {length}, as each rank takes two pieces of a sequence"
-        yield key, f"at most {max(1, length // 2)}, {half}"
+    size = config.model.block_size
+    if group > max(1, length // size // 2):
+        blocks = "" if size == 1 else f" in blocks of model.block_size = {size}"
+        half = f"half of data.sequence_length = {length}{blocks}, as each rank takes two pieces of a sequence"
+        yield key, f"at most {max(1, length // size // 2)}, {half}"
 
 
 def _data(config: Config) -> Problems:

@@ -48,6 +48,25 @@ class ModelConfig:
     add_most_recent: bool = False
     """Add the most recent observed state's embedding to that of every candidate, which otherwise only attends to it."""
 
+    block_size: int = number(1, at_least=1)
+    """Tokens P that are predicted together as one state, by candidates that see one another: patches of an image or a
+    frame, cells of a puzzle. They share one energy, the mean over the tokens."""
+    block_shape: list[int] | None = field(default=None, metadata={"limits": {"at_least": 1}})
+    """Sizes of the axes of a block, with positions learned for each, such as [rows, columns]; null: `[block_size]`."""
+    prefix: str = choice("token", "block", "none")
+    """What samples begin with that is only observed: one token (the first of a text, or a label), a block such as the
+    first frame, or nothing. `data.sequence_length` tokens follow that are predicted."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of tokens of a sample that are only observed."""
+        return {"token": 1, "block": self.block_size, "none": 0}[self.prefix]
+
+    @property
+    def block_axes(self) -> list[int]:
+        """Sizes of the axes of a block."""
+        return self.block_shape or [self.block_size]
+
     @property
     def ffn_hidden_dim(self) -> int:
         """Hidden width of the feed-forward."""

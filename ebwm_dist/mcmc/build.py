@@ -20,7 +20,7 @@ def build_model(config: Config, pad_id: int | None) -> Model:
         return AutoregressiveTransformer(model, pad_id, training.activation_checkpointing)
     space: Space
     if model.embedding_dim is not None:
-        space = EmbeddingSpace(model.embedding_dim, model.dim, config.mcmc)
+        space = EmbeddingSpace(model.embedding_dim, model.dim, config.mcmc, model.block_size)
     else:
         assert pad_id is not None
         space = VocabularySpace(model, config.mcmc, pad_id)

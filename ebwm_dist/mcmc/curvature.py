@@ -3,7 +3,7 @@
 Gradient descent with step size alpha shrinks a deviation along an eigenvector of eigenvalue c by 1 - alpha c: beyond
 alpha |c| = 2 it grows. A chain of steps whose curvature rises in training is about to diverge.
 
-Shapes: B batch, C positions, D width.
+Shapes: B batch, C positions of c states, P tokens of a state, D width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def largest_eigenvalues(
     start: int | Tensor,
     iterations: int = 10,
 ) -> Tensor:
-    """Return the eigenvalue [B, C] of d2E/de2 that is largest in magnitude, by power iteration.
+    """Return the eigenvalue [B, c] of d2E/de2 that is largest in magnitude, by power iteration.
 
     Args:
         transformer: of the energies.
@@ -33,13 +33,14 @@ def largest_eigenvalues(
         context, landscape, start: as of `EnergyTransformer.candidate_pass`.
         iterations: products with the second derivative, each a tangent pass and its gradient.
     """
+    of_state = direction.shape[0], -1, transformer.layout.block_size * direction.shape[2]
     eigenvalue = torch.zeros_like(embedded[..., 0])
     for _ in range(iterations):
-        direction = torch.nn.functional.normalize(direction, dim=-1)
+        direction = torch.nn.functional.normalize(direction.view(of_state), dim=-1).view_as(embedded)
         with torch.enable_grad():
             leaf = embedded.detach().requires_grad_()
             _, derivative = transformer.energy_with_tangent(leaf, direction, context, landscape, start)
             (product,) = torch.autograd.grad(derivative.sum(), leaf)
-        eigenvalue = (direction * product).sum(-1)
+        eigenvalue = (direction * product).view(of_state).sum(-1)
         direction = product
     return eigenvalue

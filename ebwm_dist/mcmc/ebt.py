@@ -1,12 +1,14 @@
 """The energy-based transformer: predictions refined by descending a learned energy, in training and afterwards.
 
-Shapes: B batch, S observed positions, C positions refined together, D width, K steps. States and observations are
-[B, S, ...] as the space has them: tokens [B, S] and logits [B, S, V], or embeddings [B, S, E].
+Shapes: B batch, S predicted positions, L tokens of a sample and those before its last block (`BlockLayout`; L = S + 1
+where a state is one token), C positions refined together, D width, K steps. Observations and states are [B, L, ...] and
+[B, C, ...] as the space has them: tokens and logits [B, C, V], or embeddings [B, C, E].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,7 +56,7 @@ class EnergyBasedTransformer(EnergyModel):
             share: which one.
             agree: flags [B], on the CPU -> whether each is set on all processes that share the same sequences.
         """
-        self.share, self.agree = share, agree
+        self.share, self.agree = replace(share, block_size=self.layout.block_size), agree
 
     def plan(self, step: int, micro_step: int) -> StepPlan:
         """Return the MCMC steps of a micro-batch of optimizer step `step`, counted from 1; the same on all ranks."""
@@ -81,7 +83,8 @@ class EnergyBasedTransformer(EnergyModel):
             return {}
         before, now = states[0].get("position_parallel", 1), self.share.count
         buffers = [state.get("replay", {}) for state in states]
-        whole = [join_positions(buffers[first : first + before]) for first in range(0, len(buffers), before)]
+        shares = [replace(self.share, number=number, count=before) for number in range(before)]
+        whole = [join_positions(buffers[first : first + before], shares) for first in range(0, len(buffers), before)]
         return {"replay": share_positions(reshard(whole, rank // now, world_size // now), self.share)}
 
     def target_mask(self, targets: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class EnergyBasedTransformer(EnergyModel):
         """Run the forwards and backwards of a micro-batch, of which each process refines its share of the positions.
 
         Args:
-            observed: observed states [B, S+1, ...]: each is the target of those before it.
+            observed: samples [B, L, ...]: each state is the target of those before it.
             sample_ids: ids [B] on the CPU, which seed each sample's noise.
             plan: its MCMC steps.
             targets: true next tokens [B, S] on the CPU, padding where there is no loss: only the other positions are
@@ -116,29 +119,32 @@ class EnergyBasedTransformer(EnergyModel):
         """
         fresh, chosen, share = len(observed), targets is not None, self.share
         mask = share.chosen(self.target_mask(targets)) if targets is not None and self.replay is None else None
-        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
+        targets = self.layout.targets(observed) if targets is None else targets.to(observed.device)
         if num_targets is None:
             num_targets = self.target_mask(targets).sum().clamp(min=1)
         if mask is not None and self.space.pad_id is not None:
             targets = targets.masked_fill(~mask.to(targets.device), self.space.pad_id)
         # Sequences with chosen targets are kept with them.
-        record = torch.stack((observed, F.pad(targets, (1, 0))), -1) if chosen and self.replay is not None else observed
+        record = observed
+        if chosen and self.replay is not None:
+            record = torch.stack((observed, F.pad(targets, (self.layout.prefix, 0))), -1)
         replayed = self._replayed(observed, sample_ids)
         if replayed is not None:
             record = torch.cat((record, replayed[0].to(observed.device)))
             sample_ids = torch.cat((sample_ids, replayed[1]))
             observed, following = record.unbind(-1) if chosen else (record, record)
-            targets = following[:, 1:]
+            targets = self.layout.targets(following)
         num_targets = num_targets * (len(observed) / fresh)
-        context = observed[:, :-1]
+        context, positions = self.layout.context(observed), targets.shape[1]
+        recent = self.layout.most_recent(context[:fresh])
         refinement = Refinement(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
-        parts = share.slices(context.shape[1], self.position_chunk, len(observed), observed.device)
+        parts = share.slices(positions, self.position_chunk, len(observed), observed.device)
         if mask is not None:
-            parts = slices(context.shape[1], self.position_chunk * share.count, mask, observed.device)
+            parts = slices(positions, self.position_chunk * share.count, mask, observed.device, share.block_size)
         final, done = [], 0
         for where in parts:
             # Nothing here holds an initial state or the last slice's final one while a slice is refined.
-            initial_state = partial(self._initial_state, context[:fresh], sample_ids[:fresh], replayed, where, done)
+            initial_state = partial(self._initial_state, recent, sample_ids[:fresh], replayed, where, done)
             state = refinement.refine(initial_state, where)
             done += state.shape[1]
             if self.replay is not None:
@@ -155,14 +161,15 @@ class EnergyBasedTransformer(EnergyModel):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (energy [B, C], state [B, C, ...]) of the initial state and after each step, without a graph.
 
-        With Langevin noise the energy is that of the state with the noise of its step.
+        With Langevin noise the energy is that of the state with the noise of its step. Tokens have the energy of their
+        block.
 
         Args:
-            context: observed states [B, S, ...].
-            state: initial predictions [B, C, ...] of what follows the observed states `start` to `start` + C.
+            context: what is observed before the last state (`BlockLayout.context`).
+            state: initial predictions [B, C, ...] of the positions `start` to `start` + C.
             num_steps: number of steps, trained or more: later steps repeat the last landscape.
             sample_ids: ids [B] on the CPU, which seed the Langevin noise.
-            start: first observed state whose successor is predicted.
+            start: first position.
         """
         where = Slice(start, start + state.shape[1])
         yield from self._refine(self._contexts(context, num_steps), state, num_steps, sample_ids, where)
@@ -171,25 +178,25 @@ class EnergyBasedTransformer(EnergyModel):
     def refine_slices(
         self, context: Tensor, num_steps: int, sample_ids: Tensor, needed: Tensor | None = None
     ) -> Iterator[tuple[Slice, Iterator[tuple[Tensor, Tensor]]]]:
-        """Yield slices of what follows the observed states [B, S, ...], each with all that `refine` yields.
+        """Yield slices of the positions predicted from `context`, each with all that `refine` yields.
 
         With a mask of the positions that are `needed` [B, S], on the CPU, only those are refined.
         """
-        contexts = self._contexts(context, num_steps)
-        for where in slices(context.shape[1], self.position_chunk, needed, context.device):
-            initial = self.space.initial_state(sample_ids, self.seed, where, context)
+        contexts, recent = self._contexts(context, num_steps), self.layout.most_recent(context)
+        for where in self.slices(self.layout.predicted(context), needed, context.device):
+            initial = self.space.initial_state(sample_ids, self.seed, where, recent)
             yield where, self._refine(contexts, initial, num_steps, sample_ids, where)
 
     @torch.no_grad()
     def evaluate(
         self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
     ) -> Evaluation:
-        """Return summed losses and energies of `observed` [B, S+1, ...] over `num_steps` steps.
+        """Return summed losses and energies of samples `observed` [B, L, ...] over `num_steps` steps.
 
         `targets` [B, S] are those of `training_step`.
         """
-        context, needed = observed[:, :-1], None if targets is None else self.target_mask(targets)
-        targets = observed[:, 1:] if targets is None else targets.to(observed.device)
+        context, needed = self.layout.context(observed), None if targets is None else self.target_mask(targets)
+        targets = self.layout.targets(observed) if targets is None else targets.to(observed.device)
         mask = self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
@@ -204,22 +211,29 @@ class EnergyBasedTransformer(EnergyModel):
 
     @torch.no_grad()
     def energies(self, observed: Tensor, landscape: int | None = None) -> Tensor:
-        """Return the energy [B, S] of each of the observed states [B, S+1, ...] given those before it.
+        """Return the energy [B, S] of each state of samples `observed` [B, L, ...] given those before it.
 
         It is measured on the last landscape unless another is given.
         """
         landscape = self.transformer.num_landscapes - 1 if landscape is None else landscape
-        context = self.context_stream(observed[:, :-1], landscape)
+        context, targets = self.context_stream(self.layout.context(observed), landscape), self.layout.targets(observed)
         parts = []
-        for where in slices(observed.shape[1] - 1, self.position_chunk):
-            candidate = self.space.embed_next(observed[:, where.start + 1 : where.stop + 1])
+        for where in self.slices(targets.shape[1]):
+            candidate = self.space.embed_next(targets[:, where.start : where.stop])
             parts.append(self.transformer.energy(candidate, context, landscape, where.start))
-        return torch.cat(parts, dim=1)
+        return self.layout.per_token(torch.cat(parts, dim=1))
+
+    def slices(
+        self, positions: int, needed: Tensor | None = None, device: torch.device | None = None
+    ) -> Iterator[Slice]:
+        """Yield slices of the `positions` as they are refined together; those `needed` [B, S], or all."""
+        return slices(positions, self.position_chunk, needed, device, self.layout.block_size)
 
     @torch.no_grad()
     def curvature(self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None) -> Tensor:
         """Return the curvature of the energy before each step [K], summed over the targets of `evaluate`."""
-        context, mask = observed[:, :-1], self.target_mask(observed[:, 1:] if targets is None else targets)
+        context = self.layout.context(observed)
+        mask = self.target_mask(self.layout.targets(observed) if targets is None else targets)
         contexts = self._contexts(context, num_steps)
         total = torch.zeros(num_steps, device=observed.device, dtype=self.space.state_dtype)
         for where, states in self.refine_slices(context, num_steps, sample_ids, mask.cpu()):
@@ -229,7 +243,7 @@ class EnergyBasedTransformer(EnergyModel):
                 pairs = self.transformer.slice_context(contexts[landscape], where.stop)
                 embedded, _, gradient, _ = self.descend(state, pairs, landscape, where.positions)
                 found = largest_eigenvalues(self.transformer, embedded, gradient, pairs, landscape, where.positions)
-                total[step] += (found * own).sum()
+                total[step] += (self.layout.per_token(found) * own).sum()
         return total
 
     @torch.no_grad()
@@ -242,10 +256,11 @@ class EnergyBasedTransformer(EnergyModel):
             landscape = self.transformer.landscape(step)
             noisy = self.space.add_langevin_noise(state, self.seed, sample_ids, step, where)
             _, energy, gradient, _ = self.descend(noisy, contexts[landscape], landscape, start)
-            yield energy, state
+            yield self.layout.per_token(energy), state
             state = self.space.update(noisy, gradient)
         landscape = self.transformer.landscape(num_steps - 1)
-        yield self.transformer.energy(self.space.embed_state(state), contexts[landscape], landscape, start), state
+        energy = self.transformer.energy(self.space.embed_state(state), contexts[landscape], landscape, start)
+        yield self.layout.per_token(energy), state
 
     def _contexts(self, observed: Tensor, num_steps: int) -> dict[int, KeysValues]:
         landscapes = {self.transformer.landscape(step) for step in range(num_steps)}
@@ -260,15 +275,15 @@ class EnergyBasedTransformer(EnergyModel):
         return self.replay.take(self.mcmc.replayed_rows(len(observed)), seed)
 
     def _initial_state(
-        self, context: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, where: Slice, done: int
+        self, recent: Tensor, sample_ids: Tensor, replayed: ReplayedSequences | None, where: Slice, done: int
     ) -> Tensor:
         """Return the initial states of a slice: those of the samples, and below them the replayed ones.
 
         The first `done` positions of these were those of earlier slices.
         """
-        state = self.space.initial_state(sample_ids, self.seed, where.of_first(len(sample_ids)), context)
+        state = self.space.initial_state(sample_ids, self.seed, where.of_first(len(sample_ids)), recent)
         if replayed is None:
             return state
         stop = done + state.shape[1]
-        kept = {name: x[:, done:stop].to(context.device) for name, x in replayed[2].items()}
+        kept = {name: x[:, done:stop].to(recent.device) for name, x in replayed[2].items()}
         return torch.cat((state, self.space.expand(kept)))

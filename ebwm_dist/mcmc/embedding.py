@@ -18,8 +18,8 @@ from ebwm_dist.models.linear import Linear
 class EmbeddingSpace(Space):
     """Frame embeddings; where they are not as wide as the model, one projection embeds observed and predicted ones."""
 
-    def __init__(self, embedding_dim: int, dim: int, config: MCMCConfig):
-        super().__init__(config, embedding_dim, None)
+    def __init__(self, embedding_dim: int, dim: int, config: MCMCConfig, block_size: int = 1):
+        super().__init__(config, embedding_dim, None, block_size)
         self.projection = None if embedding_dim == dim else Projection(embedding_dim, dim)
 
     def initial_state(self, sample_ids: Tensor, seed: int, where: Slice, observed: Tensor) -> Tensor:

@@ -152,14 +152,13 @@ def reshard(states: list[dict[str, Any]], rank: int, world_size: int) -> dict[st
     return {"observed": observed, "sample_ids": sample_ids, "state": compact}
 
 
-def join_positions(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return whole records from the `ReplayBuffer.state_dict` of all processes that share their positions, in order."""
+def join_positions(states: Sequence[dict[str, Any]], shares: Sequence[Share]) -> dict[str, Any]:
+    """Return whole records from the `ReplayBuffer.state_dict` of all `shares` of their positions, in order."""
     first = states[0]
     if len(states) == 1 or not first:
         return first
-    length = first["observed"].shape[1] - 1
-    pieces = [Share(number, len(states)).pieces(length) for number in range(len(states))]
-    order = torch.tensor([*chain.from_iterable(chain(*pieces))]).argsort()
+    length = sum(_positions(state) for state in states)
+    order = torch.tensor([*chain.from_iterable(chain(*(share.pieces(length) for share in shares)))]).argsort()
     joined = {name: torch.cat([x["state"][name] for x in states], 1)[:, order] for name in first["state"]}
     return {**first, "state": joined}
 
@@ -168,8 +167,13 @@ def share_positions(state: dict[str, Any], share: Share) -> dict[str, Any]:
     """Return the records of a `ReplayBuffer.state_dict` with the states of this share of the positions alone."""
     if share.count == 1 or not state:
         return state
-    own = torch.tensor([*chain(*share.pieces(state["observed"].shape[1] - 1))])
+    own = torch.tensor([*chain(*share.pieces(_positions(state)))])
     return {**state, "state": {name: x[:, own] for name, x in state["state"].items()}}
+
+
+def _positions(state: dict[str, Any]) -> int:
+    """Return how many positions the states of a `ReplayBuffer.state_dict` have."""
+    return next(iter(state["state"].values())).shape[1]
 
 
 def _stacked(records: list[ReplayedSequences]) -> ReplayedSequences:

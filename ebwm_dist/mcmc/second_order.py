@@ -14,13 +14,13 @@ the weight gradient of a directional derivative, which a forward pass with a tan
     3. `EnergyModel.tangent`   candidate pass with tangent u:             D_e E(e; w)[u]; its backward: the rest
 
 Each backward frees what it needed. The keys and values of the context gather their gradient over all steps, and one
-backward through the context stream ends the micro-batch. Candidates do not see one another, so a few positions at a
-time are taken through all steps: only the context is ever held for the whole sequence.
+backward through the context stream ends the micro-batch. Candidate states do not see one another, so a few positions at
+a time are taken through all steps: only the context is ever held for the whole sequence.
 
 Where gradients flow through the chain of steps, the steps are first taken without a graph and then revisited from the
 last to the first: step 2 and 3 of each give dloss/dx of its state, which is upstream of the step before.
 
-Shapes: B batch, S positions, C positions refined together, D width, K steps.
+Shapes: B batch, S positions, C positions refined together, of c states, D width, K steps.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class EnergyModel(SequenceModel):
         super().__init__()
         self.mcmc, self.seed, self.space = mcmc, seed, space
         self.transformer = EnergyTransformer(model)
+        self.layout = self.transformer.layout
 
     def context_stream(self, observed: Tensor, landscape: int) -> KeysValues:
         """Return the keys and values of every block for the observed states [B, S, ...]."""
@@ -56,7 +57,7 @@ class EnergyModel(SequenceModel):
     def descend(
         self, state: Tensor, context: KeysValues, landscape: int, start: int | Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Kept, ...]]:
-        """Return the embedding [B, C, D] of a state, its energy [B, C] and dE/de [B, C, D], without a graph.
+        """Return the embedding [B, C, D] of states, their energies [B, c] and dE/de [B, C, D], without a graph.
 
         To `keep` is to return what `tangent` can use of this pass, too.
         """
@@ -85,8 +86,8 @@ class Refinement:
     Args:
         model: the energy model.
         plan: number and size of the MCMC steps.
-        context: observed states [B, S, ...].
-        targets: the state that truly follows each of them; padding, where there is no loss.
+        context: what is observed before the last state (`BlockLayout.context`).
+        targets: the true tokens at all positions [B, S, ...]; padding, where there is no loss.
         sample_ids: ids [B] on the CPU, which with the model's seed determine all noise.
         num_targets: number of targets that summed losses are divided by.
         forward: runs the passes: the model or an engine around it.
@@ -220,7 +221,7 @@ class Refinement:
         )
 
     def _observe(self, step: int, energy: Tensor, gradient: Tensor, padding: Tensor) -> None:
-        norms = gradient.to(energy.dtype).norm(dim=-1)
+        energy, norms = self.model.layout.per_token(energy), gradient.to(energy.dtype).norm(dim=-1)
         self.energies[step] += energy.masked_fill(padding, 0).sum()
         self.norms[step] += norms.masked_fill(padding, 0).sum()
         self.nonfinite[step] += (energy + norms).isfinite().logical_not().sum()

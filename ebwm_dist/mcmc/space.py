@@ -1,7 +1,7 @@
 """The interface between the engine and the space that predictions live in.
 
-Shapes: B batch, S observed positions, C candidate positions that are refined together, D width; a state has the
-shape [B, C, ...] of the space's own.
+Shapes: B batch, S positions, C of them that are refined together, D width; states have the shape [B, C, ...] of the
+space's own. All of this is about single tokens, also where a state is a block of them, but for the size of a step.
 """
 
 from __future__ import annotations
@@ -56,13 +56,15 @@ class Space(nn.Module, ABC):
         config: of the refinement.
         state_width: numbers per position of a state.
         pad_id: token of padding; None where targets are embeddings.
+        block_size: tokens of a state.
     """
 
     _like: Tensor
 
-    def __init__(self, config: MCMCConfig, state_width: int, pad_id: int | None):
+    def __init__(self, config: MCMCConfig, state_width: int, pad_id: int | None, block_size: int = 1):
         super().__init__()
         self.config, self.state_width, self.pad_id = config, state_width, pad_id
+        self.block_size = block_size
         self.step_size = StepSize(config)
         self.register_buffer("_like", torch.empty(0), persistent=False)  # has the precision of the weights
 
@@ -72,7 +74,14 @@ class Space(nn.Module, ABC):
         return torch.promote_types(self._like.dtype, torch.float32)
 
     def initial_state(self, sample_ids: Tensor, seed: int, where: Slice, observed: Tensor) -> Tensor:
-        """Return the initial states [B, C, ...] of a slice of the samples whose context is `observed` [B, S, ...]."""
+        """Return the initial states [B, C, ...] of a slice.
+
+        Args:
+            sample_ids: ids [B] on the CPU.
+            seed: of the run.
+            where: the slice.
+            observed: what was observed last before each position [B, S, ...] (`BlockLayout.most_recent`).
+        """
         if self.config.initial_state == "zeros":
             count = where.stop - where.start if where.index is None else where.index.shape[1]
             shape = len(sample_ids), count, self.state_width
@@ -89,12 +98,14 @@ class Space(nn.Module, ABC):
         return state + scale * self._noise(seed, sample_ids, noise.LANGEVIN + step, where, state.device)
 
     def step_factor(self, seed: int, sample_ids: Tensor, where: Slice, device: torch.device) -> Tensor | float:
-        """Return the factor [B, C, 1] of alpha that training draws for each position."""
+        """Return the factor [B, C, 1] of alpha that training draws for each state: that of its first token."""
         jitter = self.config.step_size_jitter
         if jitter == 1:
             return 1.0
         drawn = noise.uniform(seed, sample_ids, noise.STEP_SIZE, where.start, where.stop, 1, device)
         drawn = where.take(drawn).to(self.state_dtype)
+        if self.block_size > 1:
+            drawn = drawn[:, :: self.block_size].repeat_interleave(self.block_size, 1)
         return 1 / jitter + drawn * (jitter - 1 / jitter)
 
     def step(self, state: Tensor, gradient: Tensor, factor: Tensor | float, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class VocabularySpace(Space):
     """Token distributions, the embedding of observed tokens, and the matrix between vocabulary and width."""
 
     def __init__(self, model: ModelConfig, config: MCMCConfig, pad_id: int):
-        super().__init__(config, model.vocab_size, pad_id)
+        super().__init__(config, model.vocab_size, pad_id, model.block_size)
         self.embeddings = TokenMatrix(model.vocab_size, model.dim, std=1.0)
         xavier = (2 / (model.vocab_size + model.dim)) ** 0.5
         self.vocab_to_embed = None if model.tie_embeddings else TokenMatrix(model.vocab_size, model.dim, std=xavier)

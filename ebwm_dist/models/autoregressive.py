@@ -1,7 +1,12 @@
 """Transformer++: the autoregressive twin of the energy model, from the same blocks, for tokens or embeddings.
 
-Shapes: B batch, S positions, D width, V vocabulary, E width of the embeddings; observed states are tokens [B, S] or
-embeddings [B, S, E], predictions logits [B, S, V] or embeddings [B, S, E].
+Its input at each position is the most recent token that was observed there: the one before, or, where a state is a
+block of P tokens, the one at the same place of the block before, so that the tokens of a block are predicted in
+parallel. They see one another's inputs and the blocks before. A prefix of one token stands at all places of the block
+before the first; without a prefix a learned one does.
+
+Shapes: B batch, S positions, D width, V vocabulary, E width of the embeddings, L tokens of a sample; observed states
+are tokens [B, S] or embeddings [B, S, E], predictions logits [B, S, V] or embeddings [B, S, E].
 """
 
 from __future__ import annotations
@@ -10,10 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
-from ebwm_dist.models.layers import Blocks, KeysValues, RMSNorm, candidate_positions
+from ebwm_dist.models.block_layout import BlockLayout, BlockPositions
+from ebwm_dist.models.layers import Blocks, KeysValues, RMSNorm
 from ebwm_dist.models.linear import Linear
 from ebwm_dist.models.output import Evaluation, SequenceModel, TrainingOutput, prediction_losses, target_mask
-from ebwm_dist.models.passes import Backward, Forward
+from ebwm_dist.models.passes import Backward, Forward, PassModule
+
+
+class StartToken(PassModule):
+    """The learned input before the first state of samples that begin with nothing observed."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim).normal_())
+
+    def before(self, x: Tensor, size: int) -> Tensor:
+        """Return `x` [B, T, D] behind `size` such tokens."""
+        return torch.cat((self.weight.to(x.dtype).expand(x.shape[0], size, -1), x), 1)
 
 
 class AutoregressiveTransformer(SequenceModel):
@@ -35,6 +53,11 @@ class AutoregressiveTransformer(SequenceModel):
             self.embeddings = nn.Embedding(config.vocab_size, dim)
         else:
             self.embeddings = nn.Identity() if width == dim else Linear(width, dim)
+        self.layout = BlockLayout.of(config)
+        self.inputs = BlockLayout(config.block_size, config.block_size)
+        """The layout of the inputs: whole blocks, the first of them made from the prefix."""
+        self.block_positions = BlockPositions(config.block_axes, dim) if config.block_size > 1 else None
+        self.start = StartToken(dim) if config.prefix == "none" else None
         self.blocks = Blocks(config)
         self.blocks.checkpointing = activation_checkpointing == "block"
         self.norm = RMSNorm(dim, config.norm_eps)
@@ -55,37 +78,48 @@ class AutoregressiveTransformer(SequenceModel):
         """Return the embedding [B, S, D] of observed states, whatever their precision."""
         return self.embeddings(observed.to(self.norm.weight.dtype) if observed.is_floating_point() else observed)
 
-    def predict(self, observed: Tensor) -> Tensor:
-        """Return predictions of what follows each of the observed states."""
-        return self.head(self.norm(self._run(observed)[0]))
+    def predict(self, context: Tensor) -> Tensor:
+        """Return predictions of all states, from what is observed before the last (`BlockLayout.context`)."""
+        return self.head(self.norm(self._run(context)[0]))
 
-    def context_stream(self, observed: Tensor, landscape: int = 0) -> KeysValues:
-        """Return the keys and values of every block for observed states; there is only one landscape."""
-        return self._run(observed)[1]
+    def context_stream(self, context: Tensor, landscape: int = 0) -> KeysValues:
+        """Return the keys and values of every block for the same context; there is only one landscape."""
+        return self._run(context)[1]
 
-    def extend(self, observed: Tensor, context: KeysValues, last: Tensor) -> Tensor:
-        """Return what follows one more state of each sequence [B, 1(, E)], given the context of those before it.
+    def extend(self, recent: Tensor, context: KeysValues, positions: Tensor) -> Tensor:
+        """Return one more state of each sequence, given the keys and values of the inputs before it.
 
-        Its keys and values are written into the context after the position `last` [B, 1] of the state before; what the
-        context holds further on is not seen.
+        Those of its own inputs are written into the context; what the context holds further on is not seen.
+
+        Args:
+            recent: its inputs [B, P(, E)], the most recent observed tokens (`BlockLayout.most_recent`).
+            context: keys and values of all inputs before, with room for these.
+            positions: of its tokens [B, P].
         """
-        x = self.embed(observed)
-        positions = candidate_positions(last, 1, x.device)
-        rotary = self.blocks.rotary(positions, x.dtype)
+        x = self.embed(recent)
+        x = x if self.block_positions is None else self.block_positions(x)
+        # Input positions count from -P, those of the first block.
+        at = (positions - self.inputs.block_size)[:, None]
+        rotary, seen = self.blocks.rotary(self.inputs.places(at), x.dtype), self.inputs.seen(at)
         for block, (keys, values) in zip(self.blocks, context, strict=True):
-            x, _ = self.blocks.run(block, block.candidate, x, keys, values, rotary, positions, None, last[:, 0] + 1)
+            x, _ = self.blocks.run(block, block.candidate, x, keys, values, rotary, seen, None, positions)
         return self.head(self.norm(x))
 
-    def _run(self, observed: Tensor) -> tuple[Tensor, KeysValues]:
-        x, keys_values = self.embed(observed), []
-        rotary = self.blocks.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
+    def _run(self, context: Tensor) -> tuple[Tensor, KeysValues]:
+        if self.start is None:
+            x = self.embed(self.layout.most_recent(context))
+        else:
+            x = self.start(self.start.before, self.embed(context), self.layout.block_size)
+        x = x if self.block_positions is None else self.block_positions(x)
+        positions, keys_values = self.inputs.context_positions(x.shape[1], x.device), []
+        rotary, mask = self.blocks.rotary(self.inputs.places(positions), x.dtype), self.inputs.mask(positions, 0)
         for block in self.blocks:
-            x, keys, values = self.blocks.run(block, block.context, x, rotary, None)
+            x, keys, values = self.blocks.run(block, block.context, x, rotary, None, mask)
             keys_values.append((keys, values))
         return x, tuple(keys_values)
 
     def target_losses(self, observed: Tensor, targets: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return the loss [B, S] of the predictions after each of S observed states, 0 where a target is padding.
+        """Return the loss [B, S] of the predictions from a context [B, L - P, ...], 0 where a target is padding.
 
         With the places of the `chosen` targets among all of them, flattened [N], the head runs only there.
         """
@@ -110,7 +144,7 @@ class AutoregressiveTransformer(SequenceModel):
         forward: Forward | None = None,
         backward: Backward = Tensor.backward,
     ) -> TrainingOutput:
-        """Run forward and backward of S+1 observed states; there is no noise, and there are no MCMC steps to plan.
+        """Run forward and backward of samples [B, L, ...]; there is no noise, and there are no MCMC steps to plan.
 
         `targets` [B, S] on the CPU are the true next tokens, padding where there is no loss; unset, the observed
         states. The summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
@@ -118,7 +152,7 @@ class AutoregressiveTransformer(SequenceModel):
         chosen, targets = self._targets(observed, targets)
         if num_targets is None:
             num_targets = self.target_mask(targets).sum().clamp(min=1)
-        loss = (forward or self)(self.summed_loss, observed[:, :-1], targets, chosen)
+        loss = (forward or self)(self.summed_loss, self.layout.context(observed), targets, chosen)
         loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
         backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
@@ -127,14 +161,14 @@ class AutoregressiveTransformer(SequenceModel):
     def evaluate(
         self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
     ) -> Evaluation:
-        """Return summed losses of S+1 observed states; there are no steps, so `num_steps` is not used."""
+        """Return summed losses of samples [B, L, ...]; there are no steps, so `num_steps` is not used."""
         chosen, targets = self._targets(observed, targets)
-        loss = self.target_losses(observed[:, :-1], targets, chosen).sum(-1)
+        loss = self.target_losses(self.layout.context(observed), targets, chosen).sum(-1)
         return Evaluation(loss[None], None, self.target_mask(targets).sum(-1))
 
     def _targets(self, observed: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """Return where targets were chosen, if they were, and the targets on the device of the observed states."""
         if targets is None:
-            return None, observed[:, 1:]
+            return None, self.layout.targets(observed)
         chosen = self.target_mask(targets).flatten().nonzero()[:, 0]  # on the CPU, where nothing has to wait for it
         return chosen.to(observed.device), targets.to(observed.device)

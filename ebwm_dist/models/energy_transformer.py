@@ -1,11 +1,12 @@
 """The energy transformer: a scalar energy for every (context, candidate next state) pair of a sequence.
 
 Shapes: B batch, S observed positions, C candidate positions, T context positions including a time token, D width,
-H heads, d head width.
+H heads, d head width. A state is a block of P tokens (`block_layout.py`), each of which has a position; the candidates
+are those of c = C / P states.
 
 A *landscape* is one step conditioning. The context stream never sees a prediction, so its keys and values are
-computed once per landscape (`context`) and serve every MCMC step and candidate on that landscape. Candidates do not see
-one another either, so any slice of the positions can be worked on by itself.
+computed once per landscape (`context`) and serve every MCMC step and candidate on that landscape. Candidate states do
+not see one another either, so any slice of the positions that cuts no block can be worked on by itself.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebwm_dist.config.schema import ModelConfig
+from ebwm_dist.models.block_layout import BlockLayout, BlockPositions
 from ebwm_dist.models.layers import (
     Blocks,
     KeysValues,
     Modulation,
     RMSNorm,
     Rotary,
-    candidate_positions,
     modulate,
     modulate_with_tangent,
 )
@@ -46,7 +48,7 @@ class EnergyHead(Linear):
         With the candidates' tangent [B, C, D], `h` and the result hold values and tangents stacked along the batch.
         """
         dtype = torch.promote_types(h.dtype, torch.float32)
-        mapped = nn.functional.linear(h.to(dtype), self.weight.to(dtype))
+        mapped = F.linear(h.to(dtype), self.weight.to(dtype))
         if not self.bilinear:
             return mapped.squeeze(-1)
         if tangent is None:
@@ -62,7 +64,8 @@ class EnergyTransformer(nn.Module):
         super().__init__()
         dim, adaln = config.dim, config.variant == "adaln"
         self.variant, self.num_landscapes = config.variant, config.num_landscapes
-        self.add_most_recent = config.add_most_recent
+        self.layout, self.add_most_recent = BlockLayout.of(config), config.add_most_recent
+        self.block_positions = BlockPositions(config.block_axes, dim) if config.block_size > 1 else None
         self.time_tokens = 1 if config.variant == "time_embed" else 0
         self.time_embeddings = None if config.variant == "default" else nn.Embedding(config.num_landscapes, dim)
         self.blocks = Blocks(config, adaln)
@@ -79,20 +82,23 @@ class EnergyTransformer(nn.Module):
 
         Where they are added to the candidates, the states follow the keys and values as one more pair: their halves.
         """
-        condition = self._condition(landscape, x)
+        condition, positions = self._condition(landscape, x), self.layout.context_positions(x.shape[1], x.device)
+        mask, places = self.layout.mask(positions, self.time_tokens), self.time_tokens + self.layout.places(positions)
+        streams = [x] if self.block_positions is None else [x, self.block_positions(x, before=self.layout.unplaced)]
         if self.time_tokens:
-            x = torch.cat((self._time(landscape, x).expand(x.shape[0], 1, -1), x), dim=1)
-        rotary = self.blocks.rotary(torch.arange(x.shape[1], device=x.device), x.dtype)
-        states, keys_values = _halves(x), []
+            time = self._time(landscape, x).expand(x.shape[0], 1, -1)
+            streams, places = [torch.cat((time, x), dim=1) for x in streams], F.pad(places, (1, 0))
+        states, x = _halves(streams[0]), streams[-1]
+        rotary, keys_values = self.blocks.rotary(places, x.dtype), []
         *body, last = self.blocks
         for block in body:
-            x, keys, values = self.blocks.run(block, block.context, x, rotary, condition)
+            x, keys, values = self.blocks.run(block, block.context, x, rotary, condition, mask)
             keys_values.append((keys, values))
         keys_values.append(self.blocks.run(last, last.context_keys_values, x, rotary, condition))
         return (*keys_values, states) if self.add_most_recent else tuple(keys_values)
 
     def energy(self, candidate: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
-        """Return the energy [B, C] of embedded candidates [B, C, D], as `candidate_pass` does."""
+        """Return the energy [B, c] of embedded candidates [B, C, D], as `candidate_pass` does."""
         return self.candidate_pass(candidate, context, landscape, start)[0]
 
     def energy_and_gradient(
@@ -104,9 +110,9 @@ class EnergyTransformer(nn.Module):
         newest: Tensor | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor, tuple[Kept, ...]]:
-        """Return the energies [B, C] of `candidate_pass` and their gradient dE/de [B, C, D], both detached.
+        """Return the energies [B, c] of `candidate_pass` and their gradient dE/de [B, C, D], both detached.
 
-        Candidates do not interact, so the gradient of the summed energies holds each one's own. To `keep` is to return
+        States do not interact, so the gradient of the summed energies holds each one's own. To `keep` is to return
         of every block what `energy_with_tangent` can use of this pass.
         """
         with torch.enable_grad():
@@ -126,30 +132,33 @@ class EnergyTransformer(nn.Module):
         newest: Tensor | None = None,
         zeros: tuple[tuple[Tensor, ...], ...] = (),
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Return the energy [B, C] (float32 or wider) of embedded candidates [B, C, D], and outputs of every block.
+        """Return the energy [B, c] (float32 or wider) of embedded candidates [B, C, D], and outputs of every block.
+
+        The energy of a state is the mean over its tokens.
 
         Args:
-            candidate: candidates for the states after the observed positions `start` to `start` + C.
-            context: what `context` has returned for this landscape, over at least these positions.
+            candidate: candidates for the tokens of the states at the positions `start` to `start` + C.
+            context: what `context` has returned for this landscape, over at least what is before these.
             landscape: the step conditioning.
-            start: first observed position, counted from 0 and without a time token; or, for every candidate [B, C],
-                the observed position that it follows.
-            newest: the embedded observed state [B, 1, D] that all candidates of a row follow, where `context` has a
-                slot for it and not yet its keys and values: they are written there.
+            start: first position; or, for every token of the candidates [B, C], its position.
+            newest: the embedded observed state [B, P, D] that all candidates of a row follow, where `context` has
+                slots for it and not yet its keys and values: they are written there.
             zeros: to add to the inputs of every block's linear layers, whose outputs are then returned.
         """
         condition, cache_slot = self._condition(landscape, candidate), None
         if newest is not None:
             assert isinstance(start, Tensor)
-            cache_slot = self.time_tokens + start[:, 0]
+            before = start[:, : newest.shape[1]] - newest.shape[1]
+            cache_slot = self.time_tokens + self.layout.prefix + before
             if self.add_most_recent:
-                rows = torch.arange(len(newest), device=newest.device)
+                rows = torch.arange(len(newest), device=newest.device)[:, None]
                 for half, new in zip(context[-1], _halves(newest), strict=True):
-                    half[rows, :, cache_slot] = new[:, :, 0]
+                    half[rows, :, cache_slot] = new.transpose(1, 2)
         x = self._stream(candidate, context, start)
         if newest is not None:
             assert isinstance(start, Tensor)
-            x, start = torch.cat((newest, x), 1), torch.cat((start[:, :1] - 1, start), 1)
+            newest = newest if self.block_positions is None else self.block_positions(newest)
+            x, start = torch.cat((newest, x), 1), torch.cat((before, start), 1)
         context, rotary, seen = self._positions(x, context, start)
         outputs = []
         for block, (keys, values), own in zip(self.blocks, context, zeros or ((),) * len(self.blocks), strict=True):
@@ -157,9 +166,9 @@ class EnergyTransformer(nn.Module):
             if own:
                 outputs.append(kept)
         if newest is not None:
-            x = x[:, 1:]
+            x = x[:, newest.shape[1] :]
         final = None if self.modulation is None else self.modulation(condition)
-        return self.head(modulate(self.norm(x), final), candidate), outputs
+        return self.layout.mean(self.head(modulate(self.norm(x), final), candidate)), outputs
 
     def energy_with_tangent(
         self,
@@ -170,7 +179,7 @@ class EnergyTransformer(nn.Module):
         start: int | Tensor,
         kept: tuple[Kept, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Return energies [B, C] and their derivatives [B, C] along `tangent` [B, C, D].
+        """Return energies [B, c] and their derivatives [B, c] along `tangent` [B, C, D].
 
         With what `energy_and_gradient` has `kept` of the same candidates, only the sum of the derivatives may be
         differentiated.
@@ -186,12 +195,12 @@ class EnergyTransformer(nn.Module):
             )
         final = None if self.modulation is None else self.modulation(condition)
         h = torch.cat(modulate_with_tangent(self.norm(x, dx), final))
-        energy, derivative = self.head(h, candidate, tangent).chunk(2)
+        energy, derivative = self.layout.mean(self.head(h, candidate, tangent)).chunk(2)
         return energy, derivative
 
     def slice_context(self, context: KeysValues, stop: int) -> KeysValues:
         """Return the part of `context` that candidates before position `stop` see."""
-        length = self.time_tokens + stop
+        length = self.time_tokens + self.layout.prefix + stop - self.layout.block_size
         return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in context)
 
     def _time(self, landscape: int, like: Tensor) -> Tensor:
@@ -203,14 +212,19 @@ class EnergyTransformer(nn.Module):
 
     def _stream(self, candidate: Tensor, context: KeysValues, start: int | Tensor) -> Tensor:
         """Return what the candidate stream starts from [B, C, D]."""
+        x, size = candidate, candidate.shape[1]
+        if self.block_positions is not None:
+            x = self.block_positions(x)
         if not self.add_most_recent:
-            return candidate
-        first = self.time_tokens + start
-        if isinstance(first, int):
-            halves = [half[:, 0, first : first + candidate.shape[1]] for half in context[-1]]
+            return x
+        if isinstance(start, int) and self.layout.prefix == self.layout.block_size:
+            first = self.time_tokens + start
+            halves = [half[:, 0, first : first + size] for half in context[-1]]
         else:
-            halves = [half[:, 0].take_along_dim(first[..., None], 1) for half in context[-1]]
-        return candidate + torch.cat(halves, -1)
+            positions = torch.arange(start, start + size, device=x.device)[None] if isinstance(start, int) else start
+            keys = self.time_tokens + self.layout.most_recent_keys(positions)
+            halves = [half[:, 0].take_along_dim(keys[..., None], 1) for half in context[-1]]
+        return x + torch.cat(halves, -1)
 
     def _positions(
         self, candidate: Tensor, context: KeysValues, start: int | Tensor
@@ -222,8 +236,11 @@ class EnergyTransformer(nn.Module):
         size, context = candidate.shape[1], context[: len(self.blocks)]
         if isinstance(start, int):
             context = self.slice_context(context, start + size)
-        positions = candidate_positions(self.time_tokens + start, size, candidate.device)
-        return context, self.blocks.rotary(positions, candidate.dtype), positions
+            positions = torch.arange(start, start + size, device=candidate.device)
+        else:
+            positions = start[:, None]
+        seen, places = self.layout.seen(positions), self.layout.places(positions)
+        return context, self.blocks.rotary(self.time_tokens + places, candidate.dtype), self.time_tokens + seen
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ Shapes: B batch, S candidate positions, T context positions (keys), D width, H h
 
 The energy model runs each block in these ways:
 
-* context: causal self-attention over observed states; returns its keys and values.
-* candidate: position i attends to the context up to i and to itself. An observed state that is appended to a cached
-  context uses this path, alone or before the candidates that follow it; its keys and values are cached.
+* context: causal self-attention over observed states, or over blocks of them; returns its keys and values.
+* candidate: a position attends to the context before its state, and to the tokens of the state: itself, or its block.
+  An observed state that is appended to a cached context uses this path, alone or before the candidates that follow it;
+  its keys and values are cached.
 * candidate with tangent: the same, and beside every activation its derivative along a constant direction.
   Only ordinary differentiable operations are used, so one first-order backward through this pass yields second-order
   gradients. Linear layers take what the candidate pass before it has kept (`linear.py`).
@@ -36,20 +37,6 @@ Rotary = tuple[Tensor, Tensor]
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values [B, H, T, d] of every block, for one landscape."""
-
-
-def candidate_positions(last: int | Tensor, size: int, device: torch.device) -> Tensor:
-    """Return the positions [C] or [B, 1, C] of candidates: each sees as many keys, those of all positions before it.
-
-    Args:
-        last: index of the last key that the first candidate sees, the others seeing one more each; or the index for
-            every candidate [B, C].
-        size: number C of candidates.
-        device: where the positions are made.
-    """
-    if isinstance(last, int):
-        return torch.arange(last + 1, last + 1 + size, device=device)
-    return last[:, None] + 1
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -95,12 +82,11 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, in its context, candidate and tangent forms."""
 
-    attend = staticmethod(attend_by_matrices)
-    """How candidates attend; `fused_attention.py` has another way."""
-
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, block_size: int = 1):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.block_size = num_heads, block_size
+        self.attend: Callable[..., Tensor] = partial(attend_by_matrices, block_size=block_size)
+        """How candidates attend; `fused_attention.py` has another way."""
         self.wq, self.wk, self.wv, self.wo = (TangentLinear(dim, dim) for _ in range(4))
 
     def _heads(self, y: Tensor) -> Tensor:
@@ -110,10 +96,10 @@ class Attention(nn.Module):
         """Return keys and values [B, H, T, d] of `h` [B, T, D]."""
         return rotate(self._heads(self.wk(h)), rotary), self._heads(self.wv(h))
 
-    def context(self, h: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend causally within `h` [B, T, D]; return the output and this layer's keys and values."""
+    def context(self, h: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend within `h` [B, T, D], causally or by a `mask` [T, T]; return output, keys and values of this layer."""
         q, (k, v) = rotate(self._heads(self.wq(h)), rotary), self.keys_values(h, rotary)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(o.transpose(1, 2).flatten(-2)), k, v
 
     def candidate(
@@ -126,22 +112,23 @@ class Attention(nn.Module):
         cache_slot: Tensor | None = None,
         tangent: bool = False,
     ) -> Tensor:
-        """Attend from candidates to the context and themselves; return what `wo` maps [B, S, D].
+        """Attend from candidates to the context and their own block; return what `wo` maps [B, S, D].
 
         Args:
             projections: by `wq`, `wk` and `wv` [B, S, D], or with a tangent both stacked [2B, S, D].
             rotary: angles of the candidates.
             keys, values: of the context [B, H, T, d], which has no tangent.
             seen: how many of the keys each candidate sees, [S] or [B, 1, S].
-            cache_slot: [B], where the first state is an observed one: its key and value are written there into the
-                context, where the others then see them.
+            cache_slot: [B, P], where the first state is an observed one: the keys and values of its tokens are written
+                there into the context, where the others then see them.
             tangent: whether candidates and tangents are stacked.
         """
         q, k, v = (self._heads(y) for y in projections)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache_slot is not None:
-            rows = torch.arange(len(cache_slot), device=cache_slot.device)
-            keys[rows, :, cache_slot], values[rows, :, cache_slot] = k[:, :, 0].detach(), v[:, :, 0].detach()
+            rows, size = torch.arange(len(cache_slot), device=cache_slot.device)[:, None], cache_slot.shape[1]
+            for cached, new in ((keys, k), (values, v)):
+                cached[rows, :, cache_slot] = new[:, :, :size].transpose(1, 2).detach()
         return self.attend(q, k, v, keys, values, seen, tangent=tangent).transpose(1, 2).flatten(-2)
 
 
@@ -168,10 +155,12 @@ def silu_product_with_tangent(a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> t
 class Block(PassModule):
     """Pre-norm transformer block; `condition` is the step embedding [D] of the `adaln` variant, else None."""
 
-    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, adaln: bool = False):
+    def __init__(
+        self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, adaln: bool = False, block_size: int = 1
+    ):
         super().__init__()
         self.attention_norm, self.ffn_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, block_size)
         self.feed_forward = FeedForward(dim, hidden_dim)
         self.modulation = Modulation(dim, 6) if adaln else None
 
@@ -182,10 +171,12 @@ class Block(PassModule):
         for stream in ("context", "context_keys_values", "candidate", "candidate_with_tangent"):
             setattr(self, stream, torch.compile(getattr(self, stream), fullgraph=True))
 
-    def context(self, x: Tensor, rotary: Rotary, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def context(
+        self, x: Tensor, rotary: Rotary, condition: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the context stream `x` [B, T, D]; return it and its keys and values [B, H, T, d]."""
         attention_mod, ffn_mod = self._modulation(condition)
-        y, k, v = self.attention.context(modulate(self.attention_norm(x), attention_mod), rotary)
+        y, k, v = self.attention.context(modulate(self.attention_norm(x), attention_mod), rotary, mask)
         x = x + gate(y, attention_mod)
         x = x + gate(self.feed_forward(modulate(self.ffn_norm(x), ffn_mod)), ffn_mod)
         return x, k, v
@@ -208,7 +199,7 @@ class Block(PassModule):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the candidate stream `x` [B, S, D].
 
-        With a `cache_slot` [B] the context keeps the first state there. With `zeros` to add to the inputs of linear
+        With a `cache_slot` [B, P] the context keeps the first state there. With `zeros` to add to the inputs of linear
         layers, their outputs are returned, too.
         """
         attention, feed_forward = self.attention, self.feed_forward
@@ -270,7 +261,7 @@ class Blocks(nn.ModuleList):
 
     def __init__(self, config: ModelConfig, adaln: bool = False):
         super().__init__(
-            Block(config.dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps, adaln)
+            Block(config.dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps, adaln, config.block_size)
             for _ in range(config.num_layers)
         )
         self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base

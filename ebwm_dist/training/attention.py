@@ -25,8 +25,10 @@ def set_attention(config: Config, model: Model, device: torch.device) -> str | N
     if (AUTO if wanted == "auto" else wanted) == "math":
         return f"attention: math (training.attention = {wanted})"
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    if wanted == "auto" and config.training.compile:
-        reason: str | None = "compiled blocks with the kernels have not been measured; training.attention=fused tries"
+    if config.model.block_size > 1:
+        reason: str | None = "the kernels know no blocks (model.block_size)"
+    elif wanted == "auto" and config.training.compile:
+        reason = "compiled blocks with the kernels have not been measured; training.attention=fused tries"
     else:
         reason = why_unavailable(device, dtype, config.model.dim // config.model.num_heads)
     if reason is None:

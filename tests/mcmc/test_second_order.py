@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -16,6 +17,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.embedding import EmbeddingSpace
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Slice
+from ebwm_dist.mcmc.space import Space
 from ebwm_dist.mcmc.vocabulary import VocabularySpace
 from tests.oracle import DenseOracle, Refined
 
@@ -39,6 +41,8 @@ def build(
     num_landscapes: int = 2,
     energy_head: str = "linear",
     add_most_recent: bool = False,
+    block_shape: list[int] | None = None,
+    prefix: str = "token",
     **arguments: Any,
 ) -> EnergyBasedTransformer:
     """Build a small model in float64, of text or (`embedding_dim`) of embeddings."""
@@ -55,8 +59,13 @@ def build(
         tie_embeddings=tied,
         energy_head=energy_head,
         add_most_recent=add_most_recent,
+        block_size=math.prod(block_shape or [1]),
+        block_shape=block_shape,
+        prefix=prefix,
     )
-    space = VocabularySpace(model, mcmc, PAD) if embedding_dim is None else EmbeddingSpace(embedding_dim, DIM, mcmc)
+    space: Space = VocabularySpace(model, mcmc, PAD)
+    if embedding_dim is not None:
+        space = EmbeddingSpace(embedding_dim, DIM, mcmc, model.block_size)
     built = EnergyBasedTransformer(model, mcmc, space, seed=5, **arguments).double()
     for name, parameter in built.named_parameters():
         if "norm" in name:  # ones and zeros would hide a wrong gain or bias
@@ -81,6 +90,8 @@ def oracle_of(model: EnergyBasedTransformer) -> DenseOracle:
         variant=transformer.variant,
         pad_id=PAD,
         add_most_recent=transformer.add_most_recent,
+        block_shape=(1,) if transformer.block_positions is None else transformer.block_positions.shape,
+        prefix=transformer.layout.prefix,
     )
 
 
@@ -95,15 +106,17 @@ def expect(
 ) -> Refined:
     """Refine with the oracle what `training_step` would, from the same random numbers and replayed rows."""
     plan = plan or StepPlan(mcmc.num_steps)
-    chosen, targets = targets is not None, observed[:, 1:] if targets is None else targets
-    length = observed.shape[1] - 1
-    state = model.space.initial_state(ids, model.seed, Slice(0, length), observed[:, :-1]).double()
+    block, prefix = model.layout.block_size, model.layout.prefix
+    chosen, targets = targets is not None, observed[:, prefix:] if targets is None else targets
+    length = observed.shape[1] - prefix
+    recent = observed[:, [max(0, prefix + i - block) for i in range(length)]]
+    state = model.space.initial_state(ids, model.seed, Slice(0, length), recent).double()
     num_targets = model.target_mask(targets).sum().item()
     if model.replay is not None:
         draw = deepcopy(model.replay).take(mcmc.replayed_rows(len(ids)), noise.mix_seed(model.seed, int(ids[0])))
         if draw is not None:
             num_targets *= 1 + len(draw[1]) / len(ids)
-            kept, own = (draw[0][..., 0], draw[0][:, 1:, 1]) if chosen else (draw[0], draw[0][:, 1:])
+            kept, own = (draw[0][..., 0], draw[0][:, prefix:, 1]) if chosen else (draw[0], draw[0][:, prefix:])
             replayed = (kept, draw[1], model.space.expand(draw[2]), own)
             fresh = (observed, ids, state, targets)
             observed, ids, state, targets = (torch.cat(pair) for pair in zip(fresh, replayed, strict=True))
@@ -111,6 +124,7 @@ def expect(
     spread = mcmc.step_size_jitter
     if spread > 1:
         share = noise.uniform(model.seed, ids, noise.STEP_SIZE, 0, length, 1).double()
+        share = share[:, [i // block * block for i in range(length)]]
         factor = factor * (1 / spread + share * (spread - 1 / spread))
     langevin = None
     if mcmc.langevin_noise:

@@ -107,7 +107,7 @@ def test_the_cpu_has_no_fused_attention() -> None:
     for choice in ("auto", "math"):
         line = set_attention(configuration(attention=choice), model, cpu)
         assert line is not None and line.startswith(f"attention: math (training.attention = {choice}")
-    assert model.transformer.blocks[0].attention.attend is attend_by_matrices
+    assert model.transformer.blocks[0].attention.attend is not attend_fused
     twin = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="ar"))
     assert set_attention(twin, model, cpu) is None
 
