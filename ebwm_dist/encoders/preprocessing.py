@@ -114,14 +114,17 @@ def check_format(config: Config, sample_format: SampleFormat) -> None:
     """Raise a ConfigError that names both sides if the configured model cannot be trained on such samples."""
     model, data = config.model, config.data
     where = f"the {sample_format.kind} in {' and '.join(data.mixture) or data.path}"
-    required: dict[str, tuple[int | None, int]] = {
-        "data.sequence_length": (data.sequence_length, sample_format.sequence_length)
-    }
+    predicted = sample_format.sequence_length + 1 - model.prefix_length
+    required: dict[str, tuple[int | None, int]] = {"data.sequence_length": (data.sequence_length, predicted)}
     if isinstance(sample_format, TokenFormat):
         if model.embedding_dim is not None:
             raise ConfigError(
                 f"model.embedding_dim is {model.embedding_dim}, but {where} are text: set it to null, or data.path to "
                 "a folder of latents or clips"
+            )
+        if sample_format.labels and model.prefix == "none":
+            raise ConfigError(
+                f"model.prefix is 'none', but {where} have no label for their first token: set it to 'token'"
             )
         required["model.vocab_size"] = model.vocab_size, sample_format.vocab_size
     elif model.embedding_dim is None:

@@ -28,7 +28,7 @@ _ONE_WAY = {
     "gaussian_random_noise_scaling": 1.0,
 }
 """What energy models here do in one way alone."""
-_FIXED = {"norm_eps": 1e-5, "rope_base": 10000.0}
+_FIXED = {"norm_eps": 1e-5, "rope_base": 10000.0, "block_size": 1, "prefix": "token"}
 _FIXED_ENERGY = {"energy_head": "linear", "add_most_recent": False}
 """Of the model, what that code does in one way alone."""
 

@@ -108,8 +108,8 @@ class EnergyBasedTransformer(EnergyModel):
             observed: samples [B, L, ...]: each state is the target of those before it.
             sample_ids: ids [B] on the CPU, which seed each sample's noise.
             plan: its MCMC steps.
-            targets: true next tokens [B, S] on the CPU, padding where there is no loss: only the other positions are
-                refined, or all of them where sequences are replayed; unset, the observed states.
+            targets: the true tokens after the first [B, L - 1] on the CPU, padding where there is no loss: only the
+                other positions are refined, or all of them where sequences are replayed; unset, the observed states.
             num_targets: number of targets, without padding, that the summed losses are divided by: those of all
                 micro-batches whose gradients are accumulated, in all shares; unset, those of this one. A replayed row
                 adds to it what a row of the micro-batch has on average.
@@ -118,6 +118,7 @@ class EnergyBasedTransformer(EnergyModel):
                 passes of the same step.
         """
         fresh, chosen, share = len(observed), targets is not None, self.share
+        targets = None if targets is None else self.layout.targets(observed, targets)
         mask = share.chosen(self.target_mask(targets)) if targets is not None and self.replay is None else None
         targets = self.layout.targets(observed) if targets is None else targets.to(observed.device)
         if num_targets is None:
@@ -193,10 +194,11 @@ class EnergyBasedTransformer(EnergyModel):
     ) -> Evaluation:
         """Return summed losses and energies of samples `observed` [B, L, ...] over `num_steps` steps.
 
-        `targets` [B, S] are those of `training_step`.
+        `targets` are those of `training_step`.
         """
-        context, needed = self.layout.context(observed), None if targets is None else self.target_mask(targets)
-        targets = self.layout.targets(observed) if targets is None else targets.to(observed.device)
+        context, chosen = self.layout.context(observed), targets is not None
+        targets = self.layout.targets(observed, targets)
+        needed, targets = self.target_mask(targets) if chosen else None, targets.to(observed.device)
         mask = self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
@@ -232,8 +234,7 @@ class EnergyBasedTransformer(EnergyModel):
     @torch.no_grad()
     def curvature(self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None) -> Tensor:
         """Return the curvature of the energy before each step [K], summed over the targets of `evaluate`."""
-        context = self.layout.context(observed)
-        mask = self.target_mask(self.layout.targets(observed) if targets is None else targets)
+        context, mask = self.layout.context(observed), self.target_mask(self.layout.targets(observed, targets))
         contexts = self._contexts(context, num_steps)
         total = torch.zeros(num_steps, device=observed.device, dtype=self.space.state_dtype)
         for where, states in self.refine_slices(context, num_steps, sample_ids, mask.cpu()):

@@ -146,8 +146,9 @@ class AutoregressiveTransformer(SequenceModel):
     ) -> TrainingOutput:
         """Run forward and backward of samples [B, L, ...]; there is no noise, and there are no MCMC steps to plan.
 
-        `targets` [B, S] on the CPU are the true next tokens, padding where there is no loss; unset, the observed
-        states. The summed loss is divided by `num_targets`; unset, by the number of targets here without padding.
+        `targets` [B, L - 1] on the CPU are the true tokens after the first, padding where there is no loss; unset, the
+        observed states. The summed loss is divided by `num_targets`; unset, by the number of targets here without
+        padding.
         """
         chosen, targets = self._targets(observed, targets)
         if num_targets is None:
@@ -170,5 +171,6 @@ class AutoregressiveTransformer(SequenceModel):
         """Return where targets were chosen, if they were, and the targets on the device of the observed states."""
         if targets is None:
             return None, self.layout.targets(observed)
+        targets = self.layout.targets(observed, targets)
         chosen = self.target_mask(targets).flatten().nonzero()[:, 0]  # on the CPU, where nothing has to wait for it
         return chosen.to(observed.device), targets.to(observed.device)

@@ -42,9 +42,15 @@ class BlockLayout:
         """Return what the last block of a sample `observed` [B, L, ...] is predicted from [B, L - P, ...]."""
         return observed[:, : observed.shape[1] - self.block_size]
 
-    def targets(self, observed: Tensor) -> Tensor:
-        """Return the predicted tokens [B, S, ...] of a sample `observed` [B, L, ...]."""
-        return observed[:, self.prefix :]
+    def targets(self, observed: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the predicted tokens [B, S, ...] of samples `observed` [B, L, ...].
+
+        Where `chosen` [B, L - 1] has the tokens after the first, with padding for those without a loss, return these.
+        """
+        if chosen is None:
+            return observed[:, self.prefix :]
+        assert self.prefix > 0
+        return chosen[:, self.prefix - 1 :]
 
     def predicted(self, context: Tensor) -> int:
         """Return the number S of tokens that are predicted from `context` [B, L - P, ...]."""

@@ -279,7 +279,8 @@ class Trainer:
             return read(), accumulation * positions / self.share.count
         batches = list(read())
         self.watchdog.beat(step, "forward/backward")
-        count = sum(int(self.model.target_mask(batch.next_states).sum()) for batch in batches)
+        targets = (self.model.layout.targets(batch.observed, batch.targets) for batch in batches)
+        count = sum(int(self.model.target_mask(own).sum()) for own in targets)
         return batches, targets_per_rank(count, self.world, self.share.count)
 
     def _next_batch(self) -> Batch:

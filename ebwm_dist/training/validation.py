@@ -80,7 +80,7 @@ def _curvature(
         dp_world_size=world.world_size,
     )
     observed = preprocess(batch.observed)
-    mask = model.target_mask(observed[:, 1:] if batch.targets is None else batch.targets)
+    mask = model.target_mask(model.layout.targets(observed, batch.targets))
     found = engine(model.curvature, observed, batch.sample_ids, config.mcmc.max_mcmc_steps, batch.targets)
     found = torch.cat((found, mask.sum().to(found)[None]))
     if world.world_size > 1:

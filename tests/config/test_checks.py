@@ -31,6 +31,27 @@ def changed(**values: Any) -> Config:
             "allowed are 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48",
         ),
         (
+            {"model__block_size": 6, "model__block_shape": [2, 2]},
+            "model.block_shape = .2, 2.: its product must be model.block_size = 6, not 4",
+        ),
+        (
+            {"model__block_size": 5},
+            "data.sequence_length = 256: must be a multiple of model.block_size = 5, .*; the nearest are 255 or 260",
+        ),
+        (
+            {"model__block_size": 4, "training__attention": "fused"},
+            "training.attention = 'fused': the kernels know no blocks .model.block_size = 4.; use 'auto' or 'math'",
+        ),
+        ({"model__prefix": "none", "model__add_most_recent": True}, "model.add_most_recent = True: not with model.pre"),
+        (
+            {"model__prefix": "none", "mcmc__initial_state": "most_recent_token"},
+            "mcmc.initial_state = 'most_recent_token': not with model.prefix = 'none': nothing is observed before the",
+        ),
+        (
+            {"model__block_size": 64, "training__position_parallel": 4},
+            "training.position_parallel = 4: at most 2, half of data.sequence_length = 256 in blocks of .* = 64, as",
+        ),
+        (
             {"data__path": "s3://bucket/text", "data__fetch_timeout": 600.0},
             "data.fetch_timeout = 600.0: must be less than training.step_timeout = 600",
         ),

@@ -12,7 +12,7 @@ from ebwm_dist.errors import ConfigError
 
 MODEL_KEYS = (
     "kind, variant, num_landscapes, embedding_dim, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, "
-    "rope_base, tie_embeddings, energy_head, add_most_recent"
+    "rope_base, tie_embeddings, energy_head, add_most_recent, block_size, block_shape, prefix"
 )
 
 

@@ -57,7 +57,6 @@ def check(batch: Batch, samples: np.ndarray, pad_id: int) -> None:
     labels = samples[:, 1, 1:].astype(np.int64)
     assert np.array_equal(batch.targets.numpy(), np.where(labels > 0, samples[:, 0, 1:], pad_id))
     assert np.array_equal(batch.difficulty.numpy(), np.where(labels >= 2, labels - 2, -1))
-    assert batch.next_states is batch.targets
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -101,7 +100,6 @@ def test_validation_batches_and_their_losses(words: Manifest) -> None:
 def test_plain_text_has_no_targets_of_its_own(tiny: Manifest) -> None:
     batch = next(stream(tiny))
     assert batch.targets is None and batch.difficulty is None
-    assert torch.equal(batch.next_states, batch.observed[:, 1:])
 
 
 def test_a_mixture_with_plain_text(tiny: Manifest, words: Manifest, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ RawBatch = tuple[np.ndarray, list[str], list[str]]
 
 @dataclass
 class Batch:
-    """A micro-batch; inputs are `observed[:, :-1]`."""
+    """A micro-batch; the model's `BlockLayout` says what of it is context and what is predicted."""
 
     observed: torch.Tensor
     """Tokens `[B, S+1]` int64 (targets equal to the pad token do not count), latents `[B, S+1, E]` float32, or frames
@@ -57,17 +57,12 @@ class Batch:
     damaged: list[str] = field(default_factory=list)
     """A reason for each damaged sample that was replaced (`data.on_error=skip`)."""
     targets: torch.Tensor | None = None
-    """The true next tokens `[B, S]` int64 on the CPU, the pad token where no loss is wanted; None: all that follow,
-    `observed[:, 1:]`."""
+    """The true tokens after the first `[B, S]` int64 on the CPU, the pad token where no loss is wanted; None: all that
+    are predicted."""
     difficulty: torch.Tensor | None = None
     """Difficulty of each target `[B, S]` int64 on the CPU, -1 where it has none."""
     labels: torch.Tensor | None = None
     """Class of each image or clip `[B]` int64 on the CPU, where the data have classes."""
-
-    @property
-    def next_states(self) -> torch.Tensor:
-        """Return the targets, or the observed states `[B, S, ...]` that follow each other where all are targets."""
-        return self.observed[:, 1:] if self.targets is None else self.targets
 
 
 @dataclass(frozen=True)
