@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from ebwm_dist.data.format.video_codec import encode_clip, encode_png
 from ebwm_dist.prepare.moving_shapes import moving_shapes
+from launchers.tune import parse_arguments as parse_tuning
 from tests.tiny_data import tiny_documents
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,8 @@ OWN_VIDEO = [command for command in COMMANDS if "my_clips" in command]
 OWN_IMAGES = [command for command in COMMANDS if "_images" in command]
 CALIBRATION = [command for command in COMMANDS if "step.json" in command]  # needs a GPU
 PLAN = [command for command in COMMANDS if "plan.py" in command and command not in CALIBRATION]
-SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + OWN_IMAGES + CALIBRATION + PLAN
+TUNE = [command for command in COMMANDS if "tune.py" in command]  # takes a while: tests/experiments/test_tuning.py
+SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + OWN_IMAGES + CALIBRATION + PLAN + TUNE
 LARGE = [command for command in COMMANDS if command not in SMALL]
 
 
@@ -64,6 +66,8 @@ def test_all_kinds_of_commands_are_there() -> None:
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
     assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 7
     assert len(CALIBRATION) == 2 and len(PLAN) == 1 and len(OWN_IMAGES) == 4
+    for command in TUNE:
+        assert (ROOT / parse_tuning(shlex.split(command)[2:]).config).is_file()
 
 
 def test_pages_and_links_are_there() -> None:

@@ -8,7 +8,7 @@ conditions that span several keys are in `checks.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ebwm_dist.config.fields import choice, location, number
 from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileConfig, TensorboardConfig, WandbConfig
@@ -83,8 +83,9 @@ class MCMCConfig:
     """Draw the number of steps from `num_steps` to this for every micro-batch, the same on all ranks; null: no draw."""
     num_steps_warmup: int = number(0, at_least=0)
     """Optimizer steps over which the number of MCMC steps grows from 1."""
-    step_size: float = number(500.0, above=0)
-    """Initial value of the step size alpha; depends on width and vocabulary."""
+    step_size: float | Literal["auto"] = number(500.0, above=0)
+    """Initial value of the step size alpha, which depends on width and vocabulary; `auto`: that with which the gradient
+    of the fresh model moves a state by as much as it is to (docs/tuning.md)."""
     learn_step_size: bool = True
     """Whether alpha is trained."""
     step_size_lr_multiplier: float | None = number(None, at_least=0)
@@ -116,6 +117,11 @@ class MCMCConfig:
     `model.embedding_dim`."""
     replay_fraction: float = number(0.5, above=0, at_most=1)
     """Replayed sequences added to a micro-batch, as a fraction of its size."""
+
+    @property
+    def initial_step_size(self) -> float:
+        """The number that `step_size` is, or 1 as long as that is to be found."""
+        return 1.0 if self.step_size == "auto" else self.step_size
 
     @property
     def max_mcmc_steps(self) -> int:

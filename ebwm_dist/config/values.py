@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
 from ebwm_dist.config.renames import RENAMED_VALUES
@@ -53,7 +53,7 @@ def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
     keys = {}
     for field in dataclasses.fields(section):
         hint = hints[field.name]
-        optional = get_origin(hint) in (Union, types.UnionType)
+        optional = type(None) in get_args(hint)
         inner = get_args(hint)[0] if optional else hint
         keys[prefix + field.name] = Key(inner, optional, getattr(default, field.name), field.metadata)
     return keys
@@ -97,7 +97,7 @@ def typed(name: str, value: Any) -> Any:
     for number in _leaves(converted):
         if (
             limits
-            and number is not None
+            and isinstance(number, (int, float))
             and not all(_LIMITS[limit][0](number, bound) for limit, bound in limits.items())
         ):
             allowed = " and ".join(f"{_LIMITS[limit][1]} {bound:g}" for limit, bound in limits.items())
@@ -114,7 +114,10 @@ def convert(value: Any, type_: Any) -> Any:
             with suppress(TypeError):
                 return convert(value, option)
         raise TypeError
-    if type_ is str:
+    if get_origin(type_) is Literal:
+        if value in get_args(type_):
+            return str(value)
+    elif type_ is str:
         if isinstance(value, str) and value:
             return str(value)
     elif isinstance(value, Plain):
@@ -166,6 +169,8 @@ def expectation(type_: Any) -> str:
     """Return what a value of a type is called in errors."""
     if get_origin(type_) in (Union, types.UnionType):
         return " or ".join(map(expectation, get_args(type_)))
+    if get_origin(type_) is Literal:
+        return " or ".join(map(repr, get_args(type_)))
     if get_origin(type_) is list:
         (of,) = get_args(type_)  # pairs are those of a schedule
         return (

@@ -68,11 +68,12 @@ def final_validation(config: Config) -> Record | None:
 
 
 def is_finished(config: Config) -> bool:
-    """Return whether the run has saved its last step and, where that is `training.max_steps`, has validated."""
+    """Return whether the run has saved its last step and, where a validation follows on that, has validated."""
     training = config.training
     if newest_step(Path(config.run_dir) / "checkpoints") < training.last_step:
         return False
-    return training.last_step < training.max_steps or final_validation(config) is not None
+    due = training.last_step == training.max_steps or training.last_step % config.validation.interval == 0
+    return not due or final_validation(config) is not None
 
 
 def check_unchanged(config: Config) -> None:
@@ -83,7 +84,8 @@ def check_unchanged(config: Config) -> None:
     before, now = with_absolute_paths(load_config(file, stored=True)), with_absolute_paths(config)
     for key in KEYS:
         old, new = _value(before, key), _value(now, key)
-        if key not in _FREE and old != new:
+        found = (key, new) == ("mcmc.step_size", "auto")  # which has become a number
+        if key not in _FREE and old != new and not found:
             raise UserError(
                 f"{printable(config.run_dir)} was trained with {key} = {old!r}, now it is {new!r}: "
                 "choose another folder for what has changed, or remove this one"

@@ -33,6 +33,7 @@ from ebwm_dist.encoders.preprocessing import STATISTICS_FILE, EmbeddingStatistic
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.files import write_json
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.mcmc.space import MIN_STEP_SIZE
 from ebwm_dist.run import CONFIG_FILE, EXPORT_FILE, FORMAT_FILE, Run, check_weights
 from ebwm_dist.storage import without_options
 
@@ -70,18 +71,23 @@ class InitialWeights:
             self._state = source.weights()
             with torch.device("meta"):
                 check_weights(build_model(source.config, source.pad_id or 0), self._state, str(source.checkpoint))
-            if _ALPHA in self._state:
-                alpha = self._state[_ALPHA].item()
-                notes.append(f"alpha = {alpha:.4g} is of these weights, mcmc.step_size = {config.mcmc.step_size:g} not")
+            alpha = self._state[_ALPHA].item() if _ALPHA in self._state else None
+            if alpha is not None:
+                given = config.mcmc.step_size
+                of_config = (
+                    "which mcmc.step_size = auto takes" if given == "auto" else f"mcmc.step_size = {given:g} not"
+                )
+                notes.append(f"alpha = {alpha:.4g} is of these weights, {of_config}")
             record = {"source": source.name, "step": source.step, "sha256": _hashes(source)}
             write_json(Path(config.run_dir) / RECORD_FILE, record)
             if statistics is not None and isinstance(data.sample_format, ClipFormat):
                 write_json(Path(config.run_dir) / STATISTICS_FILE, asdict(statistics))
-            return statistics, [f"begins with the weights of {source.name}, step {source.step}", *notes]
+            return statistics, alpha, [f"begins with the weights of {source.name}, step {source.step}", *notes]
 
         self.statistics: EmbeddingStatistics | None
+        self.alpha: float | None
         self._notes: list[str]
-        self.statistics, self._notes = world.together(read)[0]
+        self.statistics, self.alpha, self._notes = world.together(read)[0]
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
@@ -113,7 +119,7 @@ def begin(
     """Return what loads the weights that a run begins with, if they are not drawn, and its data, normalised for them.
 
     Args:
-        config: of the run.
+        config: of the run; an automatic step size becomes that of the weights.
         data: what it trains on.
         world: this process and the others.
         resumes: whether the run goes on from a checkpoint of its own. It then keeps its normalisation, and the source
@@ -131,6 +137,8 @@ def begin(
     elif source is not None:
         initial = InitialWeights(config, data, world, log)
         load, statistics = initial.load, initial.statistics
+        if config.mcmc.step_size == "auto" and initial.alpha is not None:
+            config.mcmc.step_size = max(MIN_STEP_SIZE, initial.alpha)
     elif world.rank == 0 and (run_dir / RECORD_FILE).is_file():  # of a start that has left no checkpoint
         (run_dir / RECORD_FILE).unlink()
         (run_dir / STATISTICS_FILE).unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 def step_size_lr_multiplier(config: Config) -> float:
     """Return alpha's learning rate as a multiple of the model's; unset, the published 3 x initial alpha."""
     multiplier = config.mcmc.step_size_lr_multiplier
-    return 3 * config.mcmc.step_size if multiplier is None else multiplier
+    return 3 * config.mcmc.initial_step_size if multiplier is None else multiplier
 
 
 class CheckedAdamW(MuonAdamW):

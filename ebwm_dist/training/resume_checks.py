@@ -53,7 +53,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
         before = defaults[section] | translate_section(section, saved[section])
         for key, value in (before | now[section]).items():
             name, old = f"{section}.{key}", before.get(key)
-            if old == value:
+            if old == value or (name, value) == ("mcmc.step_size", "auto"):  # which is what the run began with
                 continue
             if section in _REFUSED or name == "optimizer.kind":  # whose state is another one
                 raise CheckpointError(

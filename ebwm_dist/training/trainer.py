@@ -16,7 +16,7 @@ from ebwm_dist.config.checks import long_warmups
 from ebwm_dist.config.deepspeed import micro_steps
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.data.format.sample_format import ClipFormat, TokenFormat
+from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import Batch, SampleStream
 from ebwm_dist.distributed import World
@@ -31,7 +31,7 @@ from ebwm_dist.run import CONFIG_FILE, save_sample_format
 from ebwm_dist.training.attention import set_attention
 from ebwm_dist.training.backend import set_collective_timeout
 from ebwm_dist.training.checkpointing import Checkpointer, TrainingState
-from ebwm_dist.training.engine import create_engine
+from ebwm_dist.training.initial_step_size import create_engine_with_step_size
 from ebwm_dist.training.initial_weights import begin
 from ebwm_dist.training.optimizer import set_lr
 from ebwm_dist.training.profiling import Profile, step_ranges
@@ -77,11 +77,11 @@ class Trainer:
                 dp_rank=world.rank // self.share.count,
                 dp_world_size=world.world_size // self.share.count,
             )
+        self.preprocess = self._build_preprocessor()
+        self._build_model(load, checkpoint)
         if world.rank == 0:
             save_config(config, self.run_dir / CONFIG_FILE)
             save_sample_format(self.data.manifest, self.run_dir, data.target_share)
-        self.preprocess = self._build_preprocessor()
-        self._build_model(load)
         self.state = TrainingState()
         if checkpoint is not None:
             self._load(checkpoint)
@@ -102,10 +102,11 @@ class Trainer:
             preprocessor.mean, preprocessor.std = self.world.from_rank_0(found)
         return preprocessor
 
-    def _build_model(self, load: Callable[[nn.Module], None] | None) -> None:
-        config, sample_format = self.config, self.data.sample_format
-        pad_id = sample_format.pad_id if isinstance(sample_format, TokenFormat) else None
-        self.engine, self.optimizer = create_engine(config, lambda: build_model(config, pad_id), self.world, load)
+    def _build_model(self, load: Callable[[nn.Module], None] | None, checkpoint: Path | None) -> None:
+        config, log = self.config, self.log.log
+        build = partial(build_model, config, getattr(self.data.sample_format, "pad_id", None))
+        shared = self.data, self.preprocess, self.world
+        self.engine, self.optimizer = create_engine_with_step_size(config, build, *shared, load, checkpoint, log)
         self.model = cast("Model", self.engine.module)
         if isinstance(self.model, EnergyBasedTransformer):
             self.model.share_positions(self.share, partial(self.world.agree, self.share.count))

@@ -121,6 +121,7 @@ def changed(**values: Any) -> Config:
             {"training__position_parallel": 2, "model__kind": "ar"},
             "training.position_parallel = 2: must be 1 where model.kind = 'ar'",
         ),
+        ({"mcmc__step_size": "auto"}, "mcmc.step_size = 'auto': needs model.energy_head = 'bilinear', of which alone"),
         (
             {"mcmc__learn_step_size": False, "mcmc__step_size_lr_multiplier": 3.0},
             "mcmc.step_size_lr_multiplier = 3.0: must be null where mcmc.learn_step_size = False",
@@ -177,6 +178,8 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         {"mcmc__replay_size": 4},
         {"mcmc__replay_size": 1, "mcmc__replay_fraction": 0.125},
         {"mcmc__replay_fraction": 0.01},
+        {"mcmc__step_size": "auto", "model__energy_head": "bilinear"},
+        {"model__kind": "ar", "mcmc__step_size": "auto"},
         {"model__kind": "ar", "mcmc__max_num_steps": 1, "mcmc__replay_size": 1, "mcmc__step_size_warmup": 10**7},
         {"zero__stage": 1, "zero__offload_optimizer": True},
         {"zero__stage": 3, "zero__offload_optimizer": True, "zero__offload_parameters": True},

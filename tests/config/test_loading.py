@@ -101,6 +101,8 @@ def test_accepted_values(tmp_path: Path, override: str, expected: object) -> Non
             "training.activation_checkpointing=all",
             "training.activation_checkpointing = all: allowed are 'none', 'block'",
         ),
+        ("mcmc.step_size=automatic", "mcmc.step_size = automatic: expected a finite number or 'auto'"),
+        ("mcmc.step_size=0", "mcmc.step_size = 0: must be more than 0"),
         ("mcmc.step_size_jitter=0.5", "mcmc.step_size_jitter = 0.5: must be at least 1"),
         ("mcmc.langevin_noise=-3", "mcmc.langevin_noise = -3: must be at least 0"),
         ("mcmc.replay_fraction=0", "mcmc.replay_fraction = 0: must be more than 0 and at most 1"),

@@ -140,6 +140,9 @@ def test_a_run_has_ended_where_its_last_step_is_saved_and_validated(base: Path, 
     assert is_finished(config)
     config.training.stop_after = 5
     assert is_finished(config)
+    config.validation.interval = 5
+    assert not is_finished(config)  # a kill may come between the checkpoint and the validation
+    config.validation.interval = 100
     config.training.max_steps, config.training.stop_after = 20, None
     assert not is_finished(config)
     save_config(config, Path(config.run_dir) / "config.yaml")
