@@ -27,7 +27,7 @@ _LOCAL = {
 def check_config(config: Config) -> None:
     """Refuse a configuration whose keys do not agree; the error names the first one and its value."""
     # The autoregressive twin has no MCMC steps; their settings stay as they are.
-    of_mcmc = (_mcmc, _landscapes, _replay) if config.model.kind == "ebt" else ()
+    of_mcmc = (_mcmc, _contrast, _landscapes, _replay) if config.model.kind == "ebt" else ()
     for problems in (
         _texts,
         _places,
@@ -144,6 +144,23 @@ def _mcmc(config: Config) -> Problems:
     if not mcmc.learn_step_size and mcmc.step_size_lr_multiplier is not None:
         without = "mcmc.learn_step_size = False, as alpha then has no learning rate"
         yield "mcmc.step_size_lr_multiplier", f"must be null where {without}"
+
+
+def _contrast(config: Config) -> Problems:
+    mcmc = config.mcmc
+    if mcmc.objective != "contrastive":
+        if mcmc.num_negatives != 1:
+            yield "mcmc.num_negatives", "needs mcmc.objective = 'contrastive'; leave it out"
+        return
+    untrained = "mcmc.objective = 'contrastive', which trains no step"
+    if mcmc.learn_step_size:
+        yield "mcmc.learn_step_size", f"must be false with {untrained}: alpha stays mcmc.step_size"
+    if mcmc.gradient != "truncated":
+        yield "mcmc.gradient", f"must be 'truncated' with {untrained}"
+    if mcmc.loss != "mean":
+        yield "mcmc.loss", f"must be 'mean' with {untrained}"
+    if config.model.num_landscapes != 1:
+        yield "model.num_landscapes", f"must be 1 with {untrained}"
 
 
 def _landscapes(config: Config) -> Problems:

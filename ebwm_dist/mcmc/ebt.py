@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
+from ebwm_dist.mcmc.contrast import Contrast
 from ebwm_dist.mcmc.curvature import largest_eigenvalues
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, join_positions, reshard, share_positions
@@ -138,7 +139,8 @@ class EnergyBasedTransformer(EnergyModel):
         num_targets = num_targets * (len(observed) / fresh)
         context, positions = self.layout.context(observed), targets.shape[1]
         recent = self.layout.most_recent(context[:fresh])
-        refinement = Refinement(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
+        objective = Contrast if self.mcmc.objective == "contrastive" else Refinement
+        refinement = objective(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
         parts = share.slices(positions, self.position_chunk, len(observed), observed.device)
         if mask is not None:
             parts = slices(positions, self.position_chunk * share.count, mask, observed.device, share.block_size)

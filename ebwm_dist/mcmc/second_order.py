@@ -64,6 +64,15 @@ class EnergyModel(SequenceModel):
         embedded = self.space.embed_state(state)
         return embedded, *self.transformer.energy_and_gradient(embedded, context, landscape, start, keep=keep)
 
+    def energy_of_state(self, state: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
+        """Return the energies [B, c] of constant states [B, C, ...], with the graph of the weights."""
+        embedded = self.space.embed_state_with_grad(state, self.space.embed_state(state))
+        return self.transformer.energy(embedded, context, landscape, start)
+
+    def energy_of_observed(self, observed: Tensor, context: KeysValues, landscape: int, start: int | Tensor) -> Tensor:
+        """Return the energies [B, c] of states as they are observed, tokens or embeddings [B, C, ...]."""
+        return self.transformer.energy(self.space.embed_next(observed), context, landscape, start)
+
     def tangent(
         self,
         state: Tensor,
@@ -105,7 +114,7 @@ class Refinement:
         forward: Forward,
         backward: Backward,
     ):
-        self.model, self.plan, self.sample_ids = model, plan, sample_ids
+        self.model, self.plan, self.context, self.sample_ids = model, plan, context, sample_ids
         self.forward, self.backward = forward, backward
         self.space, steps, self.chained = model.space, plan.num_steps, model.mcmc.gradient == "full"
         self.targets, self.padding = targets, ~self.space.target_mask(targets)
@@ -199,10 +208,7 @@ class Refinement:
         assert gradient.grad is not None
         context, start = self._context(landscape, where.stop, requires_grad=True), where.positions
         self.backward(self.forward(self.model.tangent, state, embedded, gradient.grad, context, landscape, start, kept))
-        for leaves, totals in zip(context, self.gathered[landscape], strict=True):
-            for leaf, total in zip(leaves, totals, strict=True):
-                assert leaf.grad is not None
-                total[:, :, : leaf.shape[2]] += leaf.grad
+        self._gather(context, landscape)
         return state.grad, after, loss
 
     def finish(self) -> TrainingOutput:
@@ -213,12 +219,23 @@ class Refinement:
             self.backward(torch.stack([(x * dx).sum() for pair in pairs for x, dx in zip(*pair, strict=True)]).sum())
         losses = self.losses * self.scale
         return TrainingOutput(
-            loss=(losses[self.loss_steps.start :] * self.shares).sum() / self.shares.sum(),
+            loss=self._loss(losses),
             step_losses=losses,
             step_energies=self.energies * self.scale,
             step_gradient_norms=self.norms * self.scale,
             step_nonfinite=self.nonfinite,
         )
+
+    def _loss(self, losses: Tensor) -> Tensor:
+        """Return what was trained on, for the mean losses [K] after all steps."""
+        return (losses[self.loss_steps.start :] * self.shares).sum() / self.shares.sum()
+
+    def _gather(self, context: KeysValues, landscape: int) -> None:
+        """Add the gradients of leaves that `_context` has made to those of the whole stream."""
+        for leaves, totals in zip(context, self.gathered[landscape], strict=True):
+            for leaf, total in zip(leaves, totals, strict=True):
+                assert leaf.grad is not None
+                total[:, :, : leaf.shape[2]] += leaf.grad
 
     def _observe(self, step: int, energy: Tensor, gradient: Tensor, padding: Tensor) -> None:
         energy, norms = self.model.layout.per_token(energy), gradient.to(energy.dtype).norm(dim=-1)

@@ -33,6 +33,8 @@ def training_flops_per_token(
       steps only the last); and for the context stream of each landscape 3 F, whose last block only makes keys and
       values, and of embeddings that are projected 2 M. A random number of steps counts by its mean, replayed sequences
       as so many more tokens. Only targets are refined, or with replay all positions.
+    * energy-based, by contrast: each MCMC step 2 F and 2 M, and each of the 2 + N contrasted states 3 F; 2 M for the
+      embedding of the refined state and its gradient, or for each state where embeddings are projected.
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
@@ -44,6 +46,11 @@ def training_flops_per_token(
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
     refinement -= reusing * 2 * costs.linear
+    if mcmc.objective == "contrastive":
+        contrasted = 2 + mcmc.num_negatives
+        embedded = 1 if config.embedding_dim is None else contrasted
+        refinement = steps * (2 * costs.stream + 2 * costs.product) + contrasted * 3 * costs.stream
+        refinement += embedded * 2 * costs.product
     refined = (1.0 if mcmc.replay_size else target_share) / position_parallel
     return rows * (refined * refinement + contexts * (3 * costs.context + 2 * costs.projection))
 
@@ -54,7 +61,8 @@ def recomputed_flops_per_token(
     """Return the FLOPs per observed token that checkpointed blocks compute again, or cannot take from before.
 
     In the terms of `training_flops_per_token`: F of every stream that goes backward, 2 F of it with a tangent, and the
-    2 F of linear layers that a tangent pass otherwise takes from the candidate pass.
+    2 F of linear layers that a tangent pass otherwise takes from the candidate pass. The passes that a contrast measures
+    before it differentiates them are not among them.
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
@@ -64,6 +72,8 @@ def recomputed_flops_per_token(
     reusing = 1 if mcmc.gradient == "full" else trained
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * costs.stream + trained * 2 * costs.stream + reusing * 2 * costs.linear
+    if mcmc.objective == "contrastive":
+        refinement = (steps + 2 + mcmc.num_negatives) * costs.stream
     return rows * (refinement / position_parallel + contexts * costs.context)
 
 

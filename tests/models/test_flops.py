@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.slices import Share
-from ebwm_dist.models.flops import peak_flops, training_flops_per_token
+from ebwm_dist.models.flops import peak_flops, prediction_flops, training_flops_per_token
 
 
 class FlopCounter(TorchDispatchMode):
@@ -60,6 +60,22 @@ def test_formula_counts_what_a_step_needs(kind: str, loss: str, embedding_dim: i
     executed = counter.total / (4 * 8)
     formula = training_flops_per_token(config.model, config.mcmc, 8)
     assert 0.98 * formula <= executed <= (1.07 if chain or embedding_dim == 300 else 1.05) * formula
+
+
+@pytest.mark.parametrize("embedding_dim", [None, 128, 300], ids=["text", "video", "projected video"])
+def test_formula_counts_what_a_contrast_needs(embedding_dim: int | None) -> None:
+    """On top come the passes that measure each of the four contrasted states, and the hidden half of the attention."""
+    model_config = ModelConfig(vocab_size=400, embedding_dim=embedding_dim, dim=128, num_heads=2, num_layers=3)
+    mcmc = MCMCConfig(num_steps=2, step_size=1.0, objective="contrastive", num_negatives=2, learn_step_size=False)
+    model = build_model(Config(model=model_config, mcmc=mcmc, data=DataConfig(sequence_length=8)), pad_id=0)
+    observed = torch.randint(1, 400, (4, 9)) if embedding_dim is None else torch.randn(4, 9, embedding_dim)
+    with FlopCounter() as counter:
+        model.training_step(observed, torch.arange(4), model.plan(1, 0))
+    measured = prediction_flops(model_config, 8, measured=4)
+    if embedding_dim is None:  # tokens are looked up, not multiplied
+        measured -= 3 * 2 * 400 * 128
+    executed, formula = counter.total / (4 * 8) - measured, training_flops_per_token(model_config, mcmc, 8)
+    assert 0.98 * formula <= executed <= 1.05 * formula
 
 
 @pytest.mark.parametrize(("kind", "gradient"), [("ebt", "truncated"), ("ebt", "full"), ("ar", "full")])
