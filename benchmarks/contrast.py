@@ -3,12 +3,12 @@
     python -m benchmarks.contrast --dimensions 4,16,64,256,1024 --seeds 0,1,2
     python -m benchmarks.contrast --table
 
-Frames turn in two planes, each sample at its own speeds, and are shown in D numbers by a fixed orthogonal map: what is to be
-known stays the same, what a candidate can get wrong grows with D. Every run appends a line to `results/contrast.jsonl`: the
-squared error of refined predictions after several numbers of steps, as a share of that of copying the last frame, and how
-often a true next frame has a lower energy than another frame of its sequence, than itself with noise, and than its
-refined prediction. `--table` writes `results/contrast.md`: of every objective and dimension at the alpha that is best for
-seed 0.
+Frames turn in two planes, each sample at its own speeds, and are shown in D numbers by a fixed orthogonal map: what is
+to be known stays the same, what a candidate can get wrong grows with D. Every run appends a line to
+`results/contrast.jsonl`: the squared error of refined predictions after several numbers of steps, as a share of that of
+copying the last frame, and how often a true next frame has a lower energy than another frame of its sequence, than
+itself with noise, and than its refined prediction. `--table` writes `results/contrast.md`: of every objective and
+dimension at the alpha that is best for seed 0.
 
 Shapes: B sequences, S + 1 frames, D numbers each.
 """
@@ -103,7 +103,7 @@ def measure(model: EnergyBasedTransformer, dimension: int) -> dict[str, Any]:
     ids, context, targets = torch.arange(HELD_OUT), observed[:, :-1], observed[:, 1:]
     known = slice(1, None)  # the speed is known after two frames
     copying = (context - targets)[:, known].square().mean()
-    (where, states), *_ = model.refine_slices(context, max(STEPS), ids)
+    (_, states), *_ = model.refine_slices(context, max(STEPS), ids)
     found = [(energy, (state - targets)[:, known].square().mean() / copying) for energy, state in states]
     true = model.energies(observed)[:, known]
     noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(5))

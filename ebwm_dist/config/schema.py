@@ -100,7 +100,7 @@ class MCMCConfig:
     """`reconstruction`: the true next state is what the refinement should reach, trained through its gradients;
     `contrastive`: the true state should have a lower energy than refined and shuffled ones, a comparator."""
     num_negatives: int = number(1, at_least=0)
-    """Shuffled true states, besides the refined one, that each true state is contrasted with; used with `contrastive`."""
+    """Shuffled states, besides the refined one, that each true state is contrasted with; used with `contrastive`."""
     loss: str = choice("mean", "last", "ramp")
     """Train on the mean of the losses after all steps, on the loss after the last one, or on a mean whose weights grow
     in proportion to the number of the step."""

@@ -1,13 +1,13 @@
 """Training by contrast: true next states against refined and shuffled ones, without a gradient through the refinement.
 
-The comparator of the reconstruction objective: the same model and refinement, trained as energy models usually are. With
-the energies E of the true state and of n negatives, the loss of a prediction is that of classifying the true one,
+The comparator of the reconstruction objective: the same model and refinement, trained as energy models usually are.
+With the energies E of the true state and of negatives, the loss of a prediction is that of classifying the true one,
 
     L  =  -log( exp(-E_true) / sum_i exp(-E_i) ),        dL / dE_i  =  [i is true] - softmax(-E)_i.
 
-Negatives are the state that the refinement ends with, a constant, and observed states from elsewhere in the same sample,
-which its id alone determines. All energies are first measured, which gives the
-derivatives above; each candidate pass is then repeated and differentiated by itself, in the memory of one.
+Negatives are the state that the refinement ends with, a constant, and observed states from elsewhere in the sample,
+which its id alone determines. All energies are first measured, which gives the derivatives above; each candidate pass
+is then repeated and differentiated by itself, in the memory of one.
 
 Shapes: B batch, S positions, C positions refined together, of c states, D width, N negatives besides the refined one.
 """

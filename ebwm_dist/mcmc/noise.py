@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# What is drawn: the initial state, alpha's factor, the shuffled states of a contrast, and (+ the index of the MCMC step) the Langevin noise.
+# What is drawn: the initial state, alpha's factor, the shuffled states of a contrast, and (+ the index of the MCMC
+# step) the Langevin noise.
 INITIAL = 0
 STEP_SIZE = 1
 SHUFFLE = -2

@@ -61,8 +61,8 @@ def recomputed_flops_per_token(
     """Return the FLOPs per observed token that checkpointed blocks compute again, or cannot take from before.
 
     In the terms of `training_flops_per_token`: F of every stream that goes backward, 2 F of it with a tangent, and the
-    2 F of linear layers that a tangent pass otherwise takes from the candidate pass. The passes that a contrast measures
-    before it differentiates them are not among them.
+    2 F of linear layers that a tangent pass otherwise takes from the candidate pass. Passes that a
+    contrast measures before it differentiates them are not among them.
     """
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
