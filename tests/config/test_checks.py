@@ -107,6 +107,12 @@ def changed(**values: Any) -> Config:
         ({"data__min_crop_scale": 0.5}, "data.min_crop_scale = 0.5: needs clips encoded as they are read"),
         ({"data__encoder_weights": "w"}, "data.encoder_weights = 'w': needs data.encoder"),
         ({"mcmc__num_steps": 3, "mcmc__max_num_steps": 2}, "mcmc.max_num_steps = 2: at least mcmc.num_steps = 3, or"),
+        ({"mcmc__objective": "contrastive"}, "mcmc.learn_step_size = True: must be false with mcmc.objective = 'contr"),
+        (
+            {"mcmc__objective": "contrastive", "mcmc__learn_step_size": False, "mcmc__loss": "last"},
+            "mcmc.loss = 'last': must be 'mean' with mcmc.objective = 'contrastive'",
+        ),
+        ({"mcmc__num_negatives": 3}, "mcmc.num_negatives = 3: needs mcmc.objective = 'contrastive'"),
         ({"run_dir": "s3://b/x"}, "run_dir = 's3://b/x': must be a folder .* no address; checkpoint.remote"),
         ({"data__cache_dir": "file:///x"}, "data.cache_dir = 'file:///x': must be a folder"),
         ({"data__encoder_weights": "https://h/w"}, "data.encoder_weights = 'https://h/w': must be a folder or file"),
