@@ -118,6 +118,7 @@ def begin_everywhere(
     leave()
 
 
+@pytest.mark.slow
 def test_every_stage_begins_with_the_same_weights(source: Run, tiny: Manifest, tmp_path: Path) -> None:
     """On two ranks, which share them in the ways of the stages; also where tokens are new."""
     more = grown(tiny, tmp_path / "more", ("new", "newer", "newest"))

@@ -131,7 +131,8 @@ def many_steps(rank: int, world_size: int, steps: int) -> None:
     leave()
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 100])
 def test_any_number_of_passes_goes_through(steps: int) -> None:
     run_distributed_test(many_steps, 3, steps, backend="", timeout=60 + 6 * steps)
 
