@@ -44,6 +44,8 @@ _OF_ENERGIES = {"variant", "num_landscapes", "tie_embeddings", "energy_head", "a
 """Keys of the model that an autoregressive one does not look at."""
 _OF_TRAINING = {"step_size", "step_size_lr_multiplier", "num_steps_warmup", "step_size_warmup"}
 """Keys of the refinement that say how alpha and the number of steps come to be, not what they do."""
+_OF_TOKENS = {"space.embeddings.weight", "space.vocab_to_embed.weight", "embeddings.weight", "head.weight"}
+"""Matrices of models of text that have a row for each token."""
 
 
 class InitialWeights:
@@ -62,13 +64,14 @@ class InitialWeights:
     def __init__(self, config: Config, data: Mixture, world: World, log: Callable[[str], None]) -> None:
         self.world, self._log = world, log
         self._state: Mapping[str, Tensor] = {}
+        self._unknown: list[int] = []
 
         def read() -> Any:
             if world.rank != 0:
                 return None
             source = _open(config.training.initialize_from)
             statistics, notes = check_fit(source, config, data), describe_changes(source, config)
-            self._state = source.weights()
+            self._state, self._unknown = source.weights(), _unknown_tokens(source, data)
             with torch.device("meta"):
                 check_weights(build_model(source.config, source.pad_id or 0), self._state, str(source.checkpoint))
             alpha = self._state[_ALPHA].item() if _ALPHA in self._state else None
@@ -91,7 +94,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
-        """Give a model that was just built the weights; rows of tokens that they do not have stay as they were drawn.
+        """Give a model that was just built the weights; rows of tokens that they do not know stay as they were drawn.
 
         Ranks may hold shares of the parameters (ZeRO-3). The weights are let go of.
         """
@@ -102,8 +105,12 @@ class InitialWeights:
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                 if self.world.rank == 0:
                     saved = self._state[name]
-                    rows = slice(min(len(p), len(saved)))
+                    rows, unknown = slice(min(len(p), len(saved))), self._unknown if name in _OF_TOKENS else []
+                    drawn = p[unknown]
                     p[rows].copy_(saved[rows])
+                    if unknown:
+                        p[unknown] = drawn
+                        self._notes.append(_unknown_rows(name, unknown))
                     if len(p) != len(saved):
                         self._notes.append(_rows(name, len(saved), len(p)))
             if not hasattr(p, "ds_id") and self.world.world_size > 1:
@@ -242,14 +249,27 @@ def _other_tokenizer(source: Run, config: Config, data: Mixture) -> Iterator[str
     if config.training.initialize_vocabulary == "strict":
         yield f"{differ} (training.initialize_vocabulary=resize takes more or fewer tokens after the common ones)"
         return
-    tokenizers = source.tokenizer, load_tokenizer(data.manifest)
-    pieces = [tokenizer.pieces() for tokenizer in tokenizers if tokenizer is not None]
-    others = [number for number, (a, b) in enumerate(zip(*pieces, strict=False)) if a != b]
+    common = _common_ids(source, data)
+    # An id that the file of one of them does not have, as that of an added pad token, never meant anything there.
+    others = [number for number, (before, now) in enumerate(common) if before != now and before and now]
     if others:
-        before, now = (part[others[0]] for part in pieces)
+        before, now = common[others[0]]
         first = f"the first is {others[0]}, {before!r} there and {now!r} here"
         mean = "1 id means another token" if len(others) == 1 else f"{len(others):,} ids mean other tokens"
         yield f"{differ}: {mean}, {first}"
+
+
+def _common_ids(source: Run, data: Mixture) -> list[tuple[str, str]]:
+    """Return what each id that both tokenizers have stands for there and here; nothing if weights come without one."""
+    there, here = source.tokenizer, load_tokenizer(data.manifest)
+    return [] if there is None else list(zip(there.pieces(), here.pieces(), strict=False))
+
+
+def _unknown_tokens(source: Run, data: Mixture) -> list[int]:
+    """Return the tokens of the data whose ids were no tokens when the weights were trained: that of added padding."""
+    if not isinstance(data.sample_format, TokenFormat):
+        return []
+    return [number for number, (before, now) in enumerate(_common_ids(source, data)) if now and not before]
 
 
 def _encoder(config: Config, data: Mixture) -> tuple[str, str]:
@@ -288,3 +308,9 @@ def _rows(name: str, before: int, now: int) -> str:
     if before > now:
         return f"{name}: the rows {now} to {before - 1} of these weights are left out"
     return f"{name}: the rows {before} to {now - 1} are new, as in a fresh model"
+
+
+def _unknown_rows(name: str, tokens: list[int]) -> str:
+    """Return in words what becomes of rows whose ids were no tokens when the weights were trained."""
+    which = f"row {tokens[0]} is" if len(tokens) == 1 else f"rows {', '.join(map(str, tokens))} are"
+    return f"{name}: the {which} new, as in a fresh model: no token had that id when these weights were trained"

@@ -16,16 +16,14 @@ from torch import Tensor
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import Manifest
-from ebwm_dist.data.format.sample_format import LatentFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import World, leave
-from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
 from ebwm_dist.errors import CheckpointError, ConfigError
 from ebwm_dist.files import sha256_of_bytes, sha256_of_file
 from ebwm_dist.inference.export import export_run, write_export
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.run import FORMAT_FILE, Run
+from ebwm_dist.run import Run
 from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.dry_run import describe
 from ebwm_dist.training.engine import create_engine
@@ -36,11 +34,8 @@ from tests.made_runs import finished_run
 from tests.object_storage import s3_bucket
 from tests.runs import assert_equal_runs, metrics, train_in_turn, write_config
 from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
-from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
-LATENTS = (f"data.sequence_length={FRAMES - 1}", f"model.embedding_dim={DIM}")
-CLIPS = (f"data.sequence_length={FRAMES - 1}", "model.embedding_dim=12", "data.encoder=pixels:2")
 FILE = "mp_rank_00_model_states.pt"
 
 
@@ -157,6 +152,27 @@ def test_rows_of_tokens(source: Run, tiny: Manifest, tmp_path: Path) -> None:
     assert "space.embeddings.weight: the rows 320 to 321 of these weights are left out" in lines
 
 
+@pytest.mark.parametrize("kind", ["ebt", "ar"])
+def test_an_added_pad_token_gives_way_to_new_tokens(tiny: Manifest, tmp_path: Path, kind: str) -> None:
+    """Its id is no token: one that has it now is new, and one that had it may be padding now."""
+    resize = "training.initialize_vocabulary=resize"
+    padded = replace(tiny, sample_format=replace(tiny.token_format, pad_id=320, vocab_size=321))
+    more = grown(tiny, tmp_path / "more", ("new", "newer"))
+    smaller, larger = ([f"model.kind={kind}", f"model.vocab_size={size}"] for size in (321, 322))
+    there = Run(finished_run(write_config(tmp_path), padded, tmp_path / "padded", smaller).run_dir)
+    config = new_run(there, more, tmp_path / "run", resize, *larger)
+    weights, lines = begun(config, more)
+    torch.manual_seed(config.seed)
+    fresh = {name: p for name, p in build_model(config, 0).named_parameters() if len(p) == 322}
+    assert len(fresh) == 2
+    for name, drawn in fresh.items():
+        assert torch.equal(weights[name][:320], there.weights()[name][:320])
+        assert torch.equal(weights[name][320:], drawn[320:])
+        assert f"{name}: the row 320 is new, as in a fresh model: no token had that id when these weights" in str(lines)
+    back = Run(finished_run(write_config(tmp_path), more, tmp_path / "grown", larger).run_dir)
+    check_fit(back, new_run(back, padded, tmp_path / "back", resize, *smaller), mixture(padded))
+
+
 def test_tokens_must_mean_the_same(source: Run, tiny: Manifest, tmp_path: Path) -> None:
     """Another tokenizer is refused, also of the same size; one that only has more tokens where that is asked for."""
     other = grown(tiny, tmp_path / "other", ("hello", "world"), instead=True)
@@ -228,7 +244,7 @@ def test_imported_weights_come_without_a_tokenizer(source: Run, tiny: Manifest, 
     """Any of the right size is taken, and a line says so."""
     described = {"kind": "tokens", "sequence_length": 16, "vocab_size": 320, "pad_id": 0}
     write_export(
-        tmp_path / "imported", source.config, described, source.weights(), files=[], step=0, source="last.ckpt"
+        tmp_path / "imported", source.config, described, source.weights(), files={}, step=0, source="last.ckpt"
     )
     config = new_run(Run(tmp_path / "imported"), tiny, tmp_path / "run", "mcmc.step_size=0.75")
     weights, lines = begun(config, tiny)
@@ -255,11 +271,6 @@ def test_a_source_that_cannot_be_read(source: Run, tiny: Manifest, tmp_path: Pat
             load_config(write_config(tmp_path), [f"training.{key}"])
 
 
-def make_video(kind: str, folder: Path) -> tuple[Manifest, tuple[str, ...]]:
-    """Make video data and return the settings of a model of them."""
-    return (make_tiny_latents(folder), LATENTS) if kind == "latents" else (make_tiny_clips(folder, "jpeg"), CLIPS)
-
-
 def train_and_go_on(rank: int, world_size: int, config: Path, runs: list[list[str]], gone: list[Path]) -> None:
     """Train, delete folders, and go on with the runs whose last override stops them early, without it."""
     train_in_turn(rank, world_size, config, runs)
@@ -267,55 +278,6 @@ def train_and_go_on(rank: int, world_size: int, config: Path, runs: list[list[st
         for folder in gone:
             shutil.rmtree(folder)
     train_in_turn(rank, world_size, config, [run[:-1] for run in runs if "stop_after" in run[-1]])
-
-
-def test_video_keeps_its_normalisation(tmp_path: Path) -> None:
-    """Also when it goes on from its copy in storage, and the run folder and the first weights are gone.
-
-    An encoder that is not known, as that of an import, is the run's.
-    """
-    config, runs = write_config(tmp_path), {}
-    for kind in ("latents", "clips"):
-        data, overrides = make_video(kind, tmp_path / kind)
-        source = tmp_path / f"{kind}_source"
-        finished_run(config, data, source, overrides)
-        file = source / (FORMAT_FILE if kind == "latents" else STATISTICS_FILE)
-        unknown = dict.fromkeys(("encoder", "encoder_sha256") if kind == "latents" else ("encoder", "sha256"))
-        file.write_text(json.dumps({**json.loads(file.read_text()), "mean": 3.0, "std": 5.0, **unknown}))
-        given = [f"data.path={data.folder}", f"run_dir={tmp_path / kind}_run", "training.global_batch_size=3"]
-        given += ["training.max_steps=2", f"training.initialize_from={source}", *overrides]
-        given.append(f"checkpoint.remote=file://{tmp_path}/{kind}_copy")
-        runs[kind] = [*given, "training.stop_after=1"]
-    gone = [tmp_path / f"{kind}_{name}" for kind in runs for name in ("source", "run")]
-    run_distributed_test(train_and_go_on, 1, config, list(runs.values()), gone)
-    for kind, encoder in (("latents", "pixels:1"), ("clips", "pixels:2")):
-        found = Run(tmp_path / f"{kind}_run")
-        assert found.step == 2
-        assert (found.statistics.mean, found.statistics.std) == (3.0, 5.0)
-        assert found.statistics.encoder == encoder and len(found.statistics.sha256 or "") == 64
-
-
-def test_latents_are_shown_with_it(tmp_path: Path) -> None:
-    data, overrides = make_video("latents", tmp_path / "data")
-    finished_run(write_config(tmp_path), data, tmp_path / "source", overrides)
-    file = tmp_path / "source" / FORMAT_FILE
-    file.write_text(json.dumps({**json.loads(file.read_text()), "mean": 3.0, "std": 5.0}))
-    config = new_run(Run(tmp_path / "source"), data, tmp_path / "run", *overrides)
-    shown = begin(config, mixture(data), ALONE, False, print)[1].sample_format
-    assert isinstance(shown, LatentFormat) and (shown.mean, shown.std) == (3.0, 5.0)
-    assert isinstance(data.sample_format, LatentFormat) and data.sample_format.mean == 0.5
-
-
-def test_another_encoder_is_refused(tmp_path: Path) -> None:
-    data, overrides = make_video("latents", tmp_path / "data")
-    finished_run(write_config(tmp_path), data, tmp_path / "source", overrides)
-    assert isinstance(data.sample_format, LatentFormat)
-    other = replace(data, sample_format=replace(data.sample_format, encoder="pixels:1/1", encoder_sha256="1" * 64))
-    config = new_run(Run(tmp_path / "source"), other, tmp_path / "run", *overrides)
-    with pytest.raises(
-        CheckpointError, match=r"encoder is pixels:1 \(sha256 0{12}\), that of \S+ is pixels:1/1 \(1{12}\)"
-    ):
-        check_fit(Run(tmp_path / "source"), config, mixture(other))
 
 
 def test_a_start_without_the_weights_forgets_them(source: Run, tiny: Manifest, tmp_path: Path) -> None:
