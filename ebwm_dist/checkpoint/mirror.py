@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from ebwm_dist.checkpoint.folder import (
     MARKER,
@@ -30,6 +31,9 @@ from ebwm_dist.checkpoint.leases import Lease
 from ebwm_dist.errors import CheckpointError
 from ebwm_dist.files import merge_lines, replacing
 from ebwm_dist.storage import open_storage, without_options
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile
 
 _BLOCK = 1 << 23
 TRIES, PAUSE = 3, 2.0
@@ -78,7 +82,7 @@ class CheckpointMirror:
             self._put_all(checkpoint, there, list(read_marker(checkpoint)["files"]), tick)
             own = [file.name for file in self.run_dir.iterdir() if file.is_file() and not file.name.startswith(".")]
             self._put_all(self.run_dir, self._path, own, tick)
-            with self._storage.open_output_stream(str(there / MARKER)) as stream:
+            with self._written(there / MARKER) as stream:
                 stream.write(marker)
         kept = [other for other in self.steps() if other <= step][: max(keep, 1)]
         for other, _ in self._folders():
@@ -161,9 +165,16 @@ class CheckpointMirror:
         with suppress(FileNotFoundError):
             self._storage.delete_file(str(folder / MARKER))
 
+    # By default pyarrow compresses and decompresses files whose names end as .gz does.
+    def _opened(self, path: PurePosixPath) -> NativeFile:
+        return self._storage.open_input_stream(str(path), compression=None)
+
+    def _written(self, path: PurePosixPath) -> NativeFile:
+        return self._storage.open_output_stream(str(path), compression=None)
+
     def _read(self, path: PurePosixPath) -> bytes | None:
         try:
-            with self._storage.open_input_stream(str(path)) as stream:
+            with self._opened(path) as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
@@ -175,7 +186,7 @@ class CheckpointMirror:
     def _put(self, source: Path, target: PurePosixPath, tick: Tick) -> None:
         self._storage.create_dir(str(target.parent), recursive=True)
         size = 0
-        with open(source, "rb") as file, self._storage.open_output_stream(str(target)) as stream:
+        with open(source, "rb") as file, self._written(target) as stream:
             while block := file.read(_BLOCK):
                 stream.write(block)
                 size += len(block)
@@ -186,7 +197,7 @@ class CheckpointMirror:
             raise OSError(f"{target} has {found} bytes instead of {size}")
 
     def _get(self, source: PurePosixPath, target: Path) -> None:
-        with self._storage.open_input_stream(str(source)) as stream, replacing(target) as file:
+        with self._opened(source) as stream, replacing(target) as file:
             shutil.copyfileobj(stream, file, _BLOCK)
 
 

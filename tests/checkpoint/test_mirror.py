@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -63,6 +64,21 @@ def elsewhere(run: CheckpointMirror, folder: Path) -> CheckpointMirror:
     """Return the same copy as another machine sees it."""
     folder.mkdir()
     return CheckpointMirror(run.location, folder)
+
+
+def test_every_byte_is_copied_as_it_is(tmp_path: Path) -> None:
+    """Also of files whose names promise that they are compressed, whether they are or not."""
+    (tmp_path / "run").mkdir()
+    content = {"trace.json.gz": gzip.compress(b"traced"), "notes.gz": b"not compressed", "plain.bz2": b""}
+    for name, data in content.items():
+        (tmp_path / "run" / name).write_bytes(data)
+    run = CheckpointMirror(f"file://{tmp_path}/copy", tmp_path / "run")
+    run.upload(add(run.run_dir, 1), keep=1)
+    other = elsewhere(run, tmp_path / "other")
+    assert other.fetch(0, pytest.fail) is not None
+    for name, data in content.items():
+        assert (tmp_path / "copy" / name).read_bytes() == (other.run_dir / name).read_bytes() == data
+        assert other.read(name) == data
 
 
 def test_another_machine_goes_on(run: CheckpointMirror, tmp_path: Path) -> None:
