@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -61,6 +63,25 @@ _REMEDIES = {
     errno.EPERM: "let this user read and write it, or name another place",
     errno.EROFS: "name a place that can be written",
 }
+
+
+def why_not_written(error: OSError, folder: Path, room: str = "make room there") -> tuple[str, str]:
+    """Return why the operating system refuses to write, and what helps; nothing where that is not known.
+
+    Args:
+        error: of writing.
+        folder: where it was written to; it may be gone.
+        room: what helps on a full disk.
+    """
+    reason, number = error.strerror or str(error) or type(error).__name__, error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        return f"{reason}, {shutil.disk_usage(there).free / 2**30:.2f} GiB are free there", room
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        return reason, "something else has moved, deleted or replaced a folder there: put it right"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return reason, "let this user write there"
+    return reason, ""
 
 
 def as_line(error: UserError | OSError) -> str:

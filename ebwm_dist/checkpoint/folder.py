@@ -10,7 +10,6 @@ The run folder must be on a file system that all ranks share.
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.checkpoint.leases import is_leased
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.errors import CheckpointError, why_not_written
 from ebwm_dist.files import flush, rename, sha256_of_bytes, sha256_of_file, write_atomically
 
 MARKER = "COMMITTED.json"
@@ -170,18 +169,12 @@ def commit(staging: Path, shares: Iterable[Files], metadata: dict[str, Any]) -> 
 
 def failed_save(root: Path, error: OSError) -> CheckpointError:
     """Return the error of a save to `root` that the operating system refused: why, what to do, and what is left."""
-    reason, number = error.strerror or str(error), error.errno
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(root).free / 2**30
-        reason += f", {free:.2f} GiB are free there; make room or lower checkpoint.keep, then"
-    elif number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-        reason += "; something else has moved, deleted or replaced a folder there: put it right, then"
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        reason += "; let this user write there, then"
-    else:
-        reason += ";"
+    reason, remedy = why_not_written(error, root, "make room or lower checkpoint.keep")
+    advice = f"{remedy}, then start" if remedy else "start"
     newest = next((path.name for path in list_checkpoints(root)), "the beginning")
-    return CheckpointError(f"saving to {root} failed: {reason} start the same command again: it goes on from {newest}")
+    return CheckpointError(
+        f"saving to {root} failed: {reason}; {advice} the same command again: it goes on from {newest}"
+    )
 
 
 def install(staging: Path, names: Iterable[str] | None = None) -> Path:

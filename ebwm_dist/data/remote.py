@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from ebwm_dist.data.outage import Outage
 from ebwm_dist.data.transport import SCHEMES, TransportError, base_name, read_blocks, shown
-from ebwm_dist.errors import ConfigError, DataError, UserError
+from ebwm_dist.errors import ConfigError, DataError, UserError, why_not_written
 from ebwm_dist.files import sha256_of_bytes
 from ebwm_dist.storage import check_address, is_address, without_options
 
@@ -116,8 +116,9 @@ class Cache:
         try:
             return _SharedOutage(self, url).wait_for(fetch)
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise UserError(f"data.cache_dir = {self.folder}: {reason}; make room, or choose another folder") from None
+            reason, remedy = why_not_written(error, self.folder)
+            advice = f"{remedy}, or choose" if remedy else "choose"
+            raise UserError(f"data.cache_dir = {self.folder}: {reason}; {advice} another folder") from None
 
     def outage(self) -> str | None:
         """Return what a process that shares this cache has logged when it began to wait for the network, or None."""

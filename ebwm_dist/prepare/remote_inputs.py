@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ebwm_dist.data.outage import Outage
 from ebwm_dist.data.stores import StoredFile, is_unchanged
 from ebwm_dist.data.transport import TransportError, read_blocks, shown
-from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.errors import DataError, UserError, why_not_written
 
 if TYPE_CHECKING:
     from ebwm_dist.prepare.listing import Input
@@ -112,7 +113,8 @@ def _write(target: BinaryIO, block: bytes) -> None:
         target.write(block)
         target.flush()
     except OSError as error:
-        raise UserError(
-            f"temporary folder {tempfile.gettempdir()}, which inputs at addresses are fetched into: {error.strerror}; "
-            "make room, or name another folder in TMPDIR"
-        ) from None
+        folder = tempfile.gettempdir()
+        reason, remedy = why_not_written(error, Path(folder))
+        advice = f"{remedy}, or name" if remedy else "name"
+        what = f"temporary folder {folder}, which inputs at addresses are fetched into: {reason}"
+        raise UserError(f"{what}; {advice} another folder in TMPDIR") from None

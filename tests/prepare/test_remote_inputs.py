@@ -340,7 +340,9 @@ def test_a_full_temporary_folder_is_one_line(web: FolderServer, monkeypatch: pyt
     (web.folder / "a.txt").write_text("kalo")
     files = find_documents([f"{web.url}/a.txt"])
     monkeypatch.setattr(remote_inputs.tempfile, "TemporaryFile", Full)
-    with pytest.raises(UserError, match=r"temporary folder .*: No space left on device; make room, or .* TMPDIR"):
+    with pytest.raises(
+        UserError, match=r"temporary folder .*: No space left on device, .*; make room there, or .* TMPDIR"
+    ):
         list(DocumentReader(files))
 
 
