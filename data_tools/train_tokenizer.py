@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import sha256_of_file, write_json
-from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
+from ebwm_dist.prepare.document_reader import DocumentReader, LeftOut, find_documents
 from ebwm_dist.prepare.documents import Fields, add_document_arguments, add_groups_argument, is_held_out
 from ebwm_dist.prepare.listing import describe_inputs
 from ebwm_dist.prepare.train_tokenizer import train_tokenizer
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.unlink()  # it may have learned from the text that was meant
         raise UserError(f"excluded group {missing[0]!r} is not in the input; its groups are {sorted(groups)[:8]}")
     write_json(sidecar, {"sha256": tokenizer.sha256, "source": source})
-    left_out = f", {len(reader.rejects)} malformed documents left out" if reader.rejects else ""
+    left_out = f", {LeftOut.of(reader.rejects).describe()} left out" if reader.rejects else ""
     asked = f" ({options.vocab_size} asked for)" if tokenizer.vocab_size != options.vocab_size else ""
     seconds = time.monotonic() - start
     print(f"{options.out}: model.vocab_size={tokenizer.vocab_size}{asked}, {seconds:.1f} s{left_out}")

@@ -71,9 +71,11 @@ class Report:
     kept: int = 0
     """Shards that an earlier run had made."""
     rejects: int = 0
-    """Inputs that cannot be read."""
+    """Lines of rejects.jsonl."""
     notes: tuple[str, ...] = ()
     """More lines for the user."""
+    left_out: str = ""
+    """What these lines stand for, if not a video or an image each."""
 
     def describe(self) -> str:
         """Return the report as lines for the user."""
@@ -85,10 +87,9 @@ class Report:
             lines.append(f"  {sample_format.embedding_dim} values a frame, mean {mean:.4f}, std {std:.4f}")
         lines += [f"  {note}" for note in self.notes]
         if self.rejects:
-            what = {"tokens": "malformed documents", "frames": "unreadable videos", "images": "unreadable images"}
-            lines.append(
-                f"  {self.rejects:,} {what[sample_format.unit]} left out, listed in {manifest.folder / REJECTS_FILE}"
-            )
+            kind = "images" if sample_format.unit == "images" else "videos"
+            what = self.left_out or f"{self.rejects:,} unreadable {kind}"
+            lines.append(f"  {what} left out, listed in {manifest.folder / REJECTS_FILE}")
         if not self.up_to_date:
             unit = sample_format.unit
             amount = sum(split.totals[unit] for split in manifest.splits.values())

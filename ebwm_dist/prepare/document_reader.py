@@ -17,7 +17,7 @@ from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.prepare.compression import ENDINGS, DamagedError, decompressed
 from ebwm_dist.prepare.documents import Document, Fields, document_of
 from ebwm_dist.prepare.listing import Input, InputFile, list_inputs, unreadable
-from ebwm_dist.prepare.parquet_rows import read_rows
+from ebwm_dist.prepare.parquet_rows import DamagedRowsError, read_rows
 from ebwm_dist.prepare.remote_inputs import open_in_order
 
 PARQUET = ".parquet"
@@ -27,17 +27,46 @@ SUFFIXES = (*TEXT_SUFFIXES, *(f".jsonl{ending}" for ending in ENDINGS), PARQUET)
 
 @dataclass(frozen=True)
 class Reject:
-    """A document left out because its input is malformed."""
+    """A place of malformed input, and the documents that are left out there."""
 
     file: str
     line: int
     """Of a Parquet file the row; both count from 1."""
     reason: str
+    documents: int | None = 1
+    """None: of what follows damage, where nobody can count them."""
 
     @property
     def place(self) -> str:
         """Return file, and line or row, for messages."""
         return f"{self.file}, {'row' if self.file.lower().endswith(PARQUET) else 'line'} {self.line}"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How much is left out: so many documents at so many places, and some more at others that cannot be counted."""
+
+    places: int
+    documents: int
+    uncounted: int
+
+    @staticmethod
+    def of(rejects: Iterable[Reject]) -> LeftOut:
+        """Count what is left out."""
+        numbers = [reject.documents for reject in rejects]
+        counted = [number for number in numbers if number is not None]
+        return LeftOut(len(counted), sum(counted), len(numbers) - len(counted))
+
+    def describe(self) -> str:
+        """Return it for a message; nothing if there is nothing."""
+        parts = []
+        if self.places:
+            where = f" at {self.places:,} place{'s' * (self.places > 1)}" if self.documents != self.places else ""
+            parts.append(f"{self.documents:,} malformed document{'s' * (self.documents != 1)}{where}")
+        if self.uncounted:
+            where = f"{self.uncounted:,} damaged place{'s' * (self.uncounted > 1)}"
+            parts.append(f"an unknown number of documents at {where}")
+        return " and ".join(parts)
 
 
 def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -> list[Input]:
@@ -53,8 +82,8 @@ def find_documents(inputs: Iterable[str | Path], outputs: Iterable[Path] = ()) -
 class DocumentReader:
     """Iterate over the documents of `files` in order.
 
-    A malformed one raises a DataError naming file and line or row, or with `on_error="skip"` is added to `rejects`.
-    Empty documents are left out and counted.
+    Malformed input raises a DataError naming file and line or row, or with `on_error="skip"` is added to
+    `rejects`. Empty documents are left out and counted.
     """
 
     files: Sequence[Input]
@@ -71,16 +100,16 @@ class DocumentReader:
                 else:
                     self.empty += 1
 
-    def left_out(self, file: Input, line: int, reason: str) -> Reject:
-        """Return the record of a malformed document that is left out, or raise a DataError."""
+    def left_out(self, file: Input, line: int, reason: str, documents: int | None = 1) -> Reject:
+        """Return the record of what is left out at a malformed place, or raise a DataError."""
         if self.on_error == "fail":
             where = Reject(file.shown, line, reason).place
             raise DataError(f"{where}: {reason}; correct it, or leave it out with --on-error skip")
-        return Reject(file.name, line, reason)
+        return Reject(file.name, line, reason, documents)
 
-    def reject(self, file: Input, line: int, reason: str) -> None:
-        """Add a malformed document to `rejects`, or raise a DataError."""
-        self.rejects.append(self.left_out(file, line, reason))
+    def reject(self, file: Input, line: int, reason: str, documents: int | None = 1) -> None:
+        """Add what is left out at a malformed place to `rejects`, or raise a DataError."""
+        self.rejects.append(self.left_out(file, line, reason, documents))
 
     def _read(self, file: Input, stream: BinaryIO) -> Iterator[Document]:
         read = self._rows if _suffix(file, PARQUET) else self._text if _suffix(file, *TEXT_SUFFIXES) else self._lines
@@ -109,7 +138,7 @@ class DocumentReader:
             for number, raw in enumerate(decompressed(stream, file.name), start=1):
                 yield from self._line(file, number, raw.removeprefix(codecs.BOM_UTF8))
         except DamagedError as error:
-            self.reject(file, number + 1, str(error))
+            self.reject(file, number + 1, str(error), documents=None)
 
     def _line(self, file: Input, number: int, raw: bytes) -> Iterator[Document]:
         if raw.strip():
@@ -124,6 +153,8 @@ class DocumentReader:
                 if isinstance(content, ValueError):
                     raise content
                 yield document_of(content, file, number, self.fields)
+            except DamagedRowsError as error:
+                self.reject(file, number, str(error), error.rows)
             except ValueError as error:
                 self.reject(file, number, str(error))
 

@@ -133,11 +133,15 @@ def document_of(content: Mapping[str, Any], file: Input, number: int, fields: Fi
     if isinstance(text, str):
         document = Document(identity, group, file, number, text=text)
     elif prompt is not None or completion is not None:
+        for name, value in ((fields.prompt, prompt), (fields.completion, completion)):
+            if value is None and _is_null(content, name):
+                raise ValueError(f"no string or list of strings in field {name!r}: it is null")
         turns = _turns(prompt, completion, value_at(content, fields.difficulty), fields)
         document = Document(identity, group, file, number, turns=turns)
     else:
+        null = " (it is null)" if _is_null(content, fields.text) else ""
         raise ValueError(
-            f"no text in field {fields.text!r}, and no prompt and completion in {fields.prompt!r} and "
+            f"no text in field {fields.text!r}{null}, and no prompt and completion in {fields.prompt!r} and "
             f"{fields.completion!r}; its fields are {shortened(map(repr, content))}"
         )
     try:
@@ -159,6 +163,17 @@ def value_at(content: Mapping[str, Any], name: str) -> Any:
             if value is not None:
                 return value
     return None
+
+
+def _is_null(content: Mapping[str, Any], name: str) -> bool:
+    """Tell whether the field that `value_at` looks for is there, or one that should hold it, and null."""
+    if name in content:
+        return content[name] is None
+    places = [place for place, character in enumerate(name) if character == "." and name[:place] in content]
+    for outer, rest in ((content[name[:place]], name[place + 1 :]) for place in places):
+        if outer is None or (isinstance(outer, Mapping) and _is_null(outer, rest)):
+            return True
+    return False
 
 
 def shortened(names: Iterable[str]) -> str:

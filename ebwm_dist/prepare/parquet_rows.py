@@ -19,11 +19,19 @@ _BATCH = 1 << 22  # bytes of columns that are converted at a time, roughly
 _MOST_ROWS = 1024
 
 
+class DamagedRowsError(ValueError):
+    """So many rows that cannot be read, for one reason; None: their number cannot be read either."""
+
+    def __init__(self, reason: str, rows: int | None) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
 def read_rows(stream: BinaryIO, fields: Fields) -> Iterator[Row]:
     """Yield the number of every row, from 1 on, and its content, with nested columns as dictionaries.
 
-    In place of a row that is damaged, and of all that follow it in its row group, comes one error with the reason; in
-    place of all rows, if the file does not have the columns.
+    In place of a row that is damaged, and of all that follow it in its row group, comes one error with the reason and
+    their number; in place of all rows, if the file does not have the columns.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -32,10 +40,10 @@ def read_rows(stream: BinaryIO, fields: Fields) -> Iterator[Row]:
         file = ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         columns = _columns(file.schema_arrow, fields)
     except (pyarrow.ArrowException, OSError) as error:
-        yield 1, ValueError(f"not a Parquet file, or its footer is damaged ({_reason(error)})")
+        yield 1, DamagedRowsError(f"not a Parquet file, or its footer is damaged ({_reason(error)})", None)
         return
     except ValueError as error:
-        yield 1, error
+        yield 1, DamagedRowsError(str(error), file.metadata.num_rows)
         return
     last = 0
     for group in range(file.num_row_groups):
@@ -49,7 +57,7 @@ def read_rows(stream: BinaryIO, fields: Fields) -> Iterator[Row]:
             problem = _reason(error)
         if problem is not None:
             what = f"damaged row group {group}: rows {number + 1} to {last} cannot be read ({problem})"
-            yield number + 1, ValueError(what)
+            yield number + 1, DamagedRowsError(what, last - number)
 
 
 def _contents(file: ParquetFile, group: int, columns: list[str]) -> Iterator[dict[str, Any] | ValueError]:

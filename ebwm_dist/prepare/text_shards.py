@@ -26,7 +26,7 @@ from ebwm_dist.data.tokenizer import Tokenizer
 from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.files import printable, sha256_of_file, write_atomically
 from ebwm_dist.prepare.build_state import Report, begin, finish, hash_of, up_to_date, write_rejects
-from ebwm_dist.prepare.document_reader import DocumentReader, Reject, find_documents
+from ebwm_dist.prepare.document_reader import DocumentReader, LeftOut, Reject, find_documents
 from ebwm_dist.prepare.documents import Document, Fields, is_held_out
 from ebwm_dist.prepare.encoding import encode_documents
 from ebwm_dist.prepare.listing import REJECTS_FILE, describe_inputs
@@ -200,12 +200,15 @@ def build_text_shards(
     places = {file.name: number for number, file in reversed(list(enumerate(files)))}
     rejects = sorted([*reader.rejects, *too_long], key=lambda reject: (places[reject.file], reject.line))
     write_rejects(out, rejects)
+    described: dict[str, Any] = {"rejects": len(rejects)}
+    if rejects:
+        described["left_out"] = asdict(LeftOut.of(rejects))
     manifest = Manifest(
         folder=out,
         sample_format=sample_format,
         splits={name: builder.finish() for name, builder in builders.items()},
         held_out_groups=tuple(sorted(builders["val"].groups)),
-        source={**source, "rejects": len(rejects), "empty": reader.empty},
+        source={**source, **described, "empty": reader.empty},
     )
     finish(manifest)
     return _report(manifest, start, kept=sum(len(builder.kept) for builder in builders.values()))
@@ -213,8 +216,10 @@ def build_text_shards(
 
 def _report(manifest: Manifest, start: float, up_to_date: bool = False, kept: int = 0) -> Report:
     rejects, empty = manifest.source["rejects"], manifest.source["empty"]
+    # Earlier releases counted places alone.
+    left_out = LeftOut(**manifest.source.get("left_out", {"places": rejects, "documents": rejects, "uncounted": 0}))
     notes = (f"{empty:,} empty documents left out",) if empty else ()
-    return Report(manifest, time.monotonic() - start, up_to_date, kept, rejects, notes)
+    return Report(manifest, time.monotonic() - start, up_to_date, kept, rejects, notes, left_out.describe())
 
 
 def _of_one_kind(documents: Iterable[Document], reader: DocumentReader, labels: bool) -> Iterator[Document]:
@@ -261,7 +266,8 @@ def _add_documents(
             what = f"{name} split of {', '.join(file.name for file in reader.files[:3])}"
             if reader.rejects:
                 first = reader.rejects[0]
-                what += f" (left out as malformed: {len(reader.rejects):,}, first {first.place}: {first.reason})"
+                left_out = LeftOut.of(reader.rejects).describe()
+                what += f" ({left_out} left out, first {first.place}: {first.reason})"
             raise UserError(
                 f"no document is left for the {what}: choose other groups with --holdout, or another --holdout-fraction"
             )

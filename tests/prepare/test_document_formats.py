@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_tools import tokenize_text, train_tokenizer
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import load_tokenizer, open_tokenizer
-from ebwm_dist.errors import DataError, UserError
+from ebwm_dist.errors import DataError
 from ebwm_dist.prepare.compression import DamagedError, decompressed
 from ebwm_dist.prepare.document_reader import DocumentReader, Reject, find_documents
 from ebwm_dist.prepare.documents import Fields, value_at
@@ -101,93 +101,6 @@ def test_a_torn_file_gives_a_prefix_and_is_no_whole_one(parts: list[bytes], data
         assert b"".join(parts).startswith(found.getvalue())
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", ["torn", "a wrong frame", "of another format"])
-def test_damaged_frames_are_named(tmp_path: Path, ending: str, damage: str) -> None:
-    rows = [{**row, "text": f"{row['text']} {n * 2654435761 % 2**32}"} for n, row in enumerate(ROWS)]
-    content = frames(lines_of(rows), gzip.compress if ending == ".gz" else zstd)
-    if damage == "torn":
-        content = content[: len(content) * 2 // 3]
-    elif damage == "a wrong frame":
-        start = content.index(content[:4], 4)  # of the second frame
-        content = content[:start] + b"####" + content[start + 4 :]
-    else:
-        content = b"{}\n" * 9
-    path = tmp_path / f"in.jsonl{ending}"
-    path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=rf"in.jsonl{ending}, line (\d+): damaged {'gzip' if ending == '.gz' else 'zst'}"
-    ):
-        read(path)
-    documents, (reject,) = read(path, on_error="skip")
-    texts = [text for _, _, text, _ in documents]
-    assert texts == [row["text"] for row in rows][: reject.line - 1]
-    assert reject.line == 1 if damage == "of another format" else 500 < reject.line < 1600
-
-
-@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
-def test_a_damaged_row_group_is_left_out_and_the_following_ones_are_read(tmp_path: Path, codec: str) -> None:
-    path = tmp_path / "in.parquet"
-    rows = [{"text": f"text {n} {n * 2654435761 % 2**32}", "id": str(n)} for n in range(1000)]
-    pq.write_table(
-        table(rows),
-        path,
-        row_group_size=250,
-        compression=codec,
-        use_dictionary=False,
-        write_page_checksum=True,
-        data_page_size=2000,
-    )
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    content = bytearray(path.read_bytes())
-    place = column.data_page_offset + column.total_compressed_size * 2 // 3
-    if codec == "none":  # what only the checksum of the page can tell
-        place = content.index(b"text 400 ")
-        content[place : place + 9] = b"text 499 "
-    else:
-        content[place : place + 20] = bytes(byte ^ 0xFF for byte in content[place : place + 20])
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"in.parquet, row (\d+): damaged row group 1: rows \1 to 500 cannot be read"):
-        read(path)
-    documents, (reject,) = read(path, on_error="skip")
-    assert 250 < reject.line <= 500
-    assert [int(name) for name, *_ in documents] == [*range(reject.line - 1), *range(500, 1000)]
-
-
-@pytest.mark.parametrize("damage", ["torn", "empty", "text"])
-def test_a_file_that_is_not_parquet_is_one_line(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "in.parquet"
-    pq.write_table(table(ROWS), path)
-    path.write_bytes({"torn": path.read_bytes()[:-9], "empty": b"", "text": b"x" * 999}[damage])
-    with pytest.raises(DataError, match=r"in.parquet, row 1: not a Parquet file, or its footer is damaged \(.+\)"):
-        read(path)
-    documents, (reject,) = read(path, on_error="skip")
-    assert not documents and reject.line == 1
-
-
-def test_rows_without_text_are_named_as_lines_are(tmp_path: Path) -> None:
-    rows = [{"text": "kalo"}, {"text": None}, {"text": "miru"}]
-    (tmp_path / "in.jsonl").write_bytes(lines_of(rows))
-    pq.write_table(table(rows), tmp_path / "in.parquet")
-    for name, unit in (("in.jsonl", "line"), ("in.parquet", "row")):
-        with pytest.raises(DataError, match=f"{name}, {unit} 2: no text in field 'text'.*its fields are 'text'"):
-            read(tmp_path / name)
-        documents, (reject,) = read(tmp_path / name, on_error="skip")
-        assert [(d[0], d[2]) for d in documents] == [(f"{name}:1", "kalo"), (f"{name}:3", "miru")]
-        assert (reject.file, reject.line) == (name, 2)
-
-
-def test_bytes_that_are_not_utf8_are_named_by_row(tmp_path: Path) -> None:
-    texts = pa.array([b"kalo", b"\xff", b"miru"])
-    for kind in ("binary", "string"):
-        column = texts if kind == "binary" else pa.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
-        pq.write_table(pa.table({"text": column}), tmp_path / "in.parquet")
-        with pytest.raises(DataError, match="in.parquet, row 2: invalid UTF-8"):
-            read(tmp_path / "in.parquet")
-        documents, (reject,) = read(tmp_path / "in.parquet", on_error="skip")
-        assert [text for _, _, text, _ in documents] == ["kalo", "miru"] and reject.line == 2
-
-
 TURNS = [
     {"prompt": ["a", "b"], "completion": ["c", "d"], "difficulty": [1, 2], "group": 5},
     {"prompt": ["a"], "completion": ["c"], "difficulty": None, "group": 6},
@@ -238,29 +151,6 @@ def test_every_value_is_found_by_its_path_unless_a_literal_name_wins(content: An
     for path in paths(content, ""):
         assert value_at(content, path) is not None and (path not in content or value_at(content, path) == content[path])
     assert value_at({"a": {"b": 1}}, "a.c") is None
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({"text": "body"}, r"no column 'body'; its columns are id, content, meta.site, n: choose with --text-column"),
-        ({}, r"no column 'text'; .* with --text-column, --prompt-column, --completion-column; correct it"),
-        (
-            {"text": "content", "group": "site"},
-            r"no column 'site'; its columns .*: choose with --group-column; correct it",
-        ),
-        ({"text": "n"}, r"column 'n' holds int64, not text"),
-        ({"prompt": "content"}, r"no column 'completion'; its columns .*: choose with --completion-column; correct it"),
-        ({"text": "meta"}, r"column 'meta' holds struct<site: string>, not text"),
-    ],
-)
-def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path, names: dict[str, str], message: str) -> None:
-    path = tmp_path / "in.parquet"
-    pq.write_table(table([{"id": "1", "content": "kalo", "meta": {"site": "x"}, "n": 5}]), path)
-    with pytest.raises(DataError, match=f"in.parquet, row 1: {message}"):
-        read(path, Fields(**names))
-    documents, (reject,) = read(path, Fields(**names), on_error="skip")
-    assert not documents and reject.line == 1
 
 
 def test_a_file_without_rows_has_no_documents(tmp_path: Path) -> None:
@@ -322,11 +212,3 @@ def test_an_input_that_changes_under_a_build_is_noticed(
         file.write(lines_of(tiny_documents(1)))
     with pytest.raises(DataError, match=r"in.jsonl has changed since this tool began; run it again"):
         list(documents)
-
-
-def test_no_document_at_all_names_the_first_one_left_out(tiny: Manifest, tmp_path: Path) -> None:
-    pq.write_table(table([{"body": "kalo"}]), tmp_path / "in.parquet")
-    with pytest.raises(
-        UserError, match="no document is left .*left out as malformed: 1, first in.parquet, row 1: no column"
-    ):
-        build_text_shards([tmp_path / "in.parquet"], load_tokenizer(tiny), tmp_path / "out", Layout(8), on_error="skip")

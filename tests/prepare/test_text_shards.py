@@ -20,7 +20,7 @@ from ebwm_dist.evaluation.unigram import target_counts
 from ebwm_dist.files import printable
 from ebwm_dist.prepare import encoding, text_shards
 from ebwm_dist.prepare.build_state import Report
-from ebwm_dist.prepare.document_reader import DocumentReader, find_documents
+from ebwm_dist.prepare.document_reader import find_documents
 from ebwm_dist.prepare.documents import Fields, is_held_out
 from ebwm_dist.prepare.encoding import encode_text
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
@@ -154,33 +154,6 @@ def test_an_interrupted_run_leaves_no_manifest(
         Manifest.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "cut', "invalid JSON"),
-        (b'{"id": "no text"}', "no text in field 'text'"),
-        (b'{"text": 5}', "no text in field 'text'"),
-        (b'["list"]', "not a JSON object"),
-        (b'{"text": "\xff"}', "invalid UTF-8"),
-        (b'{"text": "\\ud800"}', "lone surrogate"),
-    ],
-)
-def test_malformed_lines_are_named_or_skipped(tokenizer: Tokenizer, tmp_path: Path, line: bytes, reason: str) -> None:
-    good = [json.dumps(document).encode() for document in GOOD]
-    source = tmp_path / "in.jsonl"
-    source.write_bytes(b"\n".join([good[0], b"", line, good[1]]))
-    with pytest.raises(DataError, match=f"in.jsonl, line 3: .*{reason}"):
-        build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-    report = build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
-    (reject,) = [json.loads(text) for text in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert (reject["file"], reject["line"]) == ("in.jsonl", 3) and reason in reject["reason"]
-    assert report.rejects == 1 and texts_of(report.manifest, "train") == [GOOD[0]["text"]]
-    again = build_text_shards([source], tokenizer, tmp_path / "out", LAYOUT, on_error="skip")
-    assert again.up_to_date and again.rejects == 1
-
-
 def test_folders_of_text_and_gzip_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -234,14 +207,6 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tokenizer: Tokenizer, 
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"--out .*{out} cannot be made"):
         build_text_shards([source], tokenizer, tmp_path / out, LAYOUT)
-
-
-def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "in.jsonl", GOOD)
-    files = find_documents([source])
-    source.unlink()
-    with pytest.raises(DataError, match=r"in.jsonl cannot be read \(No such file"):
-        list(DocumentReader(files))
 
 
 def test_a_damaged_copy_of_the_tokenizer_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
