@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.errors import run_tool
+from ebwm_dist.planning.machines import Cluster, load_machine
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -42,11 +43,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
-    from ebwm_dist.planning.machines import load_machine  # torch takes a second, and errors above are told at once
-
     machine = load_machine(options.gpu, options.machines)
-    from ebwm_dist.planning.calibration import measured_efficiency
-    from ebwm_dist.planning.plan import EFFICIENCY, Cluster, Planner
+    cluster = None if options.sweep else Cluster.of(machine, options.gpus, options.nodes)
+    from ebwm_dist.planning.calibration import measured_efficiency  # torch takes a second, and errors come at once
+    from ebwm_dist.planning.plan import EFFICIENCY, Planner
     from ebwm_dist.planning.report import describe, draw_sweep, sweep_table
     from ebwm_dist.planning.sweep import sweep
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             measured_efficiency(options.calibration, machine, config.training.precision),
             "--calibration",
         )
-    if options.sweep:
+    if cluster is None:
         rows = list(
             sweep(config, machine, options.tokens, efficiency, lambda size: print(f"planning {size}", file=sys.stderr))
         )
@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
         draw_sweep(rows, options.out)
         print(f"picture: {options.out}", file=sys.stderr)
         return
-    cluster = Cluster.of(machine, options.gpus, options.nodes)
     planner = Planner(config, options.tokens, efficiency)
     plans = planner.plans(cluster)
     if options.json:

@@ -303,3 +303,9 @@ def modulate_with_tangent(pair: tuple[Tensor, Tensor], modulation: tuple[Tensor,
 def gate(y: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
     """Scale a residual branch by its gate (shift, scale, gate); linear, so the same for a tangent."""
     return y if modulation is None else y * modulation[2]
+
+
+def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter is a matrix of attention or feed-forward, which Muon takes: as opposed to embeddings,
+    heads, norms and what conditions the blocks on the MCMC step."""
+    return len(shape) == 2 and (".attention." in name or ".feed_forward." in name)

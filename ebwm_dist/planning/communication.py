@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ebwm_dist.config.deepspeed import BUCKET
 from ebwm_dist.planning.footprint import Footprint
 from ebwm_dist.planning.machines import Machine
+from ebwm_dist.planning.memory import Parameters
 
 
 @dataclass(frozen=True)
@@ -31,33 +32,51 @@ class Collective:
 
 
 def collectives(
-    stage: int, precision: str, group_sizes: Sequence[int], footprint: Footprint, accumulation: int, world_size: int
+    stage: int, precision: str, parameters: Parameters, footprint: Footprint, accumulation: int, world_size: int
 ) -> Iterator[Collective]:
     """Yield the collectives of an optimizer step.
 
     Args:
         stage: of ZeRO.
         precision: `fp32` or `bf16`.
-        group_sizes: numbers of parameters of the optimizer's groups.
+        parameters: how many there are.
         footprint: of a micro-batch.
         accumulation: micro-batches of a step.
         world_size: ranks.
     """
-    parameters, weight = sum(group_sizes), 2 if precision == "bf16" else 4
-    padded = [-(-size // (2 * world_size)) * 2 * world_size for size in group_sizes]
+    group_sizes, weight = parameters.groups, 2 if precision == "bf16" else 4
+    padded = [_padded(size, world_size) for size in group_sizes]
     if world_size == 1:
         return
     if stage <= 1:
-        reduced = sum(padded) if stage == 1 and precision == "bf16" else parameters
+        reduced = sum(padded) if stage == 1 and precision == "bf16" else parameters.total
         yield Collective("all_reduce", 4 * reduced, math.ceil(reduced / BUCKET))
     else:
         kind, numbers = ("all_reduce" if stage == 2 else "reduce_scatter"), accumulation * footprint.gradients
         yield Collective(kind, weight * numbers, accumulation * footprint.backwards, overlapped=stage == 3)
+    if shared := _shared(stage, parameters.matrices, world_size):
+        yield Collective("all_reduce", 4 * shared, math.ceil(shared / BUCKET))
     if stage in (1, 2):
         weights = sum(size for size, own in zip(padded, group_sizes, strict=True) if own > 1)
         yield Collective("all_gather", weight * weights, len(group_sizes))
     if stage == 3:
         yield Collective("all_gather", weight * accumulation * footprint.gathered, accumulation * footprint.gathers)
+
+
+def _padded(size: int, world_size: int) -> int:
+    """Return the numbers of a group of parameters whose parts are alike."""
+    return -(-size // (2 * world_size)) * 2 * world_size
+
+
+def _shared(stage: int, matrices: Sequence[int], world_size: int) -> int:
+    """Return the numbers of the matrices of which no rank has all."""
+    if stage in (0, 3):
+        return sum(matrices) if stage else 0
+    part, start, shared = _padded(sum(matrices), world_size) // world_size, 0, 0
+    for size in matrices:
+        shared += size if start // part != (start + size - 1) // part else 0
+        start += size
+    return shared
 
 
 def seconds(collective: Collective, machine: Machine, world_size: int, gpus_per_node: int) -> float:

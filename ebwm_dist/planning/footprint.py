@@ -9,7 +9,6 @@ Shapes: B rows of a micro-batch, S positions, C positions of a slice.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_dist.config.schema import Config
@@ -29,6 +26,7 @@ from ebwm_dist.mcmc.second_order import Refinement
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.mcmc.vocabulary import SLICE_ELEMENTS, TokenMatrix
 from ebwm_dist.models.passes import P, T
+from ebwm_dist.planning.live_bytes import LiveBytes, UndrawnWeights
 
 PERSISTENT = 100_000
 """Parameters below this number of elements are kept whole by ZeRO-3, once they have been gathered in a step."""
@@ -293,41 +291,3 @@ class _Recorder:
     def _count(self, what: str, numbers: int) -> None:
         name = f"{what} {self.last}"
         self.found[name] = self.found.get(name, 0.0) + numbers
-
-
-class UndrawnWeights(TorchFunctionMode):
-    """Leaves the weights of models that are built inside it as they are: drawing them takes time on any device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.operations = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.operations += 1
-        given = {storage._cdata for storage in _storages((args, kwargs))}  # a view of it is not new
-        for storage in _storages(output):
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.seen and key not in given:
-                self.seen.add(key)
-                self.now += size
-                weakref.finalize(storage, self._freed, key, size)
-        self.peak = max(self.peak, self.now)
-        return output
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Return the storage of every tensor in nested containers."""
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -35,6 +35,34 @@ class Machine:
     gpus_per_node: int
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind."""
+
+    machine: Machine
+    gpus: int
+    gpus_per_node: int
+
+    @staticmethod
+    def of(machine: Machine, gpus: int, nodes: int | None) -> Cluster:
+        """Return the GPUs on so many nodes, or on full ones; raises a UserError if they do not fit."""
+        if gpus < 1:
+            raise UserError(f"--gpus {gpus}: at least 1")
+        if nodes is not None and (nodes < 1 or gpus % nodes):
+            raise UserError(f"--gpus {gpus} on --nodes {nodes}: each node must have as many GPUs as the others")
+        if nodes is None:
+            return Cluster(machine, gpus, min(gpus, machine.gpus_per_node))
+        if gpus // nodes > machine.gpus_per_node:
+            most = f"a node of {machine.name} has {machine.gpus_per_node} at most"
+            raise UserError(f"--gpus {gpus} on --nodes {nodes}: {gpus // nodes} GPUs each, but {most} (--machines)")
+        return Cluster(machine, gpus, gpus // nodes)
+
+    @property
+    def nodes(self) -> int:
+        """Return the number of nodes."""
+        return -(-self.gpus // self.gpus_per_node)
+
+
 def load_machine(name: str, extra: Path | None = None) -> Machine:
     """Return the machine of this name, in any case, from the table or from the file `extra`, which wins.
 

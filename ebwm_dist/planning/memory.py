@@ -13,7 +13,9 @@ import torch
 from ebwm_dist.config.deepspeed import GATHERED_NUMBERS, bucket_size
 from ebwm_dist.config.schema import Config, ZeroConfig
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.planning.footprint import Footprint, UndrawnWeights
+from ebwm_dist.models.layers import is_block_matrix
+from ebwm_dist.planning.footprint import Footprint
+from ebwm_dist.planning.live_bytes import UndrawnWeights
 
 GIB = 2**30
 FRAGMENTATION = 0.05
@@ -30,6 +32,8 @@ class Parameters:
     """In each group of the optimizer."""
     largest: int
     """Of the largest one."""
+    matrices: tuple[int, ...] = ()
+    """Of each matrix that Muon trains, with one moment instead of two; in their order."""
 
     @property
     def total(self) -> int:
@@ -60,23 +64,29 @@ def count_parameters(config: Config) -> Parameters:
         model = build_model(config, pad_id=0)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     alpha = sum(size for name, size in sizes.items() if name.endswith("step_size.alpha"))
-    fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    groups = (sum(sizes.values()) - alpha, alpha) if alpha else (sum(sizes.values()) + fixed,)
-    return Parameters(groups, max(sizes.values()))
+    matrices: tuple[int, ...] = ()
+    if config.optimizer.kind == "muon":
+        matrices = tuple(p.numel() for name, p in model.named_parameters() if is_block_matrix(name, p.shape))
+    rest = sum(sizes.values()) - alpha - sum(matrices)
+    if not alpha:
+        rest += sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    groups = tuple(size for size in (rest, sum(matrices), alpha) if size)
+    return Parameters(groups, max(sizes.values()), matrices)
 
 
 def state_of(parameters: Parameters, config: Config, world_size: int) -> State:
     """Return the bytes of a rank.
 
-    Of a parameter: its weight in 4 bytes (bf16: 2), a master copy and two moments in 12 (stage 0 in fp32: 8), and the
-    gradients of a step, which stages 1 and 2 hold in more than one copy.
+    Of a parameter: its weight in 4 bytes (bf16: 2), a master copy and two moments in 12 (stage 0 in fp32: 8; 4 less for
+    Muon's one moment), and the gradients of a step, which stages 1 and 2 hold in more than one copy.
     """
+    spared = 4.0 * sum(parameters.matrices)
     number, precision, stage = parameters.total, config.training.precision, config.zero.stage
     weight, fp32 = 2.0 if precision == "bf16" else 4.0, precision == "fp32"
     if stage == 0:
-        return State(weight * number, 4.0 * number, (8.0 if fp32 else 12.0) * number, 0.0, 0.0)
+        return State(weight * number, 4.0 * number, (8.0 if fp32 else 12.0) * number - spared, 0.0, 0.0)
     own, offload = number / world_size, config.zero.offload_optimizer
-    weights, optimizer, host = weight * number, 12.0 * own, 0.0
+    weights, optimizer, host = weight * number, 12.0 * own - spared / world_size, 0.0
     bucket = weight * min(number, bucket_size(config))
     if stage == 1:
         gradients = (8.0 if fp32 else 4.0) * number
@@ -91,7 +101,7 @@ def state_of(parameters: Parameters, config: Config, world_size: int) -> State:
         weights = weight * (own + whole)
     if offload:
         optimizer = 0.0
-        host = _HOST[stage, precision] * own + (8.0 * parameters.largest if stage < 3 else 0.0)
+        host = _HOST[stage, precision] * own + (8.0 * parameters.largest if stage < 3 else 0.0) - spared / world_size
     if config.zero.offload_parameters:
         host += weight * own
         weights -= weight * own
@@ -106,15 +116,15 @@ _HOST = {
 """Bytes on the host of a parameter that a rank updates, with an offloaded optimizer: moments, master, gradients."""
 
 
-def saved_bytes(parameters: int, zero: ZeroConfig, world_size: int, precision: str) -> float:
+def saved_bytes(parameters: Parameters, zero: ZeroConfig, world_size: int, precision: str) -> float:
     """Return the bytes of weights, their fp32 copy and moments that rank 0, which writes the most, saves."""
-    weights = 2.0 if precision == "bf16" else 4.0
+    weights, number, spared = (2.0 if precision == "bf16" else 4.0), parameters.total, 4.0 * sum(parameters.matrices)
     if zero.stage == 0:
-        return parameters * (weights + (12.0 if precision == "bf16" else 8.0))
-    return parameters * ((0.0 if zero.stage == 3 else weights) + 12.0 / world_size)
+        return number * (weights + (12.0 if precision == "bf16" else 8.0)) - spared
+    return number * (0.0 if zero.stage == 3 else weights) + (12.0 * number - spared) / world_size
 
 
-def checkpoint_bytes(parameters: int, precision: str, stage: int) -> float:
+def checkpoint_bytes(parameters: Parameters, precision: str, stage: int) -> float:
     """Return the bytes of a checkpoint, all ranks together."""
     return saved_bytes(parameters, ZeroConfig(stage), 1, precision)
 

@@ -14,7 +14,7 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.models.flops import recomputed_flops_per_token, training_flops_per_token
 from ebwm_dist.planning.communication import collectives, seconds
 from ebwm_dist.planning.footprint import FootprintModel
-from ebwm_dist.planning.machines import Machine
+from ebwm_dist.planning.machines import Cluster
 from ebwm_dist.planning.memory import (
     CUDA_CONTEXT,
     Memory,
@@ -29,36 +29,10 @@ EFFICIENCY = 0.12
 width 768, 16 sequences of 1,024 tokens)."""
 LAUNCH_SECONDS = 15e-6
 """Time to launch one operation, an assumption: many small ones are bound by it."""
+TIME_DIGITS = 3
+"""Significant digits of the time of a step by which settings are ordered: estimates are no better than that."""
 WRITE_BANDWIDTH = 2e9
 """Bytes per second that a node writes of a checkpoint, an assumption."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs of one kind."""
-
-    machine: Machine
-    gpus: int
-    gpus_per_node: int
-
-    @staticmethod
-    def of(machine: Machine, gpus: int, nodes: int | None) -> Cluster:
-        """Return the GPUs on so many nodes, or on full ones; raises a UserError if they do not fit."""
-        if gpus < 1:
-            raise UserError(f"--gpus {gpus}: at least 1")
-        if nodes is not None and (nodes < 1 or gpus % nodes):
-            raise UserError(f"--gpus {gpus} on --nodes {nodes}: each node must have as many GPUs as the others")
-        if nodes is None:
-            return Cluster(machine, gpus, min(gpus, machine.gpus_per_node))
-        if gpus // nodes > machine.gpus_per_node:
-            most = f"a node of {machine.name} has {machine.gpus_per_node} at most"
-            raise UserError(f"--gpus {gpus} on --nodes {nodes}: {gpus // nodes} GPUs each, but {most} (--machines)")
-        return Cluster(machine, gpus, gpus // nodes)
-
-    @property
-    def nodes(self) -> int:
-        """Return the number of nodes."""
-        return -(-self.gpus // self.gpus_per_node)
 
 
 @dataclass(frozen=True)
@@ -182,7 +156,7 @@ class Planner:
         exchange = sum(
             seconds(collective, machine, ranks, cluster.gpus_per_node)
             for collective in collectives(
-                setting.zero_stage, training.precision, self.parameters.groups, footprint, accumulation, ranks
+                setting.zero_stage, training.precision, self.parameters, footprint, accumulation, ranks
             )
             if not collective.overlapped
         )
@@ -203,7 +177,7 @@ class Planner:
 
     def checkpoint(self, setting: Setting, cluster: Cluster) -> tuple[float, float]:
         """Return the bytes of a checkpoint, and the seconds until it is written."""
-        size = checkpoint_bytes(self.parameters.total, self.config.training.precision, setting.zero_stage)
+        size = checkpoint_bytes(self.parameters, self.config.training.precision, setting.zero_stage)
         writing = cluster.nodes if setting.zero_stage else 1
         return size, size / writing / WRITE_BANDWIDTH
 
@@ -237,7 +211,7 @@ class Planner:
 def _preference(estimate: Estimate) -> tuple[Any, ...]:
     setting = estimate.setting
     plain = (setting.activation_checkpointing, setting.zero_stage, setting.position_parallel)
-    time = float(f"{estimate.step_seconds:.3g}")  # what differs by less is the same
+    time = float(f"{estimate.step_seconds:.{TIME_DIGITS}g}")  # what differs by less is the same
     return (not estimate.fits, time if estimate.fits else estimate.memory.total, plain, estimate.memory.total)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ebwm_dist.planning.machines import Cluster
 from ebwm_dist.planning.memory import CUDA_CONTEXT, FRAGMENTATION, GIB
-from ebwm_dist.planning.plan import LAUNCH_SECONDS, WRITE_BANDWIDTH, Cluster, Estimate, Planner
+from ebwm_dist.planning.plan import LAUNCH_SECONDS, TIME_DIGITS, WRITE_BANDWIDTH, Estimate, Planner
 
 SHOWN = 8
 """Settings that are shown."""
@@ -74,6 +75,10 @@ def assumptions(planner: Planner, cluster: Cluster, calibrated: str | None) -> I
     zero = planner.config.zero
     if zero.offload_optimizer or zero.offload_parameters:
         yield "copies to and from the host, and the optimizer's work there, are left out: it takes longer"
+    yield (
+        f"settings are sorted by {TIME_DIGITS} significant digits of the time of a step; of those that are equal, the "
+        "ones without checkpointing, at the lowest ZeRO stage, with the fewest ranks that share positions come first"
+    )
     yield (f"every node writes {WRITE_BANDWIDTH / 1e9:.0f} GB/s of a checkpoint; saves and validation are left out")
 
 

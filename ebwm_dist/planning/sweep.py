@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
-from ebwm_dist.planning.machines import Machine
-from ebwm_dist.planning.plan import EFFICIENCY, Cluster, Estimate, Planner
+from ebwm_dist.planning.machines import Cluster, Machine
+from ebwm_dist.planning.plan import EFFICIENCY, Estimate, Planner
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIZES = {"1B": (2048, 32), "3B": (3072, 42), "7B": (4096, 56), "13B": (5120, 68), "30B": (7168, 82), "70B": (9216, 116)}

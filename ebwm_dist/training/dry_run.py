@@ -68,7 +68,7 @@ def describe(config: Config) -> str:
         on_cpu = _state(config, counted, zero, world_size).host
         lines.append(f"  memory of the CPU per GPU, with {world_size:2} GPUs: {on_cpu / GIB:.2f}")
     if config.checkpoint.asynchronous:
-        sizes = [saved_bytes(parameters, zero, world_size, training.precision) / GIB for world_size in WORLD_SIZES]
+        sizes = [saved_bytes(counted, zero, world_size, training.precision) / GIB for world_size in WORLD_SIZES]
         copies = ", ".join(f"{size:.2f} with {number}" for size, number in zip(sizes, WORLD_SIZES, strict=True))
         lines.append(f"  memory of the CPU for rank 0's copy of a save (checkpoint.asynchronous): {copies} GPUs")
     return "\n".join(lines)

@@ -36,10 +36,11 @@ from ebwm_dist.checkpoint.zero_files import ZeroState
 from ebwm_dist.config.deepspeed import deepspeed_dict, optimizer_checks
 from ebwm_dist.config.schema import Config
 from ebwm_dist.distributed import World
+from ebwm_dist.models.layers import is_block_matrix
 from ebwm_dist.models.passes import P, T
 from ebwm_dist.training.backend import restricted_loading
 from ebwm_dist.training.muon import Layout, MuonAdamW
-from ebwm_dist.training.optimizer import build_optimizer, is_matrix
+from ebwm_dist.training.optimizer import build_optimizer
 from ebwm_dist.training.resharding import reshard, vectors_of
 
 
@@ -201,7 +202,7 @@ def _lay_out(optimizer: MuonAdamW, engine: Any, device: torch.device) -> None:
     """Give the optimizer the layouts of the flat vectors that hold matrices."""
     shapes = {name: torch.Size(vars(p).get("ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     for weights, names, parts in vectors_of(engine):
-        if all(is_matrix(name, shapes[name]) for name in names):
+        if all(is_block_matrix(name, shapes[name]) for name in names):
             optimizer.layouts[weights] = Layout.of({name: shapes[name] for name in names}, parts, device)
 
 

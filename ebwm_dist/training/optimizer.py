@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ebwm_dist.config.deepspeed import optimizer_checks
 from ebwm_dist.config.schema import Config
+from ebwm_dist.models.layers import is_block_matrix
 from ebwm_dist.training.muon import MuonAdamW
 
 
@@ -23,7 +24,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {role: [] for role in group_settings(config, 1.0)}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = "matrices" in parts and is_matrix(name, vars(p).get("ds_shape", p.shape))
+            matrix = "matrices" in parts and is_block_matrix(name, vars(p).get("ds_shape", p.shape))
             parts["alpha" if name.endswith("alpha") else "matrices" if matrix else "rest"].append((name, p))
     groups: list[dict[str, Any]] = [
         {"params": parts[role], **settings} for role, settings in group_settings(config, 1.0).items() if parts[role]
@@ -45,12 +46,6 @@ def group_settings(config: Config, scale: float) -> dict[str, dict[str, Any]]:
         groups["matrices"] = {"lr": lr * scale, "weight_decay": opt.weight_decay, "momentum": opt.muon_momentum}
     lr = opt.lr * step_size_lr_multiplier(config)
     return groups | {"alpha": {"lr": lr * scale, "weight_decay": 0.0, **adamw}}
-
-
-def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Return whether Muon takes a parameter: the matrices of attention and feed-forward, as opposed to embeddings,
-    heads, norms and what conditions the blocks on the MCMC step."""
-    return len(shape) == 2 and (".attention." in name or ".feed_forward." in name)
 
 
 def step_size_lr_multiplier(config: Config) -> float:

@@ -59,6 +59,7 @@ def test_a_report_tells_memory_and_assumptions(capsys: pytest.CaptureFixture[str
     main([*QUICKSTART, "--gpus", "8", "--gpu", "a100-80", "--efficiency", "0.3", "--tokens", "1e9"])
     text = capsys.readouterr().out
     assert "1e+09 tokens" in text and "reaches 30 %" in text and "overrides: zero.stage=" in text
+    assert "sorted by 3 significant digits of the time of a step; of those that are equal" in text
     assert "on 8 x A100-80 (79 GiB each) on 1 node" in text
 
 

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from ebwm_dist.mcmc.schedule import StepPlan
-from ebwm_dist.planning.footprint import LiveBytes
+from ebwm_dist.planning.live_bytes import LiveBytes
 from tests.mcmc.test_modes import in_every_mode
 from tests.mcmc.test_second_order import DIM, VOCAB, batch, build, expect, oracle_of, settings
 

@@ -9,14 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-from ebwm_dist.config.deepspeed import micro_steps
-from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig, TrainingConfig, ZeroConfig
+from ebwm_dist.config.schema import (
+    Config,
+    DataConfig,
+    MCMCConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    ZeroConfig,
+)
 from ebwm_dist.mcmc.build import build_model
-from ebwm_dist.planning.footprint import FootprintModel, LiveBytes
-from ebwm_dist.planning.memory import FRAGMENTATION, count_parameters, memory_of, state_of
+from ebwm_dist.planning import live_bytes
+from ebwm_dist.planning.footprint import FootprintModel
+from ebwm_dist.planning.live_bytes import LiveBytes
+from ebwm_dist.planning.memory import FRAGMENTATION, count_parameters, memory_of, saved_bytes, state_of
+from ebwm_dist.training.optimizer import build_optimizer
 from tests.distributed import run_distributed_test
 
 OFFLOADED = {"offload_optimizer": True}
+MUON = {"kind": "muon"}
 
 
 def configuration(**options: Any) -> Config:
@@ -28,6 +39,7 @@ def configuration(**options: Any) -> Config:
         mcmc=MCMCConfig(**{"num_steps": 2, "step_size": 0.01, "initial_state": "zeros", **options.get("mcmc", {})}),
         training=TrainingConfig(**training),
         data=DataConfig(sequence_length=64),
+        optimizer=OptimizerConfig(**options.get("optimizer", {})),
         zero=ZeroConfig(**options.get("zero", {})),
         deepspeed={"zero_optimization": {"reduce_bucket_size": 200_000}},
     )
@@ -49,6 +61,10 @@ SETTINGS = [
     configuration(zero={"stage": 1, **OFFLOADED}),
     configuration(zero={"stage": 2, **OFFLOADED}),
     configuration(zero={"stage": 3, **OFFLOADED, "offload_parameters": True}),
+    configuration(zero={"stage": 0}, optimizer=MUON, training={"precision": "bf16"}),
+    configuration(zero={"stage": 1}, optimizer=MUON),
+    configuration(zero={"stage": 2, **OFFLOADED}, optimizer=MUON),
+    configuration(zero={"stage": 3}, optimizer=MUON),
     # The twin's gradients stand beside its activations from the second micro-batch on.
     configuration(zero={"stage": 1}, model={"kind": "ar"}, training={"global_batch_size": 8}),
 ]
@@ -63,32 +79,20 @@ def planned(config: Config, world_size: int) -> float:
 def measure(rank: int, world_size: int) -> None:
     importlib.import_module("torch._dynamo")  # it cannot be imported while DeepSpeed has replaced constructors
     from ebwm_dist.training.backend import setup_distributed
-    from ebwm_dist.training.engine import create_engine
+    from tests.planning.steps import take_steps
 
     world = setup_distributed(60)
     wrong = []
     for config in SETTINGS:
         with LiveBytes() as live:
-            engine, optimizer = create_engine(config, lambda config=config: build_model(config, 0), world)
-            model: Any = engine.module
-            for _ in range(2):
+
+            def forget(live: LiveBytes = live) -> None:
                 live.peak = live.now
-                for micro_step in range(micro_steps(config, world_size)):
-                    model.training_step(
-                        torch.randint(1, config.model.vocab_size, (2, 65)),
-                        torch.arange(2),
-                        model.plan(1, micro_step),
-                        num_targets=128.0,
-                        forward=engine,
-                        backward=engine.backward,
-                    )
-                engine.step()
-        expected = planned(config, world_size)
-        if not 0.9 < expected / live.peak < 1.1:
-            wrong.append(
-                (round(expected / live.peak, 3), expected, live.peak, config.zero, config.training, config.mcmc)
-            )
-        del engine, optimizer, model
+
+            take_steps(config, world, forget)
+        ratio = planned(config, world_size) / live.peak
+        if not 0.9 < ratio < 1.1:
+            wrong.append((round(ratio, 3), live.peak, config.zero, config.training, config.mcmc, config.optimizer))
     assert not wrong, "\n".join(map(str, wrong))
 
 
@@ -128,6 +132,16 @@ def test_activations_are_those_of_a_real_step(checkpointing: str, options: dict[
     assert FootprintModel(config).of(config).activations == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.parametrize("options", [{"model": {"kind": "ar"}}, {"training": {"activation_checkpointing": "block"}}])
+def test_what_is_remembered_of_operations_is_what_they_return(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(**options)
+    remembered = [FootprintModel(config).of(config) for _ in range(2)]
+    monkeypatch.setattr(live_bytes, "_makes_tensors", lambda func: False)
+    assert remembered == [FootprintModel(config).of(config)] * 2
+
+
 def test_steps_cost_no_memory() -> None:
     config = configuration()
     more = dataclasses.replace(config, mcmc=dataclasses.replace(config.mcmc, num_steps=16))
@@ -146,6 +160,37 @@ def test_zero_shards_what_it_says() -> None:
     assert device(2, 1) - device(2, 4) == 13.5 * number
     shared = [device(3, world_size) for world_size in (2, 4)]
     assert shared[0] - shared[1] == 5 * number
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_optimizer_holds_what_is_counted(kind: str, precision: str) -> None:
+    """Moments and fp32 copies of stage 0, by groups; Muon has one moment of its matrices where AdamW has two."""
+    config = configuration(zero={"stage": 0}, optimizer={"kind": kind}, training={"precision": precision})
+    model = build_model(config, 0).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    optimizer = build_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p, dtype=torch.float32)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+    masters = optimizer.state_dict()["masters"]
+    parameters = count_parameters(config)
+    assert state_of(parameters, config, 1).optimizer == sum(x.nbytes for x in (*moments, *masters))
+    groups = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    assert parameters.groups == tuple(groups) and len(groups) == (3 if kind == "muon" else 2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_moment_less_of_muons_matrices_on_every_rank(stage: int) -> None:
+    for offloaded in (False, True):
+        zero = {"stage": stage, "offload_optimizer": offloaded}
+        configs = [configuration(zero=zero, optimizer={"kind": kind}) for kind in ("adamw", "muon")]
+        adamw, muon = (state_of(count_parameters(config), config, 4) for config in configs)
+        matrices = sum(count_parameters(configs[1]).matrices)
+        assert adamw.device + adamw.host - muon.device - muon.host == matrices
+        assert (adamw.host > muon.host) == offloaded
+        saved = [saved_bytes(count_parameters(config), config.zero, 4, "fp32") for config in configs]
+        assert saved[0] - saved[1] == matrices  # 4 bytes of each, on 4 ranks
 
 
 def test_offloading_moves_the_optimizer_to_the_host() -> None:
