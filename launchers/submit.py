@@ -57,6 +57,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--env", action="append", default=[], metavar="NAME", help="variable that the run gets from here"
     )
     parser.add_argument("--installed", action="store_true", help="use the package that is installed on the nodes")
+    parser.add_argument(
+        "--check-hardware", action="store_true", help="look for slow or wrong devices in a job NAME-hardware; no run"
+    )
     parser.add_argument("--detach", action="store_true", help="do not follow the logs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=1000")
 
@@ -66,7 +69,8 @@ def _submit(args: argparse.Namespace) -> int:
     if missing := [name for name in args.env if name not in os.environ]:
         raise UserError(f"--env {missing[0]}: no such variable is set here")
     jobs = Jobs(args.address)
-    name, outcome = jobs.submit(config, args.name, args.installed, {name: os.environ[name] for name in args.env})
+    variables = {name: os.environ[name] for name in args.env}
+    name, outcome = jobs.submit(config, args.name, args.installed, variables, args.check_hardware)
     print(outcome, flush=True)
     return 0 if args.detach or outcome.endswith("finished already") else jobs.follow(name)
 

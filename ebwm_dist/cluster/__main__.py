@@ -27,6 +27,7 @@ def main() -> int:
     """Parse the command line and drive the run."""
     parser = argparse.ArgumentParser(prog="python -m ebwm_dist.cluster", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--check-hardware", action="store_true", help="look for slow or wrong devices; exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. cluster.num_nodes=4")
     args = parser.parse_intermixed_args()
     for name, value in ENVIRONMENT.items():
@@ -35,7 +36,7 @@ def main() -> int:
         config = with_absolute_paths(load_config(args.config, args.overrides))
         from ebwm_dist.cluster.driver import run  # Ray reads the environment when it is imported
 
-        return run(config)
+        return run(config, args.check_hardware)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

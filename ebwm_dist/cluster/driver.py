@@ -39,11 +39,11 @@ _STARTUP = 20.0
 """Seconds after a start in which free nodes are ignored: the group may not have taken its own yet."""
 
 
-def run(config: Config) -> int:
-    """Train on the cluster that this process is part of; return an exit code."""
+def run(config: Config, check_hardware: bool = False) -> int:
+    """Train, or check the hardware, on the cluster that this process is part of; return an exit code."""
     driver = Driver(config)
     try:
-        return driver.run()
+        return driver.check_hardware() if check_hardware else driver.run()
     finally:
         ray.shutdown()
 
@@ -81,6 +81,22 @@ class Driver:
         time.sleep(_LOG_LAG)
         print(failure.text, file=sys.stderr, flush=True)
         return 1
+
+    def check_hardware(self) -> int:
+        """Let one group look for slow and wrong devices where a run would train; return 1 if there is a wrong one."""
+        nodes = self._wait_for_nodes()
+        if not nodes:
+            return 1  # stopped
+        group = Group(self.config, nodes, check_hardware=True)
+        self._log(f"checking {group.world_size} workers on {nodes} nodes")
+        try:
+            return group.run(lambda: self.stop_reason)
+        except (TrainingFailedError, RayError) as error:
+            print(self._describe(error, group).text, file=sys.stderr, flush=True)
+            return 1
+        finally:
+            group.close()
+            time.sleep(_LOG_LAG)
 
     def _train(self) -> Failure | None:
         """Start groups until the run is finished or stopped; return the failure that ended it otherwise."""

@@ -76,16 +76,16 @@ class _GroupConfig(TorchConfig):
 
 
 class Group:
-    """One start of a run on `nodes` nodes."""
+    """One start of a run, or of a check of its hardware, on `nodes` nodes."""
 
-    def __init__(self, config: Config, nodes: int) -> None:
-        self.config, self.nodes = config, nodes
+    def __init__(self, config: Config, nodes: int, check_hardware: bool = False) -> None:
+        self.config, self.nodes, self.check_hardware = config, nodes, check_hardware
         self.world_size = nodes * config.cluster.workers_per_node
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._control = ray.remote(num_cpus=0)(Control).options(scheduling_strategy=here).remote()
 
     def run(self, watch: Callable[[], str | None]) -> int:
-        """Train to the end and return the last step; errors are those of Ray Train.
+        """Work to the end and return what the workers do, which is the last step; errors are those of Ray Train.
 
         Args:
             watch: called about once a second until it returns a reason to stop the group. Its exceptions are logged.
@@ -98,8 +98,8 @@ class Group:
                 if not requested and (reason := watch()) is not None:
                     self._control.stop.remote(reason)
                     requested = True
-        step: int = future.result().return_value
-        return step
+        returned: int = future.result().return_value
+        return returned
 
     def reports(self) -> tuple[dict[int, str], dict[int, str]]:
         """Return the nodes of the ranks, and the reasons of those that ended their own processes."""
@@ -121,7 +121,7 @@ class Group:
             environment["DS_ACCELERATOR"] = "cpu"
         return TorchTrainer(
             worker.work,
-            train_loop_config={"config": config, "control": self._control},
+            train_loop_config={"config": config, "control": self._control, "check_hardware": self.check_hardware},
             torch_config=_GroupConfig(
                 backend="nccl" if cluster.gpus_per_node else "gloo", timeout_s=int(config.training.startup_timeout)
             ),

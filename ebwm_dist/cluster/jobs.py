@@ -31,6 +31,8 @@ from ebwm_dist.files import sha256_of_bytes
 
 CONFIG_FILE = "run.yaml"
 ENTRYPOINT = ("python", "-m", "ebwm_dist.cluster", "--config", CONFIG_FILE)
+HARDWARE = "-hardware"
+"""Ends the name of a job that checks the hardware."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RECONNECT = 1.0
@@ -62,6 +64,7 @@ class Jobs:
         name: str | None = None,
         installed: bool = False,
         variables: Mapping[str, str] | None = None,
+        check_hardware: bool = False,
     ) -> tuple[str, str]:
         """Submit a run unless its job is running or has finished; return the job's name and a line for the user.
 
@@ -70,10 +73,11 @@ class Jobs:
             name: of the job; by default that of `run_dir`.
             installed: upload the configuration only and use the package installed on the nodes.
             variables: environment variables of the job, visible to all users of the cluster.
+            check_hardware: look for slow or wrong devices instead, in a job of its own, every time.
         """
         config = with_absolute_paths(config)
         allowed_nodes(config)
-        name = name or Path(config.run_dir).name
+        name = (name or Path(config.run_dir).name) + (HARDWARE if check_hardware else "")
         if not _NAME.fullmatch(name):
             raise JobError(f"{name!r} cannot name a job: letters, digits and ._- can (--name)")
         metadata = {"run_dir": config.run_dir, "fingerprint": fingerprint(config)}
@@ -83,7 +87,7 @@ class Jobs:
                 raise JobError(f"{name} is the name of another {where}: choose a --name")
             if info.status not in _ENDED:
                 return name, f"{name} is {info.status.lower()} already"
-            if info.status == "SUCCEEDED" and info.metadata == metadata:
+            if info.status == "SUCCEEDED" and info.metadata == metadata and not check_hardware:
                 return name, f"{name} has finished already"
             self._client.delete_job(name)
         with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +100,7 @@ class Jobs:
             }
             try:
                 self._client.submit_job(
-                    entrypoint=shlex.join(ENTRYPOINT),
+                    entrypoint=shlex.join([*ENTRYPOINT, *(["--check-hardware"] if check_hardware else [])]),
                     submission_id=name,
                     runtime_env={"working_dir": folder, "env_vars": environment},
                     metadata=metadata,

@@ -55,9 +55,10 @@ def interface_of(address: str) -> str | None:
 
 
 def work(settings: dict[str, Any]) -> int:
-    """Train and return the last step; Ray calls this on every worker of a group."""
+    """Train and return the last step, or check the hardware and return the exit code; Ray calls this on all workers."""
     import ray.train.torch
 
+    from ebwm_dist.training.hardware import check_hardware
     from ebwm_dist.training.shutdown import StopSignal
     from ebwm_dist.training.train import train
 
@@ -74,6 +75,8 @@ def work(settings: dict[str, Any]) -> int:
     try:
         if config.cluster.gpus_per_node:
             os.environ["LOCAL_RANK"] = str(ray.train.torch.get_device().index)  # among those that this process sees
+        if settings["check_hardware"]:
+            return check_hardware(config)
         return train(config, stop, report_exit).step
     except BaseException as error:
         text = cause = str(error)

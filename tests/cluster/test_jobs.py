@@ -77,6 +77,24 @@ def test_a_run_is_submitted_once(cluster: Jobs, config: Config) -> None:
         cluster.submit(config, "foreign")
 
 
+def test_hardware_is_checked_in_a_job_of_its_own_every_time(
+    cluster: Jobs, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.submit(config)
+    file = Path(config.run_dir).parent / "mine.yaml"
+    save_config(config, file)
+    monkeypatch.setattr(submit, "Jobs", lambda address: cluster)
+    monkeypatch.setattr(sys, "argv", ["submit.py", "--config", str(file), "--check-hardware", "--detach"])
+    client: Any = cluster._client
+    for _ in range(2):
+        assert submit.main() == 0 and "submitted mine-hardware" in capsys.readouterr().out
+        job = client.jobs["mine-hardware"]
+        assert shlex.split(job.entrypoint)[-1] == "--check-hardware"
+        assert cluster.submit(config, check_hardware=True)[1] == "mine-hardware is running already"
+        job.status = "SUCCEEDED"
+    assert set(client.jobs) == {"mine", "mine-hardware"}
+
+
 def test_what_has_not_finished_or_is_to_go_on_is_submitted_again(cluster: Jobs, config: Config) -> None:
     client: Any = cluster._client
     for status in ("FAILED", "STOPPED", "SUCCEEDED"):

@@ -6,6 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from ebwm_dist.checkpoint.folder import list_checkpoints, verify
 from ebwm_dist.cluster.jobs import Jobs
 from tests.cluster.clusters import cluster
@@ -63,3 +65,17 @@ def test_a_job_trains_and_another_fails(submit: Submit, run_arguments: list[str]
     assert re.fullmatch(r"RuntimeError: broken in rank [01]", told[-1]), failed
     assert all(line.startswith(" ") for line in told[start + 1 : -1]), failed
     assert [record["step"] for record in metrics(bad)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_hardware_is_checked_where_a_run_would_train(submit: Submit, run_arguments: list[str], tmp_path: Path) -> None:
+    with cluster(2, cpus=2) as running:
+        arguments = [*run_arguments, "--num-nodes", "2", "--cpus-per-node", "1", f"run_dir={tmp_path / 'run'}"]
+        checked = submit(running.address, *arguments, "--check-hardware")
+        text = checked.communicate(timeout=240)[0]
+        assert checked.returncode == 0, text
+        assert [line.split()[:2] for line in Jobs(running.address).list()] == [["run-hardware", "succeeded"]]
+    assert "checking 2 workers on 2 nodes" in text
+    assert len(re.findall(r"^\(rank 0 pid=\d+\)    [01] .* (?:ok|slow) +.*, cpu$", text, re.M)) == 2, text
+    assert "all ranks have right results" in text or "times the median of its kind" in text
+    assert metrics(tmp_path / "run") == []
