@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.errors import UserError
-from ebwm_dist.inference.thinking import Thinking, think_sequences
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.run import Run
 

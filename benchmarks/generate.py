@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import Config, MCMCConfig, ModelConfig
 from ebwm_dist.inference.cache import Prediction, Sequences
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.mcmc.build import build_model
 
 TOLERANCE = 1e-3

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from ebwm_dist.errors import ConfigError
+from ebwm_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -33,6 +33,12 @@ def local_path(text: str) -> Path:
     if is_address(text):
         raise ArgumentTypeError(f"{without_options(text)!r} is an address; name a file or folder of this machine")
     return Path(text)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise a UserError unless a path is free for a new folder; an empty one may be there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: name a new folder, or delete it")
 
 
 def check_address(address: str, key: str) -> None:

@@ -17,10 +17,13 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from ebwm_dist.errors import UserError, as_line, run_tool
-from ebwm_dist.storage import local_path
+from ebwm_dist.evaluation.options import Options
+from ebwm_dist.run import Run
+from ebwm_dist.storage import is_address, local_path
 
 MEASURED = (
     *("steps", "candidates", "langevin_noise", "energy_tolerances", "prediction_tolerances"),
@@ -92,22 +95,24 @@ def main() -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run, and a baseline beside it; files of the command line are read before anything else."""
-    from ebwm_dist.distributed import join
-    from ebwm_dist.evaluation.evaluate import evaluate_runs, summarise_runs
-    from ebwm_dist.evaluation.multiple_choice import read_questions
-    from ebwm_dist.evaluation.out_of_distribution import read_text
-    from ebwm_dist.evaluation.suite import Options
-
     world = None
     try:
-        world = join()
         given: dict[str, Any] = {"batch_size": SUMMARY_BATCH_SIZE} if args.summary else {}
         given |= {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
-        options = Options(
-            questions=() if args.choices is None else read_questions(args.choices),
-            ood_text=None if args.ood_text is None else read_text(args.ood_text),
-            **given,
-        )
+        options = Options(**given)
+        for path in (args.run, *(args.baseline or ())):
+            if not is_address(path):
+                Run(path)  # refused before torch is imported
+        from ebwm_dist.distributed import join
+        from ebwm_dist.evaluation.evaluate import evaluate_runs, summarise_runs
+        from ebwm_dist.evaluation.multiple_choice import read_questions
+        from ebwm_dist.evaluation.out_of_distribution import read_text
+
+        world = join()
+        if args.choices is not None:
+            options = replace(options, questions=read_questions(args.choices))
+        if args.ood_text is not None:
+            options = replace(options, ood_text=read_text(args.ood_text))
         if args.summary:
             files = summarise_runs(args.run, args.baseline, args.data, args.out, options, world)
         else:

@@ -9,11 +9,9 @@ import argparse
 
 from ebwm_dist.errors import run_tool
 from ebwm_dist.inference.arguments import add_thinking_arguments, thinking_of
-from ebwm_dist.inference.export import export_run
-from ebwm_dist.inference.hub import export_to_hub
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.run import Run
-from ebwm_dist.storage import local_path
+from ebwm_dist.storage import check_new_folder, local_path
 
 
 def main() -> None:
@@ -26,12 +24,20 @@ def main() -> None:
     hub.add_argument("--license", help="of the weights, by the identifier that hubs use, as in apache-2.0")
     add_thinking_arguments(hub)
     args = parser.parse_args()
-    if not args.hub_format:
-        if args.license is not None or thinking_of(args) != Thinking():
-            parser.error("--license and the options of thinking need --hub-format")
-        print(f"exported to {export_run(Run(args.run), args.out)}")
-        return
-    print(f"exported to {export_to_hub(Run(args.run), args.out, thinking_of(args), args.license)}")
+    thinking = thinking_of(args)
+    if not args.hub_format and (args.license is not None or thinking != Thinking()):
+        parser.error("--license and the options of thinking need --hub-format")
+    check_new_folder(args.out)
+    run = Run(args.run)
+    if args.hub_format:
+        from ebwm_dist.inference.hub import export_to_hub  # torch and others take seconds, and errors come at once
+
+        out = export_to_hub(run, args.out, thinking, args.license)
+    else:
+        from ebwm_dist.inference.export import export_run
+
+        out = export_run(run, args.out)
+    print(f"exported to {out}")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from ebwm_dist.errors import run_tool
+from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import to_json
 from ebwm_dist.inference.arguments import add_thinking_arguments, thinking_of
+from ebwm_dist.inference.settings import Sampling, Thinking
+from ebwm_dist.run import Run
 from ebwm_dist.storage import local_path
-
-if TYPE_CHECKING:
-    from ebwm_dist.inference.thinking import Thinking
-    from ebwm_dist.run import Run
 
 
 def main() -> None:
@@ -47,14 +44,15 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generate; a single text is written as it comes."""
-    from ebwm_dist.devices import default_device
-    from ebwm_dist.inference.api import Predictor
-    from ebwm_dist.inference.sampling import Sampling
-    from ebwm_dist.run import Run
-
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     thinking = thinking_of(args)
-    opened = Run(args.checkpoint, default_device())
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: must be at least 1")
+    opened = Run(args.checkpoint)
+    from ebwm_dist.devices import default_device  # torch takes seconds, and the errors above come at once
+    from ebwm_dist.inference.api import Predictor
+
+    opened.device = default_device()
     if opened.config.model.embedding_dim is not None:
         roll_out(args, opened, thinking)
         return

@@ -1,7 +1,8 @@
 """Bring weights of the published code here: `python launchers/import_weights.py --weights F --config C --out FOLDER`.
 
 The configuration is that of the model: `configs/` has the published sizes. Where it contradicts the hyper-parameters of
-the checkpoint the import is refused. The result is an export, which has no tokenizer: token ids go in and out.
+the checkpoint the import is refused. The result is an export. A model of text needs the `--tokenizer` that it was
+trained with, or else token ids go in and out.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import argparse
 
 from ebwm_dist.config.loading import load_config
-from ebwm_dist.errors import run_tool
-from ebwm_dist.inference.published import import_weights
-from ebwm_dist.storage import local_path
+from ebwm_dist.data.tokenizer import open_tokenizer
+from ebwm_dist.errors import UserError, run_tool
+from ebwm_dist.storage import check_new_folder, local_path
 
 
 def main() -> None:
@@ -20,6 +21,9 @@ def main() -> None:
     parser.add_argument("--weights", type=local_path, required=True, help="Lightning checkpoint, or its state dict")
     parser.add_argument("--config", required=True, help="YAML file of the same model; see configs/")
     parser.add_argument("--pad-id", type=int, default=0, help="token that counts as padding (the published code: 0)")
+    parser.add_argument(
+        "--tokenizer", type=local_path, help="of text: its file, or a folder that transformers has saved"
+    )
     parser.add_argument(
         "--latent-scale",
         type=float,
@@ -30,7 +34,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.variant=adaln")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    out = import_weights(args.weights, config, args.pad_id, args.out, args.latent_scale)
+    check_new_folder(args.out)
+    if not args.weights.is_file():
+        raise UserError(f"--weights {args.weights}: no such file")
+    tokenizer = None if args.tokenizer is None else open_tokenizer(args.tokenizer)
+    from ebwm_dist.inference.published import import_weights  # torch takes seconds, and the errors above come at once
+
+    out = import_weights(args.weights, config, args.pad_id, args.out, args.latent_scale, tokenizer)
     print(f"imported to {out}")
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError, same_on_all_ranks
 from ebwm_dist.evaluation.difficulty import has_difficulties
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.reasoning import Reasoning
 from ebwm_dist.evaluation.report import render
-from ebwm_dist.evaluation.suite import Options, Suite
+from ebwm_dist.evaluation.suite import Suite
 from ebwm_dist.evaluation.summary import Pair, write_summary
 from ebwm_dist.files import printable, write_atomically, write_json
 from ebwm_dist.run import Run

@@ -20,8 +20,7 @@ from ebwm_dist.devices import default_device
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.multiple_choice import score
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
-from ebwm_dist.inference.sampling import Sampling
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.run import Run
 
 

@@ -18,7 +18,7 @@ from ebwm_dist.evaluation.out_of_distribution import read_text
 from ebwm_dist.evaluation.predictions import tabulate
 from ebwm_dist.files import printable
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 
 FORMAT = '{"context": TEXT, "choices": [TEXT, TEXT, ...], "answer": INDEX}'
 

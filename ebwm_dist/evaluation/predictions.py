@@ -15,7 +15,8 @@ from torch import Tensor
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
 from ebwm_dist.evaluation.uncertainty import mean_and_error
-from ebwm_dist.inference.thinking import Thinking, think_sequences
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed

@@ -7,63 +7,28 @@ the number of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.distributed import World
-from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.difficulty import accuracy_by_steps, best_of, example, has_difficulties, stopping
 from ebwm_dist.evaluation.errors_by_step import measure, merge
-from ebwm_dist.evaluation.multiple_choice import Question, accuracies, score_choices
+from ebwm_dist.evaluation.multiple_choice import accuracies, score_choices
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.out_of_distribution import encode_sequences, separation, shuffled, text_batches
 from ebwm_dist.evaluation.predictions import Batches, Table, tabulate, tabulate_steps
 from ebwm_dist.evaluation.true_frames import true_frame_is_lower
 from ebwm_dist.evaluation.uncertainty import pearson, reliability, risk_coverage, spearman, worst_tenth
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.thinking import Thinking, has_noise
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.run import Run, ValidationData
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Which measurements to take, and on how much."""
-
-    steps: Sequence[int] = (1, 2, 4, 8)
-    """Numbers of MCMC steps; all are measured on the way to the largest."""
-    candidates: Sequence[int] = (1, 4)
-    """Numbers of candidates, each with the number of steps of training; a model without noise has but one."""
-    energy_tolerances: Sequence[float] = (1e-2, 1e-1)
-    """Thresholds of early stopping, each with the largest number of steps."""
-    prediction_tolerances: Sequence[float] = (0.1,)
-    """The same by the change of the prediction."""
-    max_sequences: int = 512
-    batch_size: int = 16
-    questions: Sequence[Question] = ()
-    """Multiple choice."""
-    ood_text: str | None = None
-    """Out-of-distribution text; None: docstrings of Python's library."""
-    only_errors: bool = False
-    """Leave out everything but losses by MCMC steps, accuracy by difficulty, and errors and energies of frames."""
-    langevin_noise: float | None = None
-    """Standard deviation of the Langevin noise of several candidates; None: that of training."""
-
-    def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
-        for name in ("steps", "candidates"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise UserError(f"--{name}: expected numbers of at least 1, with commas between them")
-        for name in ("max_sequences", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} = {getattr(self, name)}: must be at least 1")
-        if self.langevin_noise is not None and not 0 <= self.langevin_noise < math.inf:
-            raise UserError(f"--langevin-noise = {self.langevin_noise}: must be at least 0")
 
 
 class Suite:

@@ -16,7 +16,7 @@ from ebwm_dist.evaluation.pictures import draw_text, draw_video, panels
 from ebwm_dist.evaluation.unigram import unigram_perplexity
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.sampling import Sampling
+from ebwm_dist.inference.settings import Sampling
 from ebwm_dist.run import Run, ValidationData
 
 TEXT_STEPS, VIDEO_STEPS = (1, 2, 3, 4, 8), (1, 2, 3, 4)

@@ -18,8 +18,8 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.continuation import Continuation, RollOut, check_length
-from ebwm_dist.inference.sampling import Sampling
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.sampling import choose
+from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
@@ -121,7 +121,7 @@ class Predictor:
             prediction = sequences.predict()
             logits = prediction.state.clone()
             logits[:, pad_id] = -torch.inf
-            tokens = sampling.choose(logits, [seeds[row] for row in going], position)
+            tokens = choose(sampling, logits, [seeds[row] for row in going], position)
             kept = []
             for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
                 text = texts[row]

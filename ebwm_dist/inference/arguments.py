@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ebwm_dist.inference.thinking import Thinking  # it needs torch, which `--help` does without
+from ebwm_dist.inference.settings import Thinking
 
 
 def add_thinking_arguments(parser: argparse._ActionsContainer) -> None:
@@ -38,6 +36,4 @@ def add_thinking_arguments(parser: argparse._ActionsContainer) -> None:
 
 def thinking_of(args: argparse.Namespace) -> Thinking:
     """Return what those options say."""
-    from ebwm_dist.inference.thinking import Thinking
-
     return Thinking(**{field.name: getattr(args, field.name) for field in fields(Thinking)})

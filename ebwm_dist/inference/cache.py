@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ebwm_dist.errors import UserError
-from ebwm_dist.inference.thinking import Thinking, landscapes, think
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import landscapes, think
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ebwm_dist import __version__
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.encoders.preprocessing import STATISTICS_FILE
-from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.errors import CheckpointError, why_not_written
 from ebwm_dist.files import sha256_of_file, write_json
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import (
@@ -35,6 +36,7 @@ from ebwm_dist.run import (
     Run,
     check_weights,
 )
+from ebwm_dist.storage import check_new_folder
 
 LARGEST_FILE = 5_000_000_000
 """Bytes of weights that a file holds at most, but for a larger single tensor."""
@@ -49,9 +51,11 @@ def export_run(
         run.config,
         run.sample_format,
         run.weights(),
-        files=[
-            file for file in (run.tokenizer_file, run.folder / STATISTICS_FILE) if file is not None and file.is_file()
-        ],
+        files={
+            file.name: file
+            for file in (run.tokenizer_file, run.folder / STATISTICS_FILE)
+            if file is not None and file.is_file()
+        },
         step=run.step,
         source=str(run.checkpoint),
         largest_file=largest_file,
@@ -65,7 +69,7 @@ def write_export(
     sample_format: dict[str, Any],
     state: Mapping[str, Tensor],
     *,
-    files: Sequence[Path],
+    files: Mapping[str, Path],
     step: int,
     source: str,
     largest_file: int = LARGEST_FILE,
@@ -78,14 +82,13 @@ def write_export(
         config: of the model.
         sample_format: the description of a training sample, as `Run.sample_format`.
         state: the weights.
-        files: what else the model needs, copied under the same names: its tokenizer.
+        files: what else the model needs, copied under these names: its tokenizer.
         step: optimizer steps it was trained for.
         source: where the weights are from, in errors too.
         largest_file: bytes of weights that a file holds at most.
         add: writes further files into the folder, which do not belong to the export and may change later.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: name a new folder, or delete it")
+    check_new_folder(out)
     with torch.device("meta"):
         check_weights(build_model(config, sample_format.get("pad_id")), state, source)
     staging = out.with_name(f"{out.name}.tmp")
@@ -96,8 +99,8 @@ def write_export(
         _write_weights(staging, state, largest_file)
         save_config(config, staging / CONFIG_FILE)
         write_json(staging / FORMAT_FILE, sample_format)
-        for file in files:
-            shutil.copyfile(file, staging / file.name)
+        for name, file in files.items():
+            shutil.copyfile(file, staging / name)
         record = {
             "format": EXPORT_FORMAT,
             "version": EXPORT_VERSION,
@@ -114,10 +117,20 @@ def write_export(
             out.rmdir()
         os.replace(staging, out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{out} cannot be written ({error}): make room there, or name another folder") from None
+        reason, remedy = why_not_written(_as_os_error(error), out.parent)
+        advice = f"{remedy}, or name" if remedy else "name"
+        raise CheckpointError(f"{out} cannot be written ({reason}): {advice} another folder") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out
+
+
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """Return the error of the operating system that safetensors has put into words."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(str(error)) if found is None else OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], largest_file: int) -> None:

@@ -21,7 +21,8 @@ from ebwm_dist.errors import UserError
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.export import export_run
 from ebwm_dist.inference.model_card import model_card
-from ebwm_dist.inference.thinking import Thinking, check_thinking
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import check_thinking
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.run import EXPORT_FILE, Run

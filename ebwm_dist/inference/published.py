@@ -18,6 +18,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.data.tokenizer import Tokenizer
+from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.files import printable
 from ebwm_dist.inference.export import write_export
 from ebwm_dist.inference.published_settings import HyperParameters, check_settings, latent_deviation
+from ebwm_dist.storage import check_new_folder
 
 _PREFIX = re.compile(r"^(model\.)?(_orig_mod\.)?")
 _LEFT_OUT = re.compile(r"(langevin_dynamics_noise_std$|image_encoder\.|torchmetrics_dict\.)")
@@ -56,7 +60,14 @@ _AUTOREGRESSIVE_FRAMES = {
 }
 
 
-def import_weights(file: Path, config: Config, pad_id: int, out: Path, latent_scale: float | None = None) -> Path:
+def import_weights(
+    file: Path,
+    config: Config,
+    pad_id: int,
+    out: Path,
+    latent_scale: float | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Write the weights of a Lightning checkpoint as an export of the configured model; return `out`.
 
     Args:
@@ -65,23 +76,43 @@ def import_weights(file: Path, config: Config, pad_id: int, out: Path, latent_sc
         pad_id: token that counts as padding.
         out: a new folder.
         latent_scale: factor of the autoencoder's latents in training, where the checkpoint does not say it.
+        tokenizer: of a model of text; without one, token ids go in and out.
     """
+    check_new_folder(out)
+    check_tokenizer(tokenizer, config, pad_id)
     state, settings = read_checkpoint(file)
     check_settings(config, settings, str(file))
     length, width = config.data.sequence_length, config.model.embedding_dim
     renamed = rename(state, config.model.kind, width is not None, str(file))
     described: dict[str, Any]
-    if width is None:
-        described = {
-            "kind": "tokens",
-            "sequence_length": length,
-            "vocab_size": config.model.vocab_size,
-            "pad_id": pad_id,
-        }
-    else:
+    files: dict[str, Path] = {}
+    if width is not None:
         std = latent_deviation(settings, width != config.model.dim, latent_scale, str(file))
         described = {"kind": "latents", "frames": length + 1, "embedding_dim": width, "mean": 0.0, "std": std}
-    return write_export(out, config, described, renamed, files=[], step=0, source=str(file))
+    else:
+        described = {"kind": "tokens", "sequence_length": length}
+        if tokenizer is not None:
+            files[tokenizer.file_name] = tokenizer.path
+            described |= asdict(tokenizer.special)
+            described |= {"tokenizer": tokenizer.file_name, "tokenizer_sha256": tokenizer.sha256}
+        described |= {"vocab_size": config.model.vocab_size, "pad_id": pad_id}
+    return write_export(out, config, described, renamed, files=files, step=0, source=str(file))
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, config: Config, pad_id: int) -> None:
+    """Refuse a tokenizer or a pad token that the model cannot have been trained with."""
+    if config.model.embedding_dim is not None:
+        if tokenizer is not None:
+            raise UserError("--tokenizer: this is a model of frames, which has none; leave it out")
+        return
+    size = config.model.vocab_size
+    if not 0 <= pad_id < size:
+        raise UserError(f"--pad-id {pad_id}: must be a token, from 0 to {size - 1} (model.vocab_size = {size})")
+    if tokenizer is not None and tokenizer.size != size:
+        raise UserError(
+            f"--tokenizer {printable(tokenizer.path)} has {tokenizer.size} tokens, the model has model.vocab_size = "
+            f"{size}: name the tokenizer that it was trained with"
+        )
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], HyperParameters]:

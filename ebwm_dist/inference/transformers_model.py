@@ -30,7 +30,8 @@ from ebwm_dist.data.tokenizer import SpecialTokens, reopen_tokenizer
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.cache import Sequences
-from ebwm_dist.inference.thinking import Thinking, think_sequences
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import think_sequences
 from ebwm_dist.mcmc.build import Model, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 

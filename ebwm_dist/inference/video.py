@@ -19,7 +19,7 @@ from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import AS_TRAINED, Predictor
 from ebwm_dist.inference.continuation import RollOut
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.run import Run
 
 SHORTEST_SIDE = 64

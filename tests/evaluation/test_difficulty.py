@@ -16,11 +16,12 @@ from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import join
 from ebwm_dist.evaluation.difficulty import Answers, accuracy_by_steps, best_of, example, stopping
 from ebwm_dist.evaluation.evaluate import evaluate_runs
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.predictions import Table, tabulate, tabulate_steps
-from ebwm_dist.evaluation.suite import Options, Suite
+from ebwm_dist.evaluation.suite import Suite
 from ebwm_dist.evaluation.uncertainty import clustered_mean_and_error, mean_and_error
 from ebwm_dist.files import to_json
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test

@@ -11,7 +11,7 @@ import pytest
 import ebwm_dist
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from tests.evaluation.test_suite import export_random
 from tests.tiny_data import make_tiny_data
 

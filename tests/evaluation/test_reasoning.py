@@ -12,8 +12,8 @@ from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.tokenizer import load_tokenizer
 from ebwm_dist.distributed import join
 from ebwm_dist.evaluation.evaluate import measure_runs
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.reasoning import STEPS, max_trained_difficulty
-from ebwm_dist.evaluation.suite import Options
 from ebwm_dist.run import Run
 from launchers.evaluate import main
 from tests.made_runs import finished_run

@@ -16,7 +16,7 @@ from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.evaluate import equal_flops, evaluate_runs
 from ebwm_dist.evaluation.multiple_choice import read_questions
-from ebwm_dist.evaluation.suite import Options
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.inference.export import export_run, write_export
 from ebwm_dist.run import Run
 from tests.distributed import run_distributed_test

@@ -18,11 +18,12 @@ from ebwm_dist.data.format.writer import ClipWriter
 from ebwm_dist.distributed import join
 from ebwm_dist.evaluation.errors_by_step import evaluate_shard, merge
 from ebwm_dist.evaluation.evaluate import evaluate_runs, measure_runs
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.predictions import tabulate
-from ebwm_dist.evaluation.suite import Options, calibration
+from ebwm_dist.evaluation.suite import calibration
 from ebwm_dist.evaluation.true_frames import energies_of, wrong_frames
 from ebwm_dist.evaluation.uncertainty import spearman
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer

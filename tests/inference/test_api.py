@@ -13,8 +13,7 @@ import torch
 import ebwm_dist
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.sampling import Sampling
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Sampling, Thinking
 from launchers.generate import main
 from tests.made_runs import finished_run
 from tests.runs import write_config

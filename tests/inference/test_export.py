@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -142,14 +143,26 @@ def test_another_tokenizer_is_refused(runs: Path, tmp_path: Path) -> None:
         Run(runs / "bf16").validation_data(str(manifest.folder))
 
 
-@pytest.mark.parametrize("full", [SafetensorError("I/O error: No space left"), OSError(errno.ENOSPC, "No space left")])
-def test_a_full_disk_leaves_no_export(
-    full: Exception, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FULL = r"No space left on device, \d+\.\d\d GiB are free there\): make room there, or name another folder$"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (SafetensorError('Error: I/O error: No space left on device (os error 28) at path "x"'), FULL),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), FULL),
+        (PermissionError(errno.EACCES, "Permission denied"), "denied.: let this user write there, or name another f"),
+        (OSError(errno.EIO, "Input/output error"), r"\(Input/output error\): name another folder$"),
+        (SafetensorError("unknown"), r"\(unknown\): name another folder$"),
+    ],
+)
+def test_what_cannot_be_written_leaves_no_export(
+    error: Exception, told: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
-        raise full
+        raise error
 
     monkeypatch.setattr("ebwm_dist.inference.export.save_file", fail)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/out cannot be written .*No space left.*: make room there"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/out cannot be written .*{told}"):
         export_run(Run(runs / "bf16"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ from ebwm_dist.data.tokenizer import open_tokenizer
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.continuation import Continuation
-from ebwm_dist.inference.sampling import Sampling
-from ebwm_dist.inference.thinking import Thinking, landscapes, think
+from ebwm_dist.inference.sampling import choose, probabilities
+from ebwm_dist.inference.settings import Sampling, Thinking
+from ebwm_dist.inference.thinking import landscapes, think
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
@@ -239,9 +240,9 @@ def test_sampling_keeps_the_part_of_the_distribution_it_says() -> None:
         Sampling(1.0, top_k=3, top_p=0.5): [0, 4 / 7, 3 / 7, 0],
     }
     for sampling, expected in keep.items():
-        assert sampling.probabilities(logits)[0].tolist() == pytest.approx(expected), sampling
-    assert Sampling().choose(logits, [0], 0).item() == 1
-    drawn = [Sampling(1.0).choose(logits, [seed], 5).item() for seed in range(2000)]
+        assert probabilities(sampling, logits)[0].tolist() == pytest.approx(expected), sampling
+    assert choose(Sampling(), logits, [0], 0).item() == 1
+    drawn = [choose(Sampling(1.0), logits, [seed], 5).item() for seed in range(2000)]
     shares = torch.bincount(torch.tensor(drawn), minlength=4) / 2000
     assert torch.allclose(shares, torch.tensor([0.1, 0.4, 0.3, 0.2]), atol=0.04)
     for values in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 1.5}):

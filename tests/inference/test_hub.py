@@ -18,9 +18,9 @@ from ebwm_dist.data.tokenizer import open_tokenizer
 from ebwm_dist.distributed import join
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.evaluate import measure_runs
-from ebwm_dist.evaluation.suite import Options
+from ebwm_dist.evaluation.options import Options
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.thinking import Thinking
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from ebwm_dist.run import Run
 from launchers.export import main

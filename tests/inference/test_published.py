@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ebwm_dist import load
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import CheckpointError
+from ebwm_dist.data.format.manifest import Manifest
+from ebwm_dist.data.tokenizer import open_tokenizer
+from ebwm_dist.errors import CheckpointError, UserError
+from ebwm_dist.inference.hub import export_to_hub
 from ebwm_dist.inference.published import import_weights, rename
+from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.mcmc.slices import Slice
 from ebwm_dist.run import Run
@@ -114,6 +119,29 @@ def test_energies(variant: str, tmp_path: Path) -> None:
     _, energies, _ = model.evaluate(tokens, torch.arange(2), 3)
     expected = oracle.refine(tokens, start, 3).step_energies
     torch.testing.assert_close(energies[:3].mean(-1) / 8, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_with_its_tokenizer_it_writes_text(tiny: Manifest, tmp_path: Path) -> None:
+    """Also exported for a hub; one of another size is refused, and so is any for frames."""
+    torch.save({"state_dict": published_state("default")}, tmp_path / "last.ckpt")
+    (tmp_path / "mine.model").write_bytes((tiny.folder / "tokenizer.model").read_bytes())
+    tokenizer, config = open_tokenizer(tmp_path / "mine.model"), configured(tmp_path, "default")
+    out = import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "imported", tokenizer=tokenizer)
+    text = load(out).generate("kalo", 4)[0].text
+    export_to_hub(Run(out), tmp_path / "hub", Thinking(), None)
+    for folder in (out, tmp_path / "hub"):
+        found = Run(folder).tokenizer
+        assert found is not None and found.special == tokenizer.special
+        assert found.decode(found.encode("ka lo")) == "ka lo"
+        assert load(folder).generate("kalo", 4)[0].text == text
+    config.model.vocab_size = 321
+    with pytest.raises(UserError, match="mine.model has 320 tokens, the model has model.vocab_size = 321: name"):
+        import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "other", tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"--pad-id 321: must be a token, from 0 to 320"):
+        import_weights(tmp_path / "last.ckpt", config, 321, tmp_path / "other")
+    config.model.embedding_dim = DIM_OF_LATENTS
+    with pytest.raises(UserError, match="--tokenizer: this is a model of frames"):
+        import_weights(tmp_path / "last.ckpt", config, 0, tmp_path / "other", tokenizer=tokenizer)
 
 
 def test_autoregressive_and_compiled(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.errors import UserError
-from ebwm_dist.inference.thinking import Thinking, Thought, think_sequences
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import Thought, think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.slices import Slice
