@@ -30,16 +30,18 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its profiler says on stderr that it starts and stops
     try:
+        if not args.dry_run and (given := os.environ.get("RANK", "")).isdecimal():
+            rank = int(given)
+        config = load_config(args.config, args.overrides)
         if args.dry_run:
-            from ebwm_dist.training.dry_run import describe
+            from ebwm_dist.training.dry_run import describe  # torch takes a second, and errors above come at once
 
-            print(describe(load_config(args.config, args.overrides)))
+            print(describe(config))
             return 0
         from ebwm_dist.rendezvous import Place
         from ebwm_dist.training.train import train
 
         rank = Place.of_environment().rank
-        config = load_config(args.config, args.overrides)
         if args.check_hardware:
             from ebwm_dist.training.hardware import check_hardware
 

@@ -12,9 +12,9 @@ from ebwm_dist.config.loading import to_yaml
 from ebwm_dist.config.schema import Config
 from ebwm_dist.experiments.study import StudyRun
 from ebwm_dist.models.flops import training_flops_per_token
-from ebwm_dist.planning.machines import Machine
+from ebwm_dist.planning.machines import Cluster, Machine
 from ebwm_dist.planning.memory import count_parameters
-from ebwm_dist.planning.plan import Cluster, Planner, Setting
+from ebwm_dist.planning.plan import Planner, Setting
 from ebwm_dist.training.metrics import duration, si
 
 CORE_FLOPS = 8e9
