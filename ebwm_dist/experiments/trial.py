@@ -20,7 +20,7 @@ from ebwm_dist.run import CONFIG_FILE
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OWN = ("run_dir", "seed")
 """Keys that a trial sets by itself."""
-_FREE = ("run_dir", "training.stop_after")
+_FREE = ("run_dir", "training.stop_after", "validation.interval")
 """Keys that may change between two starts of a run."""
 
 
@@ -77,7 +77,8 @@ def is_finished(config: Config) -> bool:
 
 
 def check_unchanged(config: Config) -> None:
-    """Refuse a run folder that was trained with another configuration; only `training.stop_after` may differ."""
+    """Refuse a run folder that was trained with another configuration; only where it is left and when it is
+    validated may differ."""
     file = Path(config.run_dir) / CONFIG_FILE
     if not file.is_file():
         return

@@ -64,10 +64,8 @@ class Tuner:
         self.base, self.overrides = base, tuple(overrides)
         self.config = load_config(base, list(overrides))
         self.plan = replace(plan, first_seed=self.config.seed)
-        first = plan.rungs[0]
-        if any(steps % first for steps in plan.rungs) or list(plan.rungs) != sorted({*plan.rungs}):
-            rungs = ",".join(map(str, plan.rungs))
-            raise UserError(f"--rungs {rungs}: must grow, each a multiple of the first, at which runs are validated")
+        if list(plan.rungs) != sorted(plan.rungs):
+            raise UserError(f"--rungs {','.join(map(str, plan.rungs))}: must grow")
 
     def search(self, grid: Grid, runner: Runner) -> Search:
         """Run the search; what the runner's folder holds already is not run again.
@@ -119,7 +117,7 @@ class Tuner:
             "mcmc.step_size_warmup": config.mcmc_of_run.step_size_warmup,
         }
         warmups = [f"{key}={math.ceil(value * scale)}" for key, value in scaled.items() if value]
-        intervals = [f"validation.interval={self.plan.rungs[0]}", f"checkpoint.interval={end}", "checkpoint.keep=1"]
+        intervals = [f"validation.interval={steps}", f"checkpoint.interval={end}", "checkpoint.keep=1"]
         return [f"training.max_steps={end}", f"training.stop_after={steps}", *warmups, *intervals]
 
 

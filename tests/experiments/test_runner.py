@@ -124,7 +124,7 @@ def test_nothing_starts_beside_what_was_trained_otherwise(base: Path, backend: F
         with pytest.raises(UserError, match=r"study/s0 was trained with mcmc.step_size = 0.5, now it is 0.1: choose"):
             study.run(trials(base, 2, "mcmc.step_size=0.1"))
         # Where a run is left for the time being is no change of it.
-        (longer,) = study.run(trials(base, 1, "training.stop_after=5"))
+        (longer,) = study.run(trials(base, 1, "training.stop_after=5", "validation.interval=7"))
         assert longer.state == "kept"
     assert backend.log == ["start s0"]
 
