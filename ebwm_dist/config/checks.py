@@ -136,8 +136,8 @@ def _mcmc(config: Config) -> Problems:
     if model.embedding_dim is not None and mcmc.update != "probabilities":
         frames = f"frames of model.embedding_dim = {model.embedding_dim}"
         yield "mcmc.update", f"{frames} have no logits to update; leave it out"
-    if mcmc.step_size == "auto" and model.energy_head != "bilinear":
-        known = "needs model.energy_head = 'bilinear', of which alone it is known to be near the best"
+    if mcmc.step_size == "auto" and (model.energy_head != "bilinear" or model.embedding_dim is not None):
+        known = "is known to be near the best only of text with model.energy_head = 'bilinear'"
         yield "mcmc.step_size", f"{known}; give a number, which launchers/tune.py finds"
     if mcmc.max_num_steps is not None and mcmc.max_num_steps < mcmc.num_steps:
         yield "mcmc.max_num_steps", f"at least mcmc.num_steps = {mcmc.num_steps}, or null for always that many"

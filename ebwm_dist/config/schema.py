@@ -85,7 +85,7 @@ class MCMCConfig:
     """Optimizer steps over which the number of MCMC steps grows from 1."""
     step_size: float | Literal["auto"] = number(500.0, above=0)
     """Initial value of the step size alpha, which depends on width and vocabulary; `auto`: that with which the gradient
-    of the fresh model moves a state by as much as it is to (docs/tuning.md)."""
+    of the fresh model moves logits by one (docs/tuning.md)."""
     learn_step_size: bool = True
     """Whether alpha is trained."""
     step_size_lr_multiplier: float | None = number(None, at_least=0)

@@ -251,11 +251,8 @@ class EnergyBasedTransformer(EnergyModel):
 
     @torch.no_grad()
     def move_at_targets(self, observed: Tensor, sample_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return how far the gradient at the true next states moves a state for each unit of alpha, and how far it is
-        to be moved: squares [2], summed over the targets of `evaluate`.
-
-        The logits of tokens are to be moved by one, embeddings by what lies between the initial and the true state.
-        """
+        """Return how far the gradient at the true next tokens moves logits for each unit of alpha: the squares of the
+        standard deviations over the vocabulary, summed over the targets of `evaluate`, and the number of these [2]."""
         context, following = self.layout.context(observed), self.layout.targets(observed)
         mask = self.target_mask(self.layout.targets(observed, targets)).to(observed.device)
         contexts, landscape = self._contexts(context, 1), self.transformer.landscape(0)
@@ -268,9 +265,8 @@ class EnergyBasedTransformer(EnergyModel):
             _, gradient, _ = self.transformer.energy_and_gradient(candidate, pairs, landscape, where.start)
             # Against a step of size zero: the rules of updating do not all begin with the state itself.
             before, after = self.space.update(state, torch.zeros_like(gradient)), self.space.update(state, gradient)
-            moved = self.space.move_size(before, after).double() / self.space.step_size().double()
-            wanted = self.space.wanted_move(state, following[:, part]).double()
-            total += (torch.stack((moved, wanted)).square() * mask[:, part]).sum((1, 2))
+            moved = (after - before).std(-1, correction=0).double() / self.space.step_size().double()
+            total += (torch.stack((moved.square(), torch.ones_like(moved))) * mask[:, part]).sum((1, 2))
         return total
 
     @torch.no_grad()

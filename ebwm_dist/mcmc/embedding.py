@@ -54,14 +54,6 @@ class EmbeddingSpace(Space):
         """Return the largest change of a number [B, C] between two embeddings."""
         return (after - before).abs().amax(-1)
 
-    def move_size(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return the root mean square [B, C] of the changes of all numbers."""
-        return (after - before).square().mean(-1).sqrt()
-
-    def wanted_move(self, state: Tensor, following: Tensor) -> Tensor:
-        """Return the distance [B, C] between a state and what truly follows."""
-        return self.move_size(state, following.to(state.dtype))
-
     def embed_context(self, observed: Tensor) -> Tensor:
         """Project the embeddings `observed` [B, S, E] to [B, S, D]."""
         return observed.to(self.step_size.alpha.dtype) if self.projection is None else self.projection(observed)

@@ -153,15 +153,6 @@ class Space(nn.Module, ABC):
     def change(self, before: Tensor, after: Tensor) -> Tensor:
         """Return how much a prediction has changed [B, C]: the largest change of a probability, or of a number."""
 
-    @abstractmethod
-    def move_size(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return how far a state has moved [B, C]: the standard deviation of its logits' changes, or the root mean
-        square of its numbers' changes."""
-
-    @abstractmethod
-    def wanted_move(self, state: Tensor, following: Tensor) -> Tensor:
-        """Return how far, in the terms of `move_size`, a step of a fresh model is to move a state [B, C]."""
-
     def surprisal(self, expected: Tensor, state: Tensor) -> Tensor:
         """Return minus the log-probability [B, C] that `expected` gives to the most probable token of `state`."""
         raise NotImplementedError  # embeddings have no probabilities

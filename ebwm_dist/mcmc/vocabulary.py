@@ -48,14 +48,6 @@ class VocabularySpace(Space):
         """Return the largest change of a probability [B, C] between two states."""
         return (after.softmax(-1) - before.softmax(-1)).abs().amax(-1)
 
-    def move_size(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return the standard deviation over the vocabulary [B, C]: logits that all grow alike mean the same."""
-        return (after - before).std(-1, correction=0)
-
-    def wanted_move(self, state: Tensor, following: Tensor) -> Tensor:
-        """Return one [B, C]: logits that differ by much less say nothing yet, by much more they exclude tokens."""
-        return torch.ones_like(state[..., 0])
-
     def surprisal(self, expected: Tensor, state: Tensor) -> Tensor:
         """Return minus the log-probability [B, C] that `expected` gives to the most probable token of `state`."""
         return expected.logsumexp(-1) - expected.gather(-1, state.argmax(-1, keepdim=True))[..., 0]

@@ -1,10 +1,9 @@
 """Find the step size alpha that a run begins with, where `mcmc.step_size` is `auto`.
 
-It is that with which the energy's gradient, in the fresh model and at the true next states, moves logits by a standard
-deviation of one over the vocabulary, or an embedding by as much as it is to change. The gradient at initial states
-says less: where their embedding is nearly zero, as that of noise over a vocabulary, the first norm makes it many times
-larger, which soon passes. All ranks measure it on the first samples of the run, one after the other, so that it depends
-neither on their number, nor on micro-batches or the ZeRO stage, but for rounding; and it is rounded to two digits.
+It is that with which the energy's gradient, in the fresh model and at the true next tokens, moves logits by a standard
+deviation of one over the vocabulary. All ranks measure it on the first samples of the run, one after the other, so that
+it depends neither on their number, nor on micro-batches or the ZeRO stage, but for rounding; and it is rounded to two
+digits.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
 from ebwm_dist.checkpoint.folder import read_marker
 from ebwm_dist.config.schema import Config, MCMCConfig
-from ebwm_dist.data.format.sample_format import ClipFormat
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.data.loading.stream import SampleStream
 from ebwm_dist.distributed import World
@@ -50,7 +47,7 @@ def create_engine_with_step_size(
     has put theirs there.
 
     Raises:
-        UserError: the energy has no gradient, or none that is finite.
+        UserError: see `measure`.
     """
     if config.mcmc.step_size == "auto":
         if config.model.kind == "ar":
@@ -104,27 +101,20 @@ def suggest_step_size(config: Config, device: torch.device) -> float:
     """Return the step size for a fresh model of a configuration, found in this process alone, before any run.
 
     Raises:
-        UserError: the data cannot be read, or there is none; or they are clips, whose normalisation a run folder holds.
+        UserError: the data cannot be read or do not fit; see also `measure`.
     """
     data = Mixture.load(config.data)
     check_format(config, data.sample_format)
-    if isinstance(data.sample_format, ClipFormat):
-        raise UserError("mcmc.step_size = 'auto': of clips only a run finds it; give a number")
     torch.manual_seed(config.seed)
     model = build_model(config, getattr(data.sample_format, "pad_id", None)).to(device)
-    return measure(
-        cast("EnergyBasedTransformer", model),
-        model,
-        config,
-        data,
-        build_preprocessor(config, data.sample_format, device),
-    )
+    assert isinstance(model, EnergyBasedTransformer)
+    return measure(model, model, config, data, build_preprocessor(config, data.sample_format, device))
 
 
 def measure(
     model: EnergyBasedTransformer, forward: Forward, config: Config, data: Mixture, preprocess: FramePreprocessor
 ) -> float:
-    """Return the step size for a model, of the moves over all targets.
+    """Return the step size for a model.
 
     Args:
         model: any; with its own alpha, which does not matter.
@@ -132,6 +122,9 @@ def measure(
         config: of the run.
         data: what it trains on.
         preprocess: of its batches.
+
+    Raises:
+        UserError: the energy has no gradient, or none that is finite.
     """
     stream = SampleStream(
         replace(config.data, num_workers=0),
@@ -142,15 +135,15 @@ def measure(
         dp_rank=0,
         dp_world_size=1,
     )
-    squares = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)
     try:
         for _, batch in zip(range(SAMPLES), stream, strict=False):
             observed = preprocess(batch.observed)
-            squares += forward(model.move_at_targets, observed, batch.sample_ids, batch.targets).cpu()
+            total += forward(model.move_at_targets, observed, batch.sample_ids, batch.targets).cpu()
     finally:
         stream.close()
-    moved, wanted = squares.sqrt().tolist()
-    if not (0 < moved < math.inf and wanted > 0):
+    squares, targets = total.tolist()
+    if not 0 < squares < math.inf:
         with same_on_all_ranks():
-            raise UserError(f"mcmc.step_size = 'auto': none can be found (moves of {moved:g}); give a number")
-    return float(f"{wanted / moved:.2g}")
+            raise UserError(f"mcmc.step_size = 'auto': none can be found (squared moves of {squares:g}); give a number")
+    return float(f"{math.sqrt(targets / squares):.2g}")

@@ -127,7 +127,11 @@ def changed(**values: Any) -> Config:
             {"training__position_parallel": 2, "model__kind": "ar"},
             "training.position_parallel = 2: must be 1 where model.kind = 'ar'",
         ),
-        ({"mcmc__step_size": "auto"}, "mcmc.step_size = 'auto': needs model.energy_head = 'bilinear', of which alone"),
+        ({"mcmc__step_size": "auto"}, "mcmc.step_size = 'auto': is known to be near the best only of text with model."),
+        (
+            {"mcmc__step_size": "auto", "model__energy_head": "bilinear", "model__embedding_dim": 4},
+            "mcmc.step_size = 'auto': is known to be near the best only of text",
+        ),
         (
             {"mcmc__learn_step_size": False, "mcmc__step_size_lr_multiplier": 3.0},
             "mcmc.step_size_lr_multiplier = 3.0: must be null where mcmc.learn_step_size = False",

@@ -1,4 +1,4 @@
-"""How far the gradient at true next states moves a state for each unit of alpha, for energies that are known."""
+"""How far the gradient at true next tokens moves logits for each unit of alpha, for an energy that is known."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ def with_quadratic_energy(model: EnergyBasedTransformer, monkeypatch: pytest.Mon
     return matrix
 
 
-@pytest.mark.parametrize("step_size", [0.7, 40.0])
-def test_embeddings_of_a_quadratic_energy(step_size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    mcmc = settings(step_size=step_size, initial_state="most_recent_embedding")
-    model = build(mcmc, "default", embedding_dim=DIM, position_chunk=5)
-    matrix = with_quadratic_energy(model, monkeypatch)
-    observed = torch.randn(2, LENGTH + 1, DIM, generator=torch.Generator().manual_seed(1)).double()
-    moved, wanted = model.move_at_targets(observed, torch.arange(2))
-    torch.testing.assert_close(moved, (observed[:, 1:] @ matrix + 1).square().mean(-1).sum())
-    torch.testing.assert_close(wanted, (observed[:, 1:] - observed[:, :-1]).square().mean(-1).sum())
-
-
 @pytest.mark.parametrize("update", ["probabilities", "mirror"])
 def test_logits_of_a_quadratic_energy(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the size that follows moves them by one; padding does not count."""
@@ -46,13 +35,13 @@ def test_logits_of_a_quadratic_energy(update: str, monkeypatch: pytest.MonkeyPat
     observed = torch.full((2, LENGTH + 1), width - 1)  # the same token everywhere
     observed[1, LENGTH // 2 :] = pad
     count = LENGTH + LENGTH // 2 - 1
-    moved, wanted = model.move_at_targets(observed, torch.arange(2))
+    squares, targets = model.move_at_targets(observed, torch.arange(2))
     weight = model.space._matrix.weight.detach()
     gradient = weight[-1] @ matrix + 1
-    assert wanted == count
-    torch.testing.assert_close((moved / count).sqrt(), (weight @ gradient).std(correction=0))
+    assert targets == count
+    torch.testing.assert_close((squares / count).sqrt(), (weight @ gradient).std(correction=0))
     with torch.no_grad():
-        model.space.step_size.alpha.fill_((wanted / moved).sqrt())
+        model.space.step_size.alpha.fill_((targets / squares).sqrt())
         state = torch.zeros(1, 1, width).double()
         after = model.space.update(state, gradient.expand(1, 1, -1))
     assert (after - state).std(correction=0).item() == pytest.approx(1)

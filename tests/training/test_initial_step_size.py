@@ -17,9 +17,8 @@ from ebwm_dist.mcmc.build import build_model
 from ebwm_dist.run import Run
 from ebwm_dist.training import initial_step_size
 from ebwm_dist.training.resume_checks import resume_settings
-from tests import tiny_shards
 from tests.distributed import run_distributed_test
-from tests.runs import assert_equal_runs, metrics, train_in_turn, write_config
+from tests.runs import assert_equal_runs, metrics, train_in_turn
 
 AUTO = "mcmc.step_size=auto"
 SHIPPED = ["model.energy_head=bilinear", "model.add_most_recent=true"]
@@ -132,22 +131,3 @@ def test_ranks_stages_and_precisions_agree(tiny_data: Path, tiny_config: Path, t
     assert {found(tmp_path / name) for name in ("one", *cases)} == {found(tmp_path / "one")}
     assert all(metrics(tmp_path / name)[0]["mcmc_step_size"] == metrics(tmp_path / "one")[0]["mcmc_step_size"]
                for name in cases if name != "bf16")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_embeddings(tmp_path: Path) -> None:
-    """Latents, and clips that are encoded as they are read."""
-    tiny_shards.make_tiny_latents(tmp_path / "latents")
-    tiny_shards.make_tiny_clips(tmp_path / "clips", "jpeg")
-    length = f"data.sequence_length={tiny_shards.FRAMES - 1}"
-    kinds = {
-        "latents": [f"model.embedding_dim={tiny_shards.DIM}"],
-        "clips": ["model.embedding_dim=12", "data.encoder=pixels:2"],
-    }
-    common = [length, "training.global_batch_size=4", "training.micro_batch_size=2", AUTO]
-    runs = [settings(tmp_path / name, tmp_path / f"run_{name}", *common, *more) for name, more in kinds.items()]
-    run_distributed_test(train_in_turn, 1, write_config(tmp_path), runs, timeout=400)
-    for name in kinds:
-        assert 0 < found(tmp_path / f"run_{name}") < 1e6
-        state = Run(tmp_path / f"run_{name}", torch.device("cpu"))
-        assert state.config.mcmc.step_size == found(tmp_path / f"run_{name}")
