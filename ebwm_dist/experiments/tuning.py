@@ -64,6 +64,7 @@ class Tuner:
         self.base, self.overrides = base, tuple(overrides)
         self.config = load_config(base, list(overrides))
         self.plan = replace(plan, first_seed=self.config.seed)
+        self.failures: list[Outcome] = []
         if list(plan.rungs) != sorted(plan.rungs):
             raise UserError(f"--rungs {','.join(map(str, plan.rungs))}: must grow")
 
@@ -73,17 +74,17 @@ class Tuner:
         Raises:
             UserError: every run has failed, or a configuration cannot be run.
         """
-        failures: list[Outcome] = []
+        self.failures = []
 
         def measure(points: Sequence[Point], steps: int, seed: int) -> dict[Point, float]:
             outcomes = runner.run([self.trial(point, steps, seed) for point in points])
-            failures.extend(one for one in outcomes if one.state == FAILED)
+            self.failures.extend(one for one in outcomes if one.state == FAILED)
             return {point: held_out_loss(one) for point, one in zip(points, outcomes, strict=True)}
 
         try:
             return search(grid.alphas, grid.lrs, self.plan, measure)
         except AllFailedError:
-            last = f", the last one with: {failures[-1].reason}" if failures else ""
+            last = f", the last one with: {self.failures[-1].reason}" if self.failures else ""
             raise UserError(f"all runs have failed{last}") from None
 
     def trial(self, point: Point, steps: int, seed: int) -> Trial:

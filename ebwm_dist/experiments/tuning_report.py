@@ -53,6 +53,9 @@ def report(tuner: Tuner, grid: Grid, found: Search) -> Iterator[str]:
         f"{100 * found.trained_steps / (len(grid) * end):.0f} % of the steps of the whole grid, {len(grid)} settings"
     )
     yield f"{len(found.losses)} runs, {found.trained_steps:,} steps or {tokens:,} {unit}: {share} with one seed"
+    if tuner.failures:
+        names = ", ".join(one.trial.name for one in tuner.failures)
+        yield f"left out, as they have failed: {names}; the same command tries them again"
     for point in found.finalists:
         losses = found.final(point)
         spread = f" ± {stdev(losses):.4f} over {len(losses)} seeds" if len(losses) > 1 else ", one seed"

@@ -95,6 +95,8 @@ def test_a_search(tmp_path: Path, backend: FakeBackend, capsys: pytest.CaptureFi
     assert printed.out.endswith("\nmcmc.step_size=0.5\noptimizer.lr=0.01\n")
     assert "the best one is 2.3026 ± 0.0000 ahead, seed by seed" in printed.out
     assert "failed after 0m00s: the gradient is not finite" in printed.err
+    failed = ", ".join(f"alpha{alpha}-lr1-seed0" for alpha in (0.05, 0.5, 5))
+    assert f"left out, as they have failed: {failed}; the same command tries them again" in printed.out
     assert (tmp_path / "tuned" / "tuning.png").stat().st_size > 10_000
     # The same command finds all of it there, and tries again what has failed.
     count = len(backend.started)
