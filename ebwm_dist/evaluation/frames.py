@@ -75,7 +75,7 @@ def frame_errors(model: Model, batches: Iterable[Batch], num_steps: int, preproc
 @torch.no_grad()
 def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreprocessor) -> FrameErrors:
     observed = preprocess(batch.observed)
-    truth, sample_mask = observed[:, 1:], batch.sample_mask.to(observed.device)[:, None]
+    truth, sample_mask = model.layout.targets(observed), batch.sample_mask.to(observed.device)[:, None]
     kept = ~scene_changes(preprocess, observed)
     pictures = preprocess.decode(truth).float() if preprocess.decodable else None
     sums = {}
@@ -102,10 +102,11 @@ def predictions(
     The names are `copy`, and of an energy-based model `0` for the initial state and the number of each step for the
     state after it; an autoregressive model has one prediction, `1`.
     """
-    context = observed[:, :-1]
-    yield "copy", context.float(), None
+    context = model.layout.context(observed)
+    recent = model.layout.most_recent(context)
+    yield "copy", recent.float(), None
     if isinstance(model, EnergyBasedTransformer):
-        start = model.space.initial_state(sample_ids, model.seed, Slice(0, context.shape[1]), context)
+        start = model.space.initial_state(sample_ids, model.seed, Slice(0, recent.shape[1]), recent)
         for step, (energy, state) in enumerate(model.refine(context, start, num_steps, sample_ids)):
             yield str(step), state, energy
     else:

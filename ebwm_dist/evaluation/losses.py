@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ebwm_dist.data.loading.stream import Batch
+from ebwm_dist.models.block_layout import TOKENS, BlockLayout
 from ebwm_dist.models.output import Evaluation, prediction_losses
 
 _LARGEST_EXPONENT = 709.0
@@ -105,6 +106,7 @@ def accumulate(
     num_steps: int,
     preprocess: Callable[[Tensor], Tensor],
     proceed: Callable[[], bool] = lambda: True,
+    layout: BlockLayout = TOKENS,
 ) -> Sums | None:
     """Evaluate a model at `num_steps` MCMC steps on the batches of this process.
 
@@ -114,19 +116,21 @@ def accumulate(
         num_steps: of MCMC.
         preprocess: of the samples of a batch, to the states that the model observes.
         proceed: called before each batch; where it returns False the result is None.
+        layout: of the samples.
     """
     total: Sums | None = None
     for batch in batches:
         if not proceed():
             return None
         observed = preprocess(batch.observed)
-        sums = _sums(evaluate(observed, batch.sample_ids, num_steps, batch.targets), observed, batch.sample_mask)
+        found = evaluate(observed, batch.sample_ids, num_steps, batch.targets)
+        sums = _sums(found, observed, batch.sample_mask, layout)
         total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"
     return total
 
 
-def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor) -> Sums:
+def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor, layout: BlockLayout) -> Sums:
     """Return the sums over those sequences of a batch that do not only fill it up."""
     in_batch = in_batch.to(observed.device, torch.float64)
     losses, tokens = (x.to(observed.device) * in_batch for x in (found.step_losses, found.tokens))
@@ -134,7 +138,8 @@ def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor) -> Sums:
     energies, copies = losses[:0, 0], losses[:0, 0]
     if found.energies is not None:
         energies = (found.energies.to(observed.device) * in_batch).sum(-1)
-    if observed.is_floating_point():
-        copies = (prediction_losses(observed[:, :-1], observed[:, 1:]).sum(-1) * in_batch).sum(-1, keepdim=True)
+    if observed.is_floating_point() and layout.prefix:
+        before = layout.most_recent(layout.context(observed))
+        copies = (prediction_losses(before, layout.targets(observed)).sum(-1) * in_batch).sum(-1, keepdim=True)
     sums = losses.sum(-1), changes.sum(-1), changes.square().sum(-1), energies, copies
     return Sums(tokens.sum(), (tokens > 0).double().sum(), *(x.double() for x in sums))

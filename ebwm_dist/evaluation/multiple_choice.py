@@ -80,19 +80,22 @@ def score(
     A pair that is too long for the model loses its beginning.
     """
     assert predictor.tokenizer is not None
-    rows = [[*context, *following][-predictor.max_context - 1 :] for context, following in pairs]
-    lengths = [min(len(following), len(row) - 1) for (_, following), row in zip(pairs, rows, strict=True)]
+    layout = predictor.layout
+    longest = predictor.max_context + layout.block_size
+    rows = [[*context, *following][-longest:] for context, following in pairs]
+    lengths = [min(len(following), len(row) - layout.prefix) for (_, following), row in zip(pairs, rows, strict=True)]
     # Sequences of like lengths share a batch; nothing looks at the padding after them.
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     scores: dict[int, Score] = {}
     for start in range(0, len(rows), batch_size):
         numbers = by_length[start : start + batch_size]
         sequences = [torch.tensor(rows[number]) for number in numbers]
-        observed = pad_sequence(sequences, batch_first=True, padding_value=predictor.tokenizer.pad_id)
+        pad_id = predictor.tokenizer.pad_id
+        observed = layout.whole_blocks(pad_sequence(sequences, batch_first=True, padding_value=pad_id), pad_id)
         batch = Batch(observed, torch.tensor(numbers), [""] * len(numbers), torch.ones(len(numbers), dtype=torch.bool))
         table = tabulate(predictor.model, [batch], thinking, World(0, 0, 1, predictor.device))
         for place, number in enumerate(sorted(numbers)):
-            last = len(rows[number]) - 1
+            last = len(rows[number]) - layout.prefix
             span = slice(last - lengths[number], last)
             assert table.correct is not None
             scores[number] = Score(

@@ -149,9 +149,10 @@ class _Columns:
 
     def __init__(self, model: Model, batch: Batch, observed: Tensor):
         chosen = batch.targets
-        self.batch, self.context = batch, observed[:, :-1]
-        self.targets = observed[:, 1:] if chosen is None else chosen.to(observed.device)
-        self.needed = None if chosen is None else model.target_mask(chosen)
+        self.batch, self.layout, self.context = batch, model.layout, model.layout.context(observed)
+        targets = self.layout.targets(observed, chosen)
+        self.needed = None if chosen is None else model.target_mask(targets)
+        self.targets = targets.to(observed.device)
         self.mask = model.target_mask(self.targets)
         self.parts: dict[str, list[Tensor]] = {}
         self._losses = (model.space if isinstance(model, EnergyBasedTransformer) else model).losses
@@ -166,7 +167,9 @@ class _Columns:
             columns["predicted"] = predicted.argmax(-1)
             columns["correct"] = columns["predicted"] == own
         else:
-            before = where.take(self.context[:, where.start : where.stop])
+            before = torch.zeros_like(predicted)  # without a prefix, nothing
+            if self.layout.prefix:
+                before = where.take(self.layout.most_recent(self.context)[:, where.start : where.stop])
             columns["moved"] = (predicted - before).square().mean(-1)
         for name, values in columns.items():
             self.parts.setdefault(name, []).append(where.put(values))
@@ -176,7 +179,7 @@ class _Columns:
         columns = {"ids": self.batch.sample_ids, "target_mask": self.mask}
         columns |= {name: torch.cat(values, 1) for name, values in self.parts.items()}
         if self.batch.difficulty is not None:
-            columns["difficulty"] = self.batch.difficulty
+            columns["difficulty"] = self.layout.targets(self.batch.observed, self.batch.difficulty)
         return {name: values.cpu()[self.batch.sample_mask] for name, values in columns.items()}
 
 

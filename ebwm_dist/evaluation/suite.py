@@ -25,6 +25,7 @@ from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.models.block_layout import TOKENS
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.run import Run, ValidationData
 
@@ -51,7 +52,8 @@ class Suite:
         result: dict[str, Any] = {"model": self.describe()}
         self.log("losses by MCMC step")
         result["by_steps"] = self.by_steps()
-        if self.config.model.embedding_dim is not None and isinstance(self.model, EnergyBasedTransformer):
+        frames = self.config.model.embedding_dim is not None and self.model.layout == TOKENS
+        if frames and isinstance(self.model, EnergyBasedTransformer):
             result["true_frame_is_lower"] = true_frame_is_lower(
                 self.model, self.batches, self.data.preprocess, self.world
             )

@@ -2,7 +2,8 @@
 
 Text can be given as strings or as token ids, frames as embeddings [S, E]; several at a time, of any lengths, or one.
 
-Shapes: R contexts, S observed states, E width of embeddings.
+Shapes: R contexts, S observed tokens or frames, E width of embeddings; where a state is a block of P of them,
+predictions have a dimension for these.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Predictor:
     def __init__(self, model: Model, config: Config, tokenizer: Tokenizer | None):
         self.model, self.config, self.tokenizer = model.eval().requires_grad_(False), config, tokenizer
         self.device = next(model.parameters()).device
-        self.max_context = config.data.sequence_length
+        self.layout = model.layout
+        self.max_context = self.layout.longest_context(config.data.sequence_length)
         self.embedding_dim: int | None = config.model.embedding_dim
 
     def predict(
@@ -54,7 +56,7 @@ class Predictor:
         seeds: Sequence[int] | None = None,
     ) -> Prediction:
         """Return the next state after each context: logits [R, V] or embeddings [R, E], energies, steps, NFE."""
-        observed, seeds = self._sequences(contexts, seeds, new=1, slide=False)
+        observed, seeds = self._sequences(contexts, seeds, new=self.layout.block_size, slide=False)
         return Sequences(self.model, observed, thinking, seeds, self.max_context).predict()
 
     def energy(
@@ -64,7 +66,7 @@ class Predictor:
 
         Args:
             contexts: observed states.
-            following: a continuation of each.
+            following: a continuation of each. Tokens of a block have its energy.
             landscape: of the energies, from 0; None: the last one.
         """
         model = self.model
@@ -77,10 +79,11 @@ class Predictor:
         if len(before) != len(after):
             raise UserError(f"{len(before)} contexts, but {len(after)} to follow them: give one for each")
         for context, rest in zip(before, after, strict=True):
-            check_length(len(context), len(rest), self.max_context, slide=False)
+            check_length(len(context), len(rest), self.max_context, False, self.layout.block_size)
         whole = [torch.cat(pair) for pair in zip(before, after, strict=True)]
-        energies = model.energies(pad_sequence(whole, batch_first=True), landscape)
-        spans = [(len(context) - 1, len(states) - 1) for context, states in zip(before, whole, strict=True)]
+        energies = model.energies(self.layout.whole_blocks(pad_sequence(whole, batch_first=True)), landscape)
+        prefix = self.layout.prefix
+        spans = [(len(context) - prefix, len(states) - prefix) for context, states in zip(before, whole, strict=True)]
         return [row[start:stop] for row, (start, stop) in zip(energies, spans, strict=True)]
 
     @torch.no_grad()
@@ -98,6 +101,9 @@ class Predictor:
     ) -> list[Continuation]:
         """Continue texts of any lengths together, by at most `length` tokens each.
 
+        Where states are blocks of tokens, these are chosen together, and a prompt loses those of its oldest tokens,
+        after the first, that make no whole block.
+
         Args:
             prompts: texts or token ids.
             length: largest number of new tokens of a text.
@@ -113,27 +119,30 @@ class Predictor:
         model, tokenizer = self.model, self.tokenizer
         pad_id = (model.space if isinstance(model, EnergyBasedTransformer) else model).pad_id
         observed, seeds = self._sequences(prompts, seeds, length, slide)
-        sequences = Sequences(model, observed, thinking, seeds, self.max_context)
+        sequences, size = Sequences(model, observed, thinking, seeds, self.max_context), self.layout.block_size
         texts, shown = [Continuation() for _ in observed], [0] * len(observed)
         after = [[] if tokenizer is None else _of_document(states, tokenizer.eos_id) for states in observed]
         going = list(range(len(observed)))
-        for position in range(length):
+        for position in range(0, length, size):
             prediction = sequences.predict()
-            logits = prediction.state.clone()
-            logits[:, pad_id] = -torch.inf
-            tokens = choose(sampling, logits, [seeds[row] for row in going], position)
+            logits = prediction.state.clone().view(len(going), size, -1)
+            logits[..., pad_id] = -torch.inf
+            own = [seeds[row] for row in going]
+            tokens = torch.stack([choose(sampling, logits[:, i], own, position + i) for i in range(size)], 1)
             kept = []
-            for place, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
+            for place, (row, block) in enumerate(zip(going, tokens.tolist(), strict=True)):
                 text = texts[row]
                 text.note(prediction, place)
-                text.add(token, tokenizer, stop, after[row])
+                for token in block[: length - position]:
+                    if text.finish == "length":
+                        text.add(token, tokenizer, stop, after[row])
                 if text.finish == "length":
                     kept.append(place)
-                settled = text.settled(stop, text.finish != "length" or position + 1 == length)
+                settled = text.settled(stop, text.finish != "length" or position + size >= length)
                 if len(settled) > shown[row]:
                     on_text(row, settled[shown[row] :])
                     shown[row] = len(settled)
-            sequences.append(tokens)
+            sequences.append(tokens[:, 0] if size == 1 else tokens)
             if len(kept) < len(going):
                 going = [going[place] for place in kept]
                 sequences.keep(kept)
@@ -151,10 +160,10 @@ class Predictor:
         seeds: Sequence[int] | None = None,
         slide: bool = False,
     ) -> RollOut:
-        """Continue sequences of embeddings [S, E] by `length` predicted ones each; arguments as of `generate`."""
+        """Continue sequences of embeddings [S, E] by `length` predicted ones, or blocks of them; else as `generate`."""
         if self.embedding_dim is None:
             raise UserError("this model predicts text, not embeddings: use generate")
-        observed, seeds = self._sequences(contexts, seeds, length, slide)
+        observed, seeds = self._sequences(contexts, seeds, length * self.layout.block_size, slide)
         sequences = Sequences(self.model, observed, thinking, seeds, self.max_context)
         predictions = []
         for _ in range(length):
@@ -167,9 +176,12 @@ class Predictor:
     def _sequences(
         self, given: States | Sequence[States], seeds: Sequence[int] | None, new: int, slide: bool
     ) -> tuple[list[Tensor], Sequence[int]]:
-        """Return observed states and seeds of sequences that have room for `new` states more."""
+        """Return observed tokens and seeds of sequences that have room for `new` tokens more."""
         observed = self._observed(given)
-        check_length(max(map(len, observed)), new, self.max_context, slide)
+        shortest, prefix = min(map(len, observed)), self.layout.prefix
+        if shortest < prefix:
+            raise UserError(f"a sequence of {shortest} tokens: give at least the block of {prefix} that comes first")
+        check_length(max(map(len, observed)), new, self.max_context, slide, self.layout.block_size)
         return observed, [0] * len(observed) if seeds is None else seeds
 
     def _observed(self, given: States | Sequence[States]) -> list[Tensor]:
@@ -180,16 +192,20 @@ class Predictor:
     def _states(self, given: States) -> Tensor:
         width = self.embedding_dim
         if width is not None:
-            if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != width or not len(given):
+            empty = isinstance(given, Tensor) and len(given) < min(1, self.layout.prefix)
+            if not isinstance(given, Tensor) or given.ndim != 2 or given.shape[1] != width or empty:
                 raise UserError(f"a sequence of embeddings: expected a tensor [S, {width}] of at least one")
             return given.to(self.device)
         if isinstance(given, str):
             if self.tokenizer is None:
                 raise UserError("this model came without a tokenizer: give token ids instead of text")
-            given = self.tokenizer.encode(given) or [self.tokenizer.eos_id]  # a document follows the end of another
+            given = self.tokenizer.encode(given)
+            if not given and self.layout.prefix:
+                given = [self.tokenizer.eos_id]  # a document follows the end of another
         tokens = torch.as_tensor(given, dtype=torch.long)
         size = self.config.model.vocab_size
-        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= size:
+        empty = len(tokens) < min(1, self.layout.prefix)
+        if empty or (len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= size)):
             raise UserError(f"a sequence of tokens: expected at least one, each from 0 to {size - 1}")
         return tokens.to(self.device)
 

@@ -29,14 +29,15 @@ class Continuation:
     finish: str = "length"
     """Why it ends: `length`, `end` (the end token) or `stop` (a stop string)."""
     energies: list[list[float]] = field(default_factory=list)
-    """For each token, the end token included, the energy of its prediction before and after every step taken."""
+    """For each token, the end token included, or each block of tokens, the energy of its prediction before and after
+    every step taken."""
     steps: list[int] = field(default_factory=list)
     """MCMC steps taken for each of them."""
     nfe: int = 0
     """Energy evaluations spent on all of them."""
 
     def note(self, prediction: Prediction, row: int) -> None:
-        """Record energies, steps and NFE of one more token."""
+        """Record energies, steps and NFE of one more token, or block of tokens."""
         if prediction.energies is not None and prediction.steps is not None and prediction.nfe is not None:
             steps = int(prediction.steps[row])
             self.steps.append(steps)
@@ -70,18 +71,19 @@ class RollOut:
     """Generated embeddings, with energies and steps of each."""
 
     states: Tensor
-    """[B, N, E]."""
+    """[B, N, E]; of blocks of tokens [B, N, P, E]."""
     energies: Tensor | None
     """Energy before the first and after every step [B, N, K + 1]; None without an energy."""
     steps: Tensor | None
     """MCMC steps taken [B, N]."""
 
 
-def check_length(prompt: int, new: int, max_context: int, slide: bool) -> None:
+def check_length(prompt: int, new: int, max_context: int, slide: bool, block_size: int = 1) -> None:
     """Refuse lengths that do not fit into the context the model was trained with."""
     if new < 1:
         raise UserError(f"{new} new tokens: must be at least 1")
-    if slide or prompt + new - 1 <= max_context:
+    room = max_context - prompt + block_size
+    if slide or new <= room:
         return
     if prompt > max_context:
         raise UserError(
@@ -90,5 +92,5 @@ def check_length(prompt: int, new: int, max_context: int, slide: bool) -> None:
         )
     raise UserError(
         f"a prompt of {prompt} and {new} new tokens: the model was trained with a context of {max_context}, which has "
-        f"room for {max_context - prompt + 1} new ones; ask for no more, or let the context slide (--slide)"
+        f"room for {room} new ones; ask for no more, or let the context slide (--slide)"
     )

@@ -1,13 +1,13 @@
 """Thinking: predictions refined for as long as each of them needs, with several candidates for each.
 
-Positions need different numbers of steps: a candidate that has converged leaves the batch and costs nothing more.
+States need different numbers of steps: a candidate that has converged leaves the batch and costs nothing more.
 There is no graph of parameters or of second order: a step is one energy evaluation, differentiated to the state.
 
 Energies of different landscapes cannot be compared. So the steps that lead to the last landscape are always taken, and
 stopping, accepting and choosing look at energies of that landscape alone.
 
-Shapes: B sequences, C predicted positions of each, G candidates for each of them; N = B x C x G candidates, of which n
-still go on; K steps, D width. States are [N, 1, ...], as the model's space has them.
+Shapes: B sequences, C predicted states of each, P tokens of a state, G candidates for each of them; N = B x C x G
+candidates, of which n still go on; K steps, D width. Candidates are [N, P, ...], as the model's space has them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.slices import Slice, slices
+from ebwm_dist.models.block_layout import BlockLayout
 from ebwm_dist.models.layers import KeysValues
-
-_ALONE = Slice(0, 1)  # every candidate is a row of its own
 
 
 @dataclass(frozen=True)
 class Thought:
-    """The predictions of all positions."""
+    """The predictions of all states."""
 
     state: Tensor
-    """The chosen prediction [B, C, ...]: logits, or an embedding."""
+    """The chosen prediction of their tokens [B, C P, ...]: logits, or an embedding."""
     energies: Tensor
     """Its energy before the first and after every step [K + 1, B, C]; once it has stopped, the last one again."""
     steps: Tensor
@@ -42,7 +41,13 @@ class Thought:
     nfe: Tensor
     """Energy evaluations that the position has cost, over all its candidates [B, C]."""
     surprisal: Tensor | None = None
-    """Minus the log-probability of its least certain step, of the token it led to [B, C]; set if it chooses."""
+    """Minus the log-probability of its least certain step, of the tokens it led to [B, C]; set if it chooses."""
+
+    def per_token(self, layout: BlockLayout) -> Thought:
+        """Return the same with all numbers of a state for each of its tokens [B, C P]."""
+        surprisal = None if self.surprisal is None else layout.per_token(self.surprisal)
+        energies, steps, nfe = (layout.per_token(x) for x in (self.energies, self.steps, self.nfe))
+        return Thought(self.state, energies, steps, nfe, surprisal)
 
 
 @torch.no_grad()
@@ -55,17 +60,17 @@ def think(
     seeds: Sequence[int],
     add_observed: bool = False,
 ) -> Thought:
-    """Predict the next state after some positions of every sequence.
+    """Predict some states of every sequence.
 
     Args:
         model: the energy model.
         contexts: keys and values of the B sequences for each of `landscapes`.
-        positions: for each prediction [B, C] the position of the observed state that it follows.
-        observed: these states [B, C, ...].
+        positions: of the first token of each state [B, C].
+        observed: the most recent observed tokens of these states [B, C P, ...] (`BlockLayout.most_recent`).
         thinking: settings of the refinement.
         seeds: one for each sequence. With the positions they determine all noise, whatever else is in the batch.
-        add_observed: each sequence has one position, its newest, whose keys and values are still to be written into
-            the contexts.
+        add_observed: each sequence has one state, which follows the observed one whose keys and values are still to be
+            written into the contexts.
     """
     refinement = _Refinement(model, contexts, positions, observed, thinking, seeds)
     if add_observed:
@@ -84,19 +89,22 @@ def think_sequences(
     seeds: Sequence[int],
     needed: Tensor | None = None,
 ) -> Iterator[tuple[Slice, Thought]]:
-    """Predict the next state after each observed one [B, S, ...], or after those that are `needed` [B, S] on the CPU.
+    """Predict what follows in a context `observed` (`BlockLayout.context`), or what is `needed` [B, S], on the CPU.
 
-    Yields slices of S and the thoughts [B, C] of their positions.
+    Yields slices of the S positions, and the thoughts of their tokens [B, C].
     """
     with torch.no_grad():
         contexts = {number: model.context_stream(observed, number) for number in landscapes(model, thinking)}
-    size = max(1, model.position_chunk // thinking.candidates)
-    everywhere = torch.arange(observed.shape[1], device=observed.device).expand(len(observed), -1)
-    for where in slices(observed.shape[1], size, needed, observed.device):
+    layout, size = model.layout, max(1, model.position_chunk // thinking.candidates)
+    recent, length = layout.most_recent(observed), layout.predicted(observed)
+    everywhere = torch.arange(length, device=observed.device).expand(len(observed), -1)
+    for where in slices(length, size, needed, observed.device, layout.block_size):
         part = slice(where.start, where.stop)
         seen = {number: model.transformer.slice_context(context, where.stop) for number, context in contexts.items()}
-        positions, last = where.take(everywhere[:, part]), where.take(observed[:, part])
-        yield where, think(model, seen, positions, last, thinking, seeds)
+        positions = where.take(everywhere[:, part])
+        last = where.take(recent[:, part]) if layout.prefix else recent.new_zeros(*positions.shape, *recent.shape[2:])
+        first = positions[:, :: layout.block_size]
+        yield where, think(model, seen, first, last, thinking, seeds).per_token(layout)
 
 
 def landscapes(model: EnergyBasedTransformer, thinking: Thinking) -> range:
@@ -163,14 +171,16 @@ class _Refinement:
         )
         self.index = torch.arange(len(self.ids), device=device)
         self.layout = _Layout(self._rows(), self.positions)
-        observed = observed.repeat_interleave(group, 1).flatten(0, 1)[:, None]
-        self.state = model.space.initial_state(self.ids, model.seed, _ALONE, observed)
+        self.tokens = torch.arange(model.layout.block_size, device=device)
+        self.alone = Slice(0, len(self.tokens))  # every candidate is a row of its own
+        observed = observed.unflatten(1, (-1, len(self.tokens))).repeat_interleave(group, 1).flatten(0, 1)
+        self.state = model.space.initial_state(self.ids, model.seed, self.alone, observed)
         self.before: tuple[Tensor, Tensor, Tensor] | None = None  # the state visited before, its energy and gradient
         self.energies = self.state.new_zeros(self.num_steps + 1, len(self.ids))
         self.surprisals = torch.zeros_like(self.energies[0])
         self.steps, self.nfe = (torch.zeros_like(self.index) for _ in range(2))
         self.done: list[tuple[Tensor, Tensor]] = []
-        self.newest: Tensor | None = None  # embedded observed states [B, 1, D] that the contexts still lack
+        self.newest: Tensor | None = None  # embedded observed states [B, P, D] that the contexts still lack
 
     def visit(self, step: int) -> None:
         """Measure the energies after `step` steps, put aside the candidates that are done, and step on."""
@@ -184,7 +194,7 @@ class _Refinement:
             if thinking.energy_tolerance is not None:
                 finished |= change.abs() <= thinking.energy_tolerance
             if thinking.prediction_tolerance is not None:
-                finished |= model.space.change(self.before[0], state)[:, 0] <= thinking.prediction_tolerance
+                finished |= model.space.change(self.before[0], state).amax(-1) <= thinking.prediction_tolerance
             if thinking.accept_only_decrease:
                 worse = ~(change <= 0)  # an energy that is no number is not accepted
                 state, energy, gradient = (
@@ -219,7 +229,7 @@ class _Refinement:
         place[order] = torch.arange(len(order), device=order.device)
         state = states if group == 1 and len(self.done) == 1 else states[place[best]]
         return Thought(
-            state=state.view(rows, positions, *state.shape[2:]),
+            state=state.reshape(rows, positions * len(self.tokens), *state.shape[2:]),
             energies=self.energies[:, best].unflatten(1, (rows, positions)),
             steps=self.steps[best].view(rows, positions),
             nfe=self.nfe.view(rows, positions, group).sum(-1),
@@ -227,27 +237,28 @@ class _Refinement:
         )
 
     def _measure(self, step: int, landscape: int, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states with the noise of this step, their energies [n] and dE/de [n, 1, D] (of the last: none)."""
-        model, layout, state, expected = self.model, self.layout, self.state, self.state
+        """Return the states with the noise of this step, their energies [n] and dE/de [n, P, D] (of the last: none)."""
+        model, layout, state, expected, thinking = self.model, self.layout, self.state, self.state, self.thinking
         del self.state
         if not last:
             ids = self.ids if len(self.index) == len(self.ids) else self.ids[self.index.cpu()]
-            state = model.space.add_langevin_noise(state, model.seed, ids, step, _ALONE, self.thinking.langevin_noise)
-        if self.thinking.select == "surprisal":
+            state = model.space.add_langevin_noise(state, model.seed, ids, step, self.alone, thinking.langevin_noise)
+        if thinking.select == "surprisal":
             own = 0.0 if step else model.space.surprisal(expected, expected)  # no step leads to the initial state
-            surprisal = (model.space.surprisal(expected, state) - own)[:, 0]
+            surprisal = (model.space.surprisal(expected, state) - own).sum(-1)
             self.surprisals[self.index] = self.surprisals[self.index].maximum(surprisal)
         del expected
-        embedded = layout.pack(model.space.embed_state(state)[:, 0])
+        embedded = layout.pack(model.space.embed_state(state)).flatten(1, 2)
         # Each landscape is first visited by the step of its number, when all rows are still there.
         newest = self.newest if step <= self.final else None
-        where = (self.contexts[landscape], landscape, layout.positions)
+        positions = (layout.positions[..., None] + self.tokens).flatten(1)
+        where = (self.contexts[landscape], landscape, positions)
         if last:
             energy = model.transformer.energy(embedded, *where)
             gradient = torch.zeros_like(embedded)
         else:
             energy, gradient, _ = model.transformer.energy_and_gradient(embedded, *where, newest)
-        return state, layout.unpack(energy), layout.unpack(gradient)[:, None]
+        return state, layout.unpack(energy), layout.unpack(gradient.unflatten(1, (-1, len(self.tokens))))
 
     def _over_max_nfe(self, energy: Tensor, max_nfe: int) -> Tensor:
         """Return which candidates have no evaluation left: those of the highest energies first."""

@@ -29,7 +29,7 @@ from ebwm_dist.config.schema import Config
 from ebwm_dist.data.tokenizer import SpecialTokens, reopen_tokenizer
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.api import Predictor
-from ebwm_dist.inference.cache import Sequences
+from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import think_sequences
 from ebwm_dist.mcmc.build import Model, build_model
@@ -80,12 +80,29 @@ class Contexts:
         self.model, self.thinking, self._max_context = model, thinking, max_context
         self._rows: list[list[int]] = []
         self._sequences: Sequences | None = None
+        self._prediction: Prediction | None = None
 
     def predict(self, rows: list[Tensor]) -> EbwmOutput:
-        """Predict the next token of sequences [S], each of which mostly is a known one and a token more."""
-        tokens = [row.tolist() for row in rows]
+        """Predict the next token of sequences [S], each of which mostly is a known one and a token, or block, more."""
+        size, prefix = self.model.layout.block_size, self.model.layout.prefix
+        places = [(len(row) - prefix) % size for row in rows]  # of the next token within its block
+        whole = [row[: len(row) - place] for row, place in zip(rows, places, strict=True)]
+        tokens = [row.tolist() for row in whole]
+        if size == 1 or tokens != self._rows:
+            self._prediction = self._predict(whole, tokens, size)
+        assert self._prediction is not None
+        state, energies, steps, _ = self._prediction
+        if size > 1:
+            state = state[torch.arange(len(rows), device=state.device), places]
+        return EbwmOutput(
+            logits=state[:, None],
+            energies=None if energies is None else energies[:, -1:],
+            steps=None if steps is None else steps[:, None],
+        )
+
+    def _predict(self, rows: list[Tensor], tokens: list[list[int]], size: int) -> Prediction:
         known = {tuple(row): number for number, row in enumerate(self._rows)}
-        before = [known.get(tuple(row[:-1])) for row in tokens]
+        before = [known.get(tuple(row[:-size])) for row in tokens]
         found = [number for number in before if number is not None]
         if self._sequences is None or len(found) < len(tokens):
             seeds = [0] * len(rows)
@@ -93,14 +110,9 @@ class Contexts:
         else:
             if found != list(range(len(self._rows))):  # beams change places, and sequences end
                 self._sequences.keep(found)
-            self._sequences.append(torch.stack([row[-1] for row in rows]))
+            self._sequences.append(torch.stack([row[-1] if size == 1 else row[-size:] for row in rows]))
         self._rows = tokens
-        state, energies, steps, _ = self._sequences.predict()
-        return EbwmOutput(
-            logits=state[:, None],
-            energies=None if energies is None else energies[:, -1:],
-            steps=None if steps is None else steps[:, None],
-        )
+        return self._sequences.predict()
 
 
 class EbwmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -116,6 +128,8 @@ class EbwmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EbwmConfig) -> None:
         super().__init__(config)
         self.parsed = config.parsed()
+        if self.parsed.model.prefix != "token":
+            raise UserError(f"model.prefix = {self.parsed.model.prefix!r}: transformers' models begin with a token")
         self.model = build_model(self.parsed, config.pad_token_id)
         if isinstance(self.model, EnergyBasedTransformer):
             self.model.requires_grad_(False)
@@ -183,7 +197,8 @@ class EbwmForCausalLM(PreTrainedModel, GenerationMixin):
         A text that grows beyond the trained context forgets the older half of it.
         """
         chosen = self._thinking(thinking, generation_config)
-        contexts = Contexts(self.model, chosen, self.parsed.data.sequence_length)
+        longest = self.model.layout.longest_context(self.parsed.data.sequence_length)
+        contexts = Contexts(self.model, chosen, longest)
         return super().generate(inputs, generation_config, contexts=contexts, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -213,8 +228,11 @@ class EbwmForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(f"thinking: {error}; its settings are {known}") from None
 
     def _predict(self, observed: Tensor, thinking: Thinking) -> dict[str, Tensor]:
-        """Return logits [B, S, V], energies and steps of all positions."""
-        model = self.model
+        """Return logits [B, S, V] of what follows each token [B, S], energies and steps."""
+        model, layout, length = self.model, self.model.layout, observed.shape[1]
+        # The last token may be followed by a block, or be within one: then only the block before is context.
+        blocks = -(-length // layout.block_size)
+        observed = observed[:, : layout.prefix + (blocks - 1) * layout.block_size]
         if not isinstance(model, EnergyBasedTransformer):
             if thinking != Thinking():
                 raise UserError("an autoregressive model takes no MCMC steps: leave out thinking")

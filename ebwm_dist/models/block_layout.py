@@ -52,6 +52,15 @@ class BlockLayout:
         assert self.prefix > 0
         return chosen[:, self.prefix - 1 :]
 
+    def longest_context(self, length: int) -> int:
+        """Return the tokens of the context of samples with `length` S predicted ones."""
+        return self.prefix + length - self.block_size
+
+    def whole_blocks(self, observed: Tensor, padding: int = 0) -> Tensor:
+        """Return `observed` [B, n, ...] with padding at the end, up to a sample of whole blocks."""
+        missing = -(observed.shape[1] - self.prefix) % self.block_size
+        return torch.cat((observed, observed.new_full((len(observed), missing, *observed.shape[2:]), padding)), 1)
+
     def predicted(self, context: Tensor) -> int:
         """Return the number S of tokens that are predicted from `context` [B, L - P, ...]."""
         return context.shape[1] - self.prefix + self.block_size
@@ -102,6 +111,10 @@ class BlockLayout:
         own = time_tokens + self.seen(positions) + self.block_size
         visible = torch.cat((torch.arange(1, time_tokens + 1, device=positions.device), own))
         return visible[:, None] > torch.arange(len(visible), device=positions.device)
+
+
+TOKENS = BlockLayout()
+"""Each token is predicted from all before it, and the first is observed only."""
 
 
 class BlockPositions(nn.Module):

@@ -142,7 +142,7 @@ def val_line(record: Record) -> str:
         )
     if "copy_loss" in record:
         return f"{line} | copy of the last frame {record['copy_loss']:.4f}"
-    return f"{line} | perplexity {record['perplexity']:.2f}"
+    return f"{line} | perplexity {record['perplexity']:.2f}" if "perplexity" in record else line
 
 
 def si(value: float) -> str:

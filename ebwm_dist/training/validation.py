@@ -42,7 +42,7 @@ def validate(
     def forward(observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None) -> Evaluation:
         return engine(model.evaluate, observed, sample_ids, num_steps, targets)
 
-    sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, preprocess, proceed)
+    sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, preprocess, proceed, model.layout)
     if sums is None:
         return None
     result = sums.over_ranks().result()
@@ -53,9 +53,9 @@ def validate(
         "energy_first": result.energies[0] if result.energies else None,
         "energy_last": result.energies[-1] if result.energies else None,
     }
-    if result.copy_loss is None:
+    if config.model.embedding_dim is None:
         figures["perplexity"] = result.perplexities[-1]
-    else:
+    elif result.copy_loss is not None:
         figures["copy_loss"] = result.copy_loss
     if config.validation.curvature and isinstance(model, EnergyBasedTransformer):
         figures["curvature"] = _curvature(engine, model, config, data, preprocess, world)
