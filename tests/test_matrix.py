@@ -30,7 +30,7 @@ from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
 FORMATS = ("text", "prompts", "latents", "clips")
-OF_TOKENS = ("text", "prompts")
+OF_TOKENS = ("text", "prompts", "blocks")
 SOURCES = ("folder", "mixture", "remote")
 FORMS = ("run", "checkpoint", "export")
 STEPS = 4
@@ -54,10 +54,19 @@ OF_FORMAT = {
         "mcmc.loss=ramp",
         "validation.curvature=true",
     ],
+    "blocks": [
+        "model.vocab_size=320",
+        "data.sequence_length=16",
+        "model.block_shape=[2,2]",
+        "model.block_size=4",
+        "training.position_chunk=8",
+        "mcmc.replay_size=4",
+        "model.add_most_recent=true",
+    ],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
     "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
 }
-EVERY_RUN = [(samples, source) for samples in FORMATS for source in SOURCES]
+EVERY_RUN = [*((samples, source) for samples in FORMATS for source in SOURCES), ("blocks", "mixture")]
 every_run = pytest.mark.parametrize(("samples", "source"), EVERY_RUN)
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -83,7 +92,8 @@ def make_data(folder: Path) -> None:
 
 def overrides(folder: Path, samples: str, source: str, run_dir: str, *more: str) -> list[str]:
     """Return the settings of a run."""
-    a, b = folder / samples / "a", folder / samples / "b"
+    of = folder / ("text" if samples == "blocks" else samples)
+    a, b = of / "a", of / "b"
     shares = f"{a}: [[0, 3], [30000, 1]], {b}: [[0, 0], [10000, 1]]" if samples == "prompts" else f"{a}: 2, {b}: 1"
     data = {
         "folder": [f"data.path={a}"],
@@ -256,7 +266,7 @@ def test_a_run_generates(
     path = opened(samples, source, form)
     if samples in OF_TOKENS:
         text = json.loads(launch("generate", "--checkpoint", path, "--prompt", "ka lo", "--tokens", "3", "--json"))
-        assert len(text["tokens"]) == 3 and len(text["energies"]) == 3
+        assert len(text["tokens"]) == 3 and len(text["energies"]) == (1 if samples == "blocks" else 3)
         return
     arguments = ("--checkpoint", path, "--observe", "1", "--samples", "2")
     (first, second) = json.loads(launch("generate", *arguments, "--json"))

@@ -1,7 +1,8 @@
 """Parameters and floating-point operations of a model, counted from its configuration.
 
 Conventions: a multiply-add is 2 FLOPs; only matrix products count; hidden (future) keys do not count, so
-attention costs half of a dense one. These are the operations the method needs, without anything computed again.
+attention costs half of a dense one, and tokens of a block see all of it. These are the operations the method needs,
+without anything computed again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def training_flops_per_token(
       but only 4 of the 6 in the linear layers of blocks, which take the rest from the candidate pass (in a chain of
       steps only the last); and for the context stream of each landscape 3 F, whose last block only makes keys and
       values, and of embeddings that are projected 2 M. A random number of steps counts by its mean, replayed sequences
-      as so many more tokens. Only targets are refined, or with replay all positions.
+      as so many more tokens. Only targets are refined, or with replay all positions. Within a block the tangent pass
+      has half as many products again in its attention, as keys and values have tangents, too. The context is what
+      comes before the last block.
     * energy-based, by contrast: each MCMC step 2 F and 2 M, and each of the 2 + N contrasted states 3 F; 2 M for the
       embedding of the refined state and its gradient, or for each state where embeddings are projected.
     """
@@ -45,7 +48,7 @@ def training_flops_per_token(
     reusing = 1 if mcmc.gradient == "full" else trained
     rows = 1 + (mcmc.replay_fraction if mcmc.replay_size else 0)
     refinement = steps * (2 * costs.stream + 2 * costs.product) + trained * (6 * costs.stream + 3 * costs.product)
-    refinement -= reusing * 2 * costs.linear
+    refinement += trained * 3 * costs.in_block - reusing * 2 * costs.linear
     if mcmc.objective == "contrastive":
         contrasted = 2 + mcmc.num_negatives
         embedded = 1 if config.embedding_dim is None else contrasted
@@ -103,18 +106,22 @@ class _Costs(NamedTuple):
     linear: float
     """The linear layers of the blocks."""
     context: float
-    """All blocks, of which the last only makes keys and values."""
+    """All blocks, of which the last only makes keys and values, for each predicted token."""
     head: float
     """The head of an autoregressive model."""
     product: float
     """Embedding or read-out of a state."""
     projection: float
-    """Embedding of an observed state."""
+    """Embedding of an observed token, for each predicted one."""
+    in_block: float
+    """Scores and weighted sums of the tokens of a block among themselves, where there are several."""
 
 
 def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     matrices = 4 * config.dim**2 + 3 * config.dim * config.ffn_hidden_dim
-    attention = sequence_length * config.dim  # scores and weighted sum over half of the positions
+    size = config.block_size
+    # Scores and weighted sum over half of the positions, and over the other half of the own block.
+    attention = (sequence_length + size - 1) * config.dim
     block = 2.0 * (matrices + attention)
     stream = config.num_layers * block
     energy = 2.0 * config.dim**2 if config.kind == "ebt" and config.energy_head == "bilinear" else 0.0
@@ -122,7 +129,12 @@ def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     product = 0.0 if config.embedding_dim == config.dim else head
     projection = 0.0 if config.embedding_dim is None else product
     linear = 2.0 * config.num_layers * matrices
-    return _Costs(stream + energy, linear, stream - (block - 4.0 * config.dim**2), head, product, projection)
+    in_block = config.num_layers * 4.0 * size * config.dim if size > 1 else 0.0
+    observed = 1.0  # tokens of the context for each predicted one: those of a twin's inputs are as many
+    if config.kind == "ebt":
+        observed += (config.prefix_length - size) / sequence_length
+    context = observed * (stream - (block - 4.0 * config.dim**2))
+    return _Costs(stream + energy, linear, context, head, product, observed * projection, in_block)
 
 
 # Dense bf16 peak of one accelerator, by a part of the name its driver reports.

@@ -75,8 +75,8 @@ class FootprintModel:
 
     def __init__(self, config: Config):
         length, twin = config.data.sequence_length, config.model.kind == "ar"
-        usual = min(config.training.position_chunk, length)
-        self._positions = (length, length) if twin else (max(1, usual // 2), min(2 * usual, length))
+        usual = _whole(config, config.training.position_chunk)
+        self._positions = (length, length) if twin else (_whole(config, usual // 2), _whole(config, 2 * usual))
         self._blocks = {
             (layers, positions): _measure_blocks(config, layers, positions)
             for layers in _LAYERS
@@ -89,8 +89,9 @@ class FootprintModel:
         """Return the footprint of a micro-batch of `config`, in which only `training`'s sizes may be others."""
         training, model, mcmc = config.training, config.model, config.mcmc
         rows = training.micro_batch_size + mcmc.replayed_rows(training.micro_batch_size)
-        share = -(-config.data.sequence_length // training.position_parallel)
-        positions = min(training.position_chunk, share)
+        blocks = config.data.sequence_length // model.block_size
+        share = -(-blocks // training.position_parallel) * model.block_size
+        positions = min(_whole(config, training.position_chunk), share)
         slices = -(-share // positions)
         known = self._at(model.num_layers, positions)
         if model.kind == "ar":
@@ -169,30 +170,37 @@ def _meta_model(config: Config, **model: Any) -> Model:
     return built
 
 
+def _whole(config: Config, positions: int) -> int:
+    """Return the positions of a slice of at most so many, in whole blocks and at least one."""
+    size = config.model.block_size
+    return min(config.data.sequence_length, max(1, positions // size) * size)
+
+
 def _measure_blocks(config: Config, layers: int, positions: int) -> Quantities:
     """Return bytes and numbers of one MCMC step of one sequence on one landscape, in its last slice.
 
     The vocabulary of an energy model is left out of the bytes.
     """
     length, width, twin = config.data.sequence_length, config.model.embedding_dim, config.model.kind == "ar"
-    tokens = config.model.vocab_size if twin or width is not None else _FEW_TOKENS
-    model = _meta_model(config, num_layers=layers, vocab_size=tokens)
+    vocabulary = config.model.vocab_size if twin or width is not None else _FEW_TOKENS
+    model = _meta_model(config, num_layers=layers, vocab_size=vocabulary)
     if config.training.attention == "fused":
         model.fuse_attention()
     with torch.device("meta"):
-        observed = torch.zeros(1, length + 1, dtype=torch.long) if width is None else torch.zeros(1, length + 1, width)
+        tokens = config.model.prefix_length + length
+        observed = torch.zeros(1, tokens, dtype=torch.long) if width is None else torch.zeros(1, tokens, width)
         ids = torch.zeros(1, device="cpu", dtype=torch.long)
         with LiveBytes() as live:
-            recorder = _Recorder(model, live, config.model.vocab_size // tokens)
+            recorder = _Recorder(model, live, config.model.vocab_size // vocabulary)
             if not isinstance(model, EnergyBasedTransformer):
                 model.training_step(observed, ids, forward=recorder.forward, backward=recorder.backward)
                 return recorder.found
-            where, context = Slice(length - positions, length), observed[:, :-1]
-            refinement = Refinement(
-                model, StepPlan(1), context, observed[:, 1:], ids, 1.0, recorder.forward, recorder.backward
-            )
+            where, layout = Slice(length - positions, length), model.layout
+            context, targets = layout.context(observed), layout.targets(observed)
+            recent = layout.most_recent(context)
+            refinement = Refinement(model, StepPlan(1), context, targets, ids, 1.0, recorder.forward, recorder.backward)
             recorder.found["context"] = live.now
-            refinement.refine(partial(model.space.initial_state, ids, 0, where, context), where)
+            refinement.refine(partial(model.space.initial_state, ids, 0, where, recent), where)
             recorder.last = "finish"
             refinement.finish()
     return recorder.found

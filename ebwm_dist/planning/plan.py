@@ -184,7 +184,8 @@ class Planner:
     def _footprint_model(self, checkpointing: str) -> FootprintModel:
         training = replace(self.config.training, activation_checkpointing=checkpointing)
         if training.attention == "auto":  # as on CUDA
-            training = replace(training, attention="math" if training.compile else "fused")
+            by_matrices = training.compile or self.config.model.block_size > 1
+            training = replace(training, attention="math" if by_matrices else "fused")
         return FootprintModel(replace(self.config, training=training))
 
     def _settings(self, ranks: int) -> Iterator[Setting]:
@@ -196,13 +197,14 @@ class Planner:
             stages = [3]
         elif config.zero.offload_optimizer:
             stages = [stage for stage in stages if stage]
-        groups = [1] if twin else [group for group in _powers(length // 2) if ranks % group == 0]
+        blocks, size = length // config.model.block_size, config.model.block_size
+        groups = [1] if twin else [group for group in _powers(blocks // 2) if ranks % group == 0]
         for group in groups:
             if batch % (ranks // group):
                 continue
             of_group = batch // (ranks // group)
             micro_batches = [size for size in _divisors(of_group) if size <= 64]
-            chunks = [config.training.position_chunk] if twin else _chunks(-(-length // group))
+            chunks = [config.training.position_chunk] if twin else _chunks(-(-blocks // group), size)
             for values in product(stages, micro_batches, chunks, ("none", "block")):
                 stage, micro_batch, chunk, checkpointing = values
                 yield Setting(stage, micro_batch, chunk, group, checkpointing)
@@ -227,6 +229,7 @@ def _divisors(number: int) -> Iterable[int]:
     return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
-def _chunks(length: int) -> list[int]:
-    """Return sizes of slices worth trying: all positions, and powers of two from 32 on."""
-    return sorted({length, *(power for power in _powers(length) if 32 <= power < length)})
+def _chunks(blocks: int, size: int) -> list[int]:
+    """Return positions of slices worth trying: of all blocks of a `size`, and of powers of two of them from 32 on."""
+    powers = (number for number in _powers(blocks) if 32 <= size * number < size * blocks)
+    return [size * number for number in sorted({blocks, *powers})]

@@ -30,9 +30,9 @@ def remedies(config: Config, world_size: int) -> Iterator[str]:
     """Yield the settings that would lessen the memory of a step, the cheapest first."""
     training, zero, sharded = config.training, config.zero, config.zero.stage
     if config.model.kind == "ebt":
-        if training.attention == "math" and not training.compile:
+        if training.attention == "math" and not training.compile and config.model.block_size == 1:
             yield "training.attention=auto"
-        if (positions := min(training.position_chunk, config.data.sequence_length)) > 1:
+        if (positions := min(training.position_chunk, config.data.sequence_length)) > config.model.block_size:
             yield f"training.position_chunk below {positions}"
     if training.micro_batch_size > 1:
         yield f"training.micro_batch_size below {training.micro_batch_size}"

@@ -109,6 +109,23 @@ def test_ranks_that_share_positions_repeat_the_context_alone() -> None:
     assert formula > 0.5 * training_flops_per_token(config.model, config.mcmc, 8)
 
 
+@pytest.mark.parametrize(("kind", "gradient"), [("ebt", "truncated"), ("ebt", "full"), ("ar", "full")])
+@pytest.mark.parametrize(("prefix", "blocks"), [("none", 1), ("token", 3), ("block", 2)])
+def test_blocks_see_themselves_and_may_have_no_context(kind: str, gradient: str, prefix: str, blocks: int) -> None:
+    """Executed on top are the unseen keys; left out are attentions that torch has kernels for on the CPU."""
+    length = 8 * blocks
+    model_config = ModelConfig(
+        kind=kind, vocab_size=400, dim=128, num_heads=2, num_layers=3, block_size=8, prefix=prefix
+    )
+    config = Config(model=model_config, mcmc=MCMCConfig(num_steps=2, step_size=1.0, gradient=gradient))
+    observed = torch.randint(1, 400, (4, model_config.prefix_length + length))
+    model = build_model(config, pad_id=0)
+    with FlopCounter() as counter:
+        model.training_step(observed, torch.arange(4), model.plan(1, 0))
+    formula = training_flops_per_token(config.model, config.mcmc, length)
+    assert 0.95 * formula <= counter.total / (4 * length) <= (1.08 if gradient == "full" else 1.05) * formula
+
+
 def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
