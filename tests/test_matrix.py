@@ -60,7 +60,6 @@ OF_FORMAT = {
         "model.block_shape=[2,2]",
         "model.block_size=4",
         "training.position_chunk=8",
-        "mcmc.replay_size=4",
         "model.add_most_recent=true",
     ],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],

@@ -53,8 +53,7 @@ def test_gradients_of_text_equal_a_double_backward(shape: list[int], prefix: str
         assert leaf.grad is not None and leaf.grad.norm() > 0, name
 
 
-@pytest.mark.parametrize("gradient", ["truncated", "full"])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("blocks", "gradient"), [(1, "truncated"), (3, "full")])
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_embeddings_equal_a_double_backward(
