@@ -10,7 +10,8 @@ import torch
 from ebwm_dist.config.schema import Config, DataConfig, ModelConfig
 from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.cache import Sequences
-from ebwm_dist.inference.thinking import Thinking, landscapes, think, think_sequences
+from ebwm_dist.inference.settings import Thinking
+from ebwm_dist.inference.thinking import landscapes, think, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
