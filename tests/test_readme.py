@@ -40,7 +40,8 @@ OWN_IMAGES = [command for command in COMMANDS if "_images" in command]
 CALIBRATION = [command for command in COMMANDS if "step.json" in command]  # needs a GPU
 PLAN = [command for command in COMMANDS if "plan.py" in command and command not in CALIBRATION]
 TUNE = [command for command in COMMANDS if "tune.py" in command]  # takes a while: tests/experiments/test_tuning.py
-SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + OWN_IMAGES + CALIBRATION + PLAN + TUNE
+SCALING = [command for command in COMMANDS if "scaling.py" in command]
+SMALL = MAKE + OWN_TEXT + OWN_TASK + FOLLOW + OWN_VIDEO + OWN_IMAGES + CALIBRATION + PLAN + TUNE + SCALING
 LARGE = [command for command in COMMANDS if command not in SMALL]
 
 
@@ -65,7 +66,7 @@ def test_all_kinds_of_commands_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {command.split()[1] for command in MAKE} <= targets and len(MAKE) >= 5
     assert len(OWN_TEXT) == 10 and len(OWN_TASK) == 4 and len(OWN_VIDEO) == 4 and len(FOLLOW) == 1 and len(LARGE) == 7
-    assert len(CALIBRATION) == 2 and len(PLAN) == 1 and len(OWN_IMAGES) == 4
+    assert len(CALIBRATION) == 2 and len(PLAN) == 1 and len(SCALING) == 2 and len(OWN_IMAGES) == 4
     for command in TUNE:
         assert (ROOT / parse_tuning(shlex.split(command)[2:]).config).is_file()
 
@@ -159,6 +160,14 @@ def test_what_fits_on_many_gpus_is_planned(checkout: Path) -> None:
     (overrides,) = re.findall(r"^overrides: (.*)$", planned, re.MULTILINE)
     described = run([sys.executable, *LARGE[0].split()[1:], *overrides.split()], checkout)
     assert "parameters: 1,145," in described
+
+
+@pytest.mark.slow
+def test_a_study_is_estimated(checkout: Path) -> None:
+    (estimated,) = (command for command in SCALING if "--dry-run" in command)
+    (trained,) = (command for command in SCALING if "--dry-run" not in command)
+    assert estimated.replace("--dry-run", "--workers 2") == trained  # which takes twenty minutes
+    assert "runs, " in run(shlex.split(estimated), checkout)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Scaling laws of a loss: L(x) = E + A x^-b by least squares, intervals by bootstrap, and when they say nothing.
 
 A bootstrap draw adds to the curve, at every value of x, residuals drawn with replacement from the runs there (the
-seeds), with random signs: they hold both the spread of the seeds and what the curve misses.
+seeds), with random signs: they hold both the spread of the seeds and what the curve misses. Where there is one run
+alone, the spread of the seeds elsewhere is added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +57,28 @@ class Fit:
     slope_interval: tuple[float, float]
     problem: str | None
     """Why the runs do not support the exponent, or None."""
-    exponents: Array = field(repr=False, compare=False)
+    exponents: Array = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
     """Of all draws, as `slopes`."""
-    slopes: Array = field(repr=False, compare=False)
+    slopes: Array = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def loss(self, x: float) -> float:
         """Return the law at `x`."""
         return self.floor + self.scale * x**-self.exponent
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Fit:
+        """Return a fit from what study.json holds of it, without its draws."""
+        points = tuple((one["x"], tuple(one["losses"])) for one in content["points"])
+        return Fit(
+            ladder=Ladder(content["variable"], content["model"], content["at"], points),
+            exponent=_number(content["exponent"]),
+            exponent_interval=_pair(content["exponent_interval"]),
+            floor=_number(content["floor"]),
+            scale=_number(content["scale"]),
+            slope=_number(content["slope"]),
+            slope_interval=_pair(content["slope_interval"]),
+            problem=content["problem"],
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return what study.json holds of it."""
@@ -93,6 +109,12 @@ class Ratio:
     exponent_interval: tuple[float, float]
     slope: float
     slope_interval: tuple[float, float]
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any], ebt: Fit, twin: Fit) -> Ratio:
+        """Return a ratio from what study.json holds of it and of its fits."""
+        exponents, slopes = _pair(content["exponent_interval"]), _pair(content["slope_interval"])
+        return Ratio(ebt, twin, _number(content["exponent"]), exponents, _number(content["slope"]), slopes)
 
     @property
     def problem(self) -> str | None:
@@ -202,9 +224,13 @@ def _residuals(residual: Array, groups: Array, parameters: int, generator: np.ra
     """Return residuals drawn anew at every value of x, widened by the degrees of freedom that the fit has used."""
     count = len(residual)
     drawn = np.empty(count)
-    for group in np.unique(groups):
-        own = np.flatnonzero(groups == group)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    seeds = [residual[own] - residual[own].mean() for own in members if len(own) > 1]
+    spread = np.concatenate([one * math.sqrt(len(one) / (len(one) - 1)) for one in seeds]) if seeds else np.zeros(1)
+    for own in members:
         drawn[own] = residual[generator.choice(own, len(own))] * generator.choice([-1.0, 1.0], len(own))
+        if len(own) == 1:  # whose residual tells nothing of seeds: theirs is that of the others
+            drawn[own] += generator.choice(spread)
     return drawn * math.sqrt(count / max(1, count - parameters))
 
 
@@ -239,6 +265,16 @@ def _standard_error(points: Sequence[tuple[float, tuple[float, ...]]]) -> float 
     if not freedom:
         return None
     return math.sqrt(squares / freedom * (1 / len(points[0][1]) + 1 / len(points[-1][1])))
+
+
+def _number(value: float | None) -> float:
+    """Return a number of JSON, where null stands for what it cannot hold."""
+    return math.nan if value is None else value
+
+
+def _pair(values: Sequence[float | None]) -> tuple[float, float]:
+    low, high = values
+    return _number(low), _number(high)
 
 
 def _mean(values: Sequence[float]) -> float:

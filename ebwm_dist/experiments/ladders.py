@@ -85,17 +85,20 @@ def ladders(runs: Sequence[Measured]) -> Iterator[Ladder]:
 
 
 def frontier(runs: Sequence[Measured]) -> tuple[tuple[float, tuple[float, ...]], ...]:
-    """Return FLOPs and losses of the settings whose mean loss is lower than that of all cheaper ones."""
-    best, kept = float("inf"), []
+    """Return FLOPs and losses of the settings whose mean loss is lower than that of all others that are no dearer."""
     settings: dict[tuple[Any, ...], list[Measured]] = defaultdict(list)
     for run in runs:
         settings[(run.size, run.batch, run.steps)].append(run)
-    for members in sorted(settings.values(), key=lambda members: members[0].flops):
-        losses = tuple(run.loss for run in members)
-        if (mean := sum(losses) / len(losses)) < best:
+    best, kept = float("inf"), []
+    for members in sorted(settings.values(), key=lambda members: (members[0].flops, _mean_loss(members))):
+        if (mean := _mean_loss(members)) < best:
             best = mean
-            kept.append((members[0].flops, losses))
+            kept.append((members[0].flops, tuple(run.loss for run in members)))
     return tuple(kept)
+
+
+def _mean_loss(runs: Sequence[Measured]) -> float:
+    return sum(run.loss for run in runs) / len(runs)
 
 
 def _points(runs: Sequence[Measured], x: Callable[[Measured], float]) -> tuple[tuple[float, tuple[float, ...]], ...]:

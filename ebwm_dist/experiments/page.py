@@ -48,7 +48,7 @@ def ratio_table(results: Results) -> Iterator[str]:
     for one in results.ratios:
         ladder = one.ebt.ladder
         yield (
-            f"| {ladder.variable} | {ladder.model} | {ladder.at} | {_exponent(one, one.exponent)} | "
+            f"| {ladder.variable} | {ladder.model} | {ladder.at} | {_ratio(one)} | "
             f"{_with_interval(one.slope, one.slope_interval)} | {_published(named, ladder.variable)} |"
         )
     yield ""
@@ -64,10 +64,7 @@ def fit_table(results: Results) -> Iterator[str]:
         count = f"{len(ladder.points)}, {sum(len(losses) for _, losses in ladder.points)}"
         name = f"{ladder.variable} | {ladder.model} | {ladder.at}"
         floor = f"{one.floor:.3g}" if one.problem is None else ""
-        yield (
-            f"| {name} | {count} | {_exponent(one, one.exponent)} | {floor} | "
-            f"{_with_interval(one.slope, one.slope_interval)} |"
-        )
+        yield (f"| {name} | {count} | {_exponent(one)} | {floor} | {_with_interval(one.slope, one.slope_interval)} |")
 
 
 def run_table(results: Results) -> Iterator[str]:
@@ -86,10 +83,18 @@ def run_table(results: Results) -> Iterator[str]:
         )
 
 
-def _exponent(one: Fit | Ratio, value: float) -> str:
+def _exponent(one: Fit) -> str:
     if one.problem is not None:
         return f"not supported ({one.problem})"
-    return _with_interval(value, one.exponent_interval)
+    return _with_interval(one.exponent, one.exponent_interval)
+
+
+def _ratio(one: Ratio) -> str:
+    """Return the ratio of exponents; why it is not supported is in the table of fits."""
+    if one.problem is None:
+        return _with_interval(one.exponent, one.exponent_interval)
+    without = " and ".join(fit.ladder.model.split(",")[0] for fit in (one.ebt, one.twin) if fit.problem is not None)
+    return f"not supported (no b of {without})"
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from ebwm_dist.experiments.fits import Fit
 from ebwm_dist.experiments.ladders import VARIABLES
 from ebwm_dist.experiments.results import Results
+from ebwm_dist.training.metrics import si
 
 _AXES = {
     "data": "{unit} of training",
@@ -23,6 +24,7 @@ _COLUMNS = 2
 def draw(results: Results, path: Path) -> bool:
     """Draw a panel for each variable with a ladder into a PNG; return whether there is any."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     shown = [name for name in VARIABLES if any(fit.ladder.variable == name for fit in results.fits)]
     if not shown:
@@ -36,7 +38,12 @@ def draw(results: Results, path: Path) -> bool:
         for number, one in enumerate(fits):
             _draw_fit(axes, one, f"C{number}", several=len({fit.ladder.at for fit in fits}) > 1)
         axes.set(xscale="log", yscale="log", xlabel=_AXES[variable].format(unit=results.unit), ylabel="held-out loss")
-        axes.grid(alpha=0.25, which="both")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value).replace(".0", "")))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     for axes in list(panels)[len(shown) :]:

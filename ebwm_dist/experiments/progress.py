@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ebwm_dist.cluster.run_status import tail
 from ebwm_dist.config.schema import Config
@@ -71,20 +72,18 @@ class Progress:
             self._drawn = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
-    def _table(self) -> Table:
+    def _table(self) -> Group:
         waiting = self._total - self._ended - len(self._since)
-        table = Table(
-            "run", "step", "loss", "time", box=None,
-            caption=f"{self._ended} of {self._total} ended, {self._failed} failed, {waiting} waiting, "
-            f"{duration(time.monotonic() - self._begin)}",
-        )  # fmt: skip
+        table = Table("run", "step", "loss", "time", box=None)
         for trial, since in self._since.items():
             config = self._configs[trial]
             records = [one for one in tail(Path(config.run_dir) / METRICS_FILE)[0] if one.get("kind") == "train"]
             loss = f"{records[-1]['loss']:.4f}" if records and records[-1]["loss"] is not None else ""
             step = f"{records[-1]['step'] if records else 0} / {config.training.last_step}"
             table.add_row(trial.name, step, loss, duration(time.monotonic() - since))
-        return table
+        took = duration(time.monotonic() - self._begin)
+        counts = f"{self._ended} of {self._total} ended, {self._failed} failed, {waiting} waiting, {took}"
+        return Group(table, Text(counts))
 
     def _step(self, trial: Trial) -> int:
         records, _ = tail(Path(self._configs[trial].run_dir) / METRICS_FILE)
@@ -92,6 +91,6 @@ class Progress:
 
     def _line(self, text: str, failure: bool = False) -> None:
         if self._live is not None:
-            self._live.console.print(text, style="red" if failure else None, markup=False, highlight=False)
+            self._live.console.print(Text(text, style="red" if failure else ""))
         else:
             print(text, file=sys.stderr if failure else sys.stdout, flush=True)

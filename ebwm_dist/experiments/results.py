@@ -91,10 +91,20 @@ def analyse(
     return Results(title, unit, list(measured), missing, fits, ratios)
 
 
-def from_json(content: Mapping[str, Any], draws: int = DRAWS) -> Results:
-    """Return the results in the content of a study.json, fitted anew."""
+def from_json(content: Mapping[str, Any]) -> Results:
+    """Return the results in the content of a study.json."""
+    fits = [Fit.from_json(one) for one in content["fits"]]
+    by_place = {(one.ladder.variable, one.ladder.model, one.ladder.at): one for one in fits}
+    ratios = [
+        Ratio.from_json(
+            one,
+            by_place[one["variable"], one["model"], one["at"]],
+            by_place[one["variable"], "ar", one["at"]],
+        )
+        for one in content["ratios"]
+    ]
     runs = [Measured(**run) for run in content["runs"]]
-    return analyse(content["title"], content["unit"], runs, dict(content["missing"]), draws)
+    return Results(content["title"], content["unit"], runs, dict(content["missing"]), fits, ratios)
 
 
 def _measured(run: StudyRun, config: Config, cost: Cost, loss: float) -> Measured:

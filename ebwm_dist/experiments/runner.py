@@ -7,7 +7,6 @@ run folder says so; a killed one continues from its checkpoint, as every run doe
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import time
 from collections import deque
@@ -149,7 +148,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--address",
-        default=os.environ.get("RAY_API_SERVER_ADDRESS"),
         help="dashboard of a Ray cluster (http://...), whose jobs the runs become; default: processes of this machine",
     )
 

@@ -123,6 +123,9 @@ def test_shipped_studies_are_estimated(path: Path, capsys: pytest.CaptureFixture
     assert total.startswith(f"{len(rows) - 1} runs, ") and "in all, about " in total
     assert assumed.startswith("assumed: 8 GFLOP/s" if "two_cores" in path.stem else "assumed: H100")
     assert not any("does not fit" in row for row in rows)
+    if path.stem == "two_cores_text":
+        (row,) = (row for row in rows if row.startswith("ar-w32-8x50-seed0"))
+        assert row.split()[1:] == ["78,496", "51.2k", "1.7e+10", "0m12s"]  # 3 x 109,056 FLOPs for each of 51,200 tokens
 
 
 class FakeRunner(Runner):
