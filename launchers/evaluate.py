@@ -15,6 +15,7 @@ this machine.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -100,9 +101,10 @@ def evaluate(args: argparse.Namespace) -> int:
         given: dict[str, Any] = {"batch_size": SUMMARY_BATCH_SIZE} if args.summary else {}
         given |= {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
         options = Options(**given)
-        for path in (args.run, *(args.baseline or ())):
+        # One that is not there is refused before torch is imported, and by one process: launchers then end the others.
+        for path in (args.run, *(args.baseline or ())) if os.environ.get("RANK", "0") in ("", "0") else ():
             if not is_address(path):
-                Run(path)  # refused before torch is imported
+                Run(path)
         from ebwm_dist.distributed import join
         from ebwm_dist.evaluation.evaluate import evaluate_runs, summarise_runs
         from ebwm_dist.evaluation.multiple_choice import read_questions

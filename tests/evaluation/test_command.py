@@ -58,7 +58,7 @@ def test_anything_else_is_one_line(content: str | bytes | None, message: str, tm
 
 
 def test_an_error_of_another_rank_is_reported_by_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    untrained: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that all ranks have is reported by the first alone."""
 
@@ -67,19 +67,27 @@ def test_an_error_of_another_rank_is_reported_by_it(
 
     monkeypatch.setattr("ebwm_dist.distributed.join", lambda: World(1, 1, 2, torch.device("cpu")))
     monkeypatch.setattr("ebwm_dist.evaluation.evaluate.evaluate_runs", fail)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", untrained])
     error = DataError("val-000000.tar is damaged")
     assert main() == 1 and capsys.readouterr().err == "error: val-000000.tar is damaged\n"
     error.same_on_all_ranks = True
     assert main() == 1 and not capsys.readouterr().err
 
 
+@pytest.fixture
+def untrained(tmp_path: Path) -> str:
+    """A run folder that holds nothing but a configuration."""
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "config.yaml").touch()
+    return str(tmp_path / "untrained")
+
+
 @pytest.mark.parametrize("option", ["--choices", "--ood-text"])
 def test_files_are_read_before_the_model(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    option: str, untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "nowhere", option, str(tmp_path / "latin")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", untrained, option, str(tmp_path / "latin")])
     assert main() == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'latin'} cannot be read: not UTF-8 from byte 3 on\n"
 
@@ -104,10 +112,10 @@ def test_what_cannot_be_written_or_measured_is_refused_first(
 
 
 def test_variables_that_a_launcher_has_left_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    untrained: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "runs/none"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", untrained])
     assert main() == 1
     error = capsys.readouterr().err
     assert error.startswith("error: the environment describes part of a distributed run, RANK, ")
