@@ -23,23 +23,25 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def build(variant: str) -> EnergyBasedTransformer:
+def build(variant: str, block_size: int = 1) -> EnergyBasedTransformer:
     torch.manual_seed(0)
     landscapes = 1 if variant == "default" else 2
     model = ModelConfig(variant=variant, num_landscapes=landscapes, vocab_size=50, dim=16, num_heads=2, num_layers=1)
+    model.block_size = block_size
     mcmc = MCMCConfig(num_steps=2, step_size=0.5)
     return EnergyBasedTransformer(model, mcmc, VocabularySpace(model, mcmc, 3), seed=1, position_chunk=4).double()
 
 
 def train(model: EnergyBasedTransformer, num_steps: int) -> list[torch.Tensor]:
     model.zero_grad()
-    tokens = torch.randint(4, 50, (2, 12), generator=torch.Generator().manual_seed(num_steps))
+    length = 12 if model.layout.block_size == 1 else 13
+    tokens = torch.randint(4, 50, (2, length), generator=torch.Generator().manual_seed(num_steps))
     model.training_step(tokens, torch.arange(2), StepPlan(num_steps))
     return [p.grad for p in model.parameters()]
 
 
-def check(variant: str) -> None:
-    model, expected = build(variant), build(variant)
+def check(variant: str, block_size: int = 1) -> None:
+    model, expected = build(variant, block_size), build(variant, block_size)
     model.compile_blocks()
     for num_steps in (2, 3):
         for got, want in zip(train(model, num_steps), train(expected, num_steps), strict=True):
@@ -57,6 +59,12 @@ def check(variant: str) -> None:
 def test_blocks_are_traced_whole_and_once(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     check(variant)
+
+
+@pytest.mark.slow
+def test_states_of_several_tokens_are_traced_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    check("time_embed", block_size=4)
 
 
 @pytest.mark.slow
