@@ -39,7 +39,6 @@ def test_every_stage_follows_one_process(tiny_data: Path, latents: Path, tiny_co
         "text": (tiny_data, (0, 1, 2, 3), [*BLOCKS, *LANDSCAPES]),
         "image": (latents, (0, 1, 2, 3), [*IMAGE, "training.activation_checkpointing=block"]),
         "chain": (tiny_data, (1,), [*BLOCKS, *CHAIN]),
-        "replay": (tiny_data, (1,), [*BLOCKS, *REPLAY]),
     }
     follow(2, 1, tiny_config, tmp_path, cases, 4)
 
