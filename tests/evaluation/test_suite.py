@@ -161,7 +161,7 @@ def test_a_model_that_diverged_is_evaluated(kind: str, models: Path, tmp_path: P
     """Numbers that JSON cannot hold become null."""
     run = Run(models / kind)
     state = {name: torch.full_like(tensor, math.nan) for name, tensor in run.weights().items()}
-    files = [run.folder / "tokenizer.model"]
+    files = {"tokenizer.model": run.folder / "tokenizer.model"}
     write_export(tmp_path / "nan", run.config, run.sample_format, state, files=files, step=0, source="random")
     small = Options((1,), (1,), (1e-2,), (0.1,), 6, 3, read_questions(models / "questions.jsonl"))
     file, page = evaluate_runs(tmp_path / "nan", models / "ar", None, tmp_path, small, join())
