@@ -133,3 +133,23 @@ def test_images_are_predicted_from_nothing() -> None:
     assert torch.allclose(again.state, rolled.states[1:, 0])
     energies = predictor.energy(nothing, [x[0] for x in rolled.states])
     assert all(own.shape == (SIZE,) and bool((own == own[0]).all()) for own in energies)
+
+
+@pytest.mark.parametrize("kind", ["ebt", "ar"])
+def test_transformers_writes_the_same_blocks(kind: str) -> None:
+    """It asks for one token at a time: those of a block are predicted once."""
+    pytest.importorskip("transformers")
+    from ebwm_dist.inference.transformers_model import EbwmConfig, EbwmForCausalLM
+
+    shape = {"kind": kind, "vocab_size": VOCAB, "dim": DIM, "num_layers": 1, "num_heads": 2, "block_size": SIZE}
+    sections = {"model": shape, "mcmc": {"step_size": 2.0}, "data": {"sequence_length": LENGTH}}
+    torch.manual_seed(0)
+    model = EbwmForCausalLM(EbwmConfig(ebwm_dist=sections, pad_token_id=PAD)).eval()
+    (_, prompt, _) = prompts("token")
+    (text,) = model.predictor.generate([prompt], 2 * SIZE)
+    given = torch.tensor([prompt])
+    mask = torch.ones_like(given)
+    found = model.generate(given, attention_mask=mask, max_new_tokens=2 * SIZE, do_sample=False, eos_token_id=None)
+    assert found[0, len(prompt) :].tolist() == text.tokens
+    logits = model(found[:, :-2]).logits
+    assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == text.tokens[:-1]
