@@ -21,7 +21,7 @@ from ebwm_dist.experiments.results import Results, from_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scaling.md"
-STUDIES = ("two_cores_text",)
+STUDIES = ("two_cores_text", "two_cores_shapes")
 
 
 def stored(name: str) -> Results:

@@ -63,7 +63,7 @@ def fit_table(results: Results) -> Iterator[str]:
         ladder = one.ladder
         count = f"{len(ladder.points)}, {sum(len(losses) for _, losses in ladder.points)}"
         name = f"{ladder.variable} | {ladder.model} | {ladder.at}"
-        floor = f"{one.floor:.3g}" if one.problem is None else ""
+        floor = f"{round(one.floor, 6):.3g}" if one.problem is None else ""
         yield (f"| {name} | {count} | {_exponent(one)} | {floor} | {_with_interval(one.slope, one.slope_interval)} |")
 
 
@@ -104,5 +104,5 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
 def _published(named: dict[str, Any], variable: str) -> str:
     if "video" in named:
         low, high = named["video"]
-        return f"{1 + low / 100:g} to {1 + high / 100:g}, without saying by what"
+        return f"{1 + low / 100:g} to {1 + high / 100:g}, of no single variable"
     return f"{1 + named[variable] / 100:.4f}" if variable in named else ""

@@ -32,7 +32,7 @@ def draw(results: Results, path: Path) -> bool:
     columns = min(_COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, variable in zip(panels, shown, strict=False):
         fits = [fit for fit in results.fits if fit.ladder.variable == variable]
         for number, one in enumerate(fits):
@@ -46,7 +46,7 @@ def draw(results: Results, path: Path) -> bool:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_axis_off()
     figure.suptitle(results.title, fontsize=11)
     figure.savefig(path, dpi=110)
