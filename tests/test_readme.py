@@ -166,7 +166,7 @@ def test_what_fits_on_many_gpus_is_planned(checkout: Path) -> None:
 def test_a_study_is_estimated(checkout: Path) -> None:
     (estimated,) = (command for command in SCALING if "--dry-run" in command)
     (trained,) = (command for command in SCALING if "--dry-run" not in command)
-    assert estimated.replace("--dry-run", "--workers 2") == trained  # which takes twenty minutes
+    assert estimated.replace("--dry-run", "--workers 2") == trained  # which takes long
     assert "runs, " in run(shlex.split(estimated), checkout)
 
 
