@@ -8,7 +8,7 @@ to be known stays the same, what a candidate can get wrong grows with D. Every r
 `results/contrast.jsonl`: the squared error of refined predictions after several numbers of steps, as a share of that of
 copying the last frame, and how often a true next frame has a lower energy than another frame of its sequence, than
 itself with noise, and than its refined prediction. `--table` writes `results/contrast.md`: of every objective and
-dimension at the alpha that is best for seed 0.
+dimension at the alpha with most seeds, and then that which is best for seed 0.
 
 Shapes: B sequences, S + 1 frames, D numbers each.
 """
@@ -125,19 +125,22 @@ def _lower(model: EnergyBasedTransformer, context: Tensor, true: Tensor, states:
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a table with a row for each dimension and objective, at the alpha best for seed 0."""
     steps = " / ".join(map(str, STEPS))
-    yield f"| dimension | objective | alpha | seeds | error after {steps} steps (%) | true below another frame (%) | "
-    yield "|--:|---|--:|--:|--:|--:|"
+    below = "below another frame (%) | below noise (%)"
+    yield f"| dimension | objective | alpha | seeds | error (%) after {steps} steps | {below} |"
+    yield "|--:|---|--:|--:|--:|--:|--:|"
     for dimension in sorted({r["dimension"] for r in records}):
         for objective in OBJECTIVES:
             own = [r for r in records if (r["dimension"], r["objective"]) == (dimension, objective)]
             if not own:
                 continue
-            best = min((r for r in own if r["seed"] == 0), key=_error)
+            # What has more seeds was chosen for it.
+            counts = {r["alpha"]: sum(other["alpha"] == r["alpha"] for other in own) for r in own}
+            best = max((r for r in own if r["seed"] == 0), key=lambda r: (counts[r["alpha"]], -_error(r)))
             runs = [r for r in own if all(r[name] == best[name] for name in ("alpha", "negatives", "lr", "updates"))]
             errors = " / ".join(_spread([100 * r["errors"][str(step)] for r in runs]) for step in STEPS)
-            below = _spread([100 * r["lower"]["other frame"] for r in runs])
+            other = _spread([100 * r["lower"]["other frame"] for r in runs])
             noisy = _spread([100 * r["lower"]["0.3 of noise"] for r in runs])
-            yield f"| {dimension} | {objective} | {best['alpha']:g} | {len(runs)} | {errors} | {below}; {noisy} |"
+            yield f"| {dimension} | {objective} | {best['alpha']:g} | {len(runs)} | {errors} | {other} | {noisy} |"
 
 
 def _error(record: dict[str, Any]) -> float:
