@@ -13,6 +13,7 @@ VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
 SHAPES_CLIPS := data/shapes/manifest.json
 SHAPES_LATENTS := data/shapes_latents/manifest.json
+DIGITS := data/digits/manifest.json
 # Of the task of pointers: documents of at most 1, 2, 3 and 4 hops, and harder ones, which are only evaluated. The trees
 # of the first three are no deeper than that, so that most of their nodes can be asked for.
 LESSONS := hops1 hops2 hops3 hops4 harder
@@ -46,8 +47,9 @@ define train_beside
 $(call train,$(1),$(2),> $(2).log 2>&1 || { tail $(2).log >&2; exit 1; })
 endef
 
-.PHONY: setup data data-reasoning data-video data-shapes train train-reasoning train-video train-shapes fine-tune test \
-	coverage check clean reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1
+.PHONY: setup data data-reasoning data-video data-shapes data-digits train train-reasoning train-video train-shapes \
+	train-denoise fine-tune test coverage check clean reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1 \
+	denoise-ebt denoise-dit
 
 setup: $(STAMP)
 
@@ -66,6 +68,8 @@ data-reasoning: $(LESSONS:%=data/reasoning/%/manifest.json)
 data-video: $(VIDEO_SHARDS)
 
 data-shapes: $(SHAPES_LATENTS)
+
+data-digits: $(DIGITS)
 
 train: setup data
 	$(call train,quickstart,runs/quickstart)
@@ -109,6 +113,17 @@ train-shapes: setup data-shapes
 	$(call train,ar_video_shapes,runs/video_shapes_ar)
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/video_shapes --baseline runs/video_shapes_ar
 
+# As with reasoning: small models, a thread each, side by side.
+train-denoise: setup data-digits
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$$(getconf _NPROCESSORS_ONLN) denoise-ebt denoise-dit
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/denoise --baseline runs/denoise_dit --batch-size 128
+
+denoise-ebt:
+	$(call train,denoise,runs/denoise)
+
+denoise-dit:
+	$(call train_beside,dit_denoise,runs/denoise_dit)
+
 test: setup
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal --slow-part $(SLOW_PART)
 
@@ -126,6 +141,7 @@ check: setup
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
 		runs/halves runs/halves_ar \
+		runs/denoise runs/denoise_dit runs/denoise_*.log \
 		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar runs/reasoning \
 		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4 runs/reasoning_ar*.log
 
@@ -176,3 +192,9 @@ $(SHAPES_CLIPS): | setup
 
 $(SHAPES_LATENTS): $(SHAPES_CLIPS)
 	$(VENV)/bin/python data_tools/encode_frames.py $(dir $<) --out $(dir $@) --encoder pixels:8
+
+data/raw/digits.npz: | setup
+	$(VENV)/bin/python data_tools/fetch_images.py --out $@
+
+$(DIGITS): data/raw/digits.npz
+	$(VENV)/bin/python data_tools/pack_images.py --input $< --out $(dir $@) --holdout-fraction 0.2

@@ -1,6 +1,7 @@
 """Continue text: `python launchers/generate.py --checkpoint runs/quickstart --prompt "In the beginning"`.
 
-Models of video continue held-out samples instead: `... --checkpoint runs/video --observe 4 --out pictures`.
+Models of video continue held-out samples instead: `... --checkpoint runs/video --observe 4 --out pictures`. Those of
+images make new ones from noise, which `--out` shows: `... --checkpoint runs/images --samples 8 --out pictures`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ebwm_dist.inference.arguments import add_thinking_arguments, thinking_of
 from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.run import Run
 from ebwm_dist.storage import local_path
+from ebwm_dist.workers.executors import positive_integer
 
 
 def main() -> None:
@@ -33,6 +35,9 @@ def main() -> None:
     video.add_argument(
         "--out", type=local_path, help="folder for a PNG strip and a GIF of each: truth above, model below"
     )
+    images = parser.add_argument_group("images (also --samples, of each class, and --out)")
+    images.add_argument("--class", dest="class_name", help="name of the only class, or none; default: a row of each")
+    images.add_argument("--passes", type=positive_integer, help="steps from noise to image; default: as trained, or 50")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
     sampling.add_argument("--top-k", type=int)
@@ -51,8 +56,16 @@ def run(args: argparse.Namespace) -> None:
     opened = Run(args.checkpoint)
     from ebwm_dist.devices import default_device  # torch takes seconds, and the errors above come at once
     from ebwm_dist.inference.api import Predictor
+    from ebwm_dist.inference.images import generate_pictures, of_images
 
     opened.device = default_device()
+    if of_images(opened):
+        if args.out is None:
+            raise UserError("--out: name a folder for the picture of the images")
+        args.out.mkdir(parents=True, exist_ok=True)
+        sizes = {"class_name": args.class_name, "passes": args.passes, "seed": args.seed}
+        print(generate_pictures(opened, args.out, args.samples, **sizes))
+        return
     if opened.config.model.embedding_dim is not None:
         roll_out(args, opened, thinking)
         return

@@ -33,6 +33,7 @@ def check_config(config: Config) -> None:
         _places,
         _model,
         _blocks,
+        _noise,
         *of_mcmc,
         _training,
         _positions,
@@ -98,8 +99,11 @@ def _model(config: Config) -> Problems:
         fitting = f"allowed are {_either(_divisors(model.dim // 2))}"
         remedy = "no number does; model.dim must be even" if model.dim % 2 else fitting
         yield "model.num_heads", f"must divide model.dim = {model.dim} into even head widths; {remedy}"
-    if model.tie_embeddings and model.kind == "ar":
-        yield "model.tie_embeddings", "model.kind = 'ar' has a head of its own; set it to false, or use 'ebt'"
+    if model.tie_embeddings and model.kind != "ebt":
+        yield (
+            "model.tie_embeddings",
+            f"model.kind = {model.kind!r} has a head of its own; set it to false, or use 'ebt'",
+        )
     if model.tie_embeddings and model.embedding_dim is not None:
         frames = f"frames of model.embedding_dim = {model.embedding_dim}"
         yield "model.tie_embeddings", f"{frames} have no token embeddings; set it to false"
@@ -123,6 +127,26 @@ def _blocks(config: Config) -> Problems:
             yield "model.add_most_recent", f"not with {nothing}"
         if config.mcmc.initial_state.startswith("most_recent"):
             yield "mcmc.initial_state", f"not with {nothing}; use 'random_noise' or 'zeros'"
+
+
+def _noise(config: Config) -> Problems:
+    model, noise, starts_noised = config.model, config.noise, config.mcmc.initial_state == "noised"
+    if model.kind == "dit" and model.embedding_dim is None:
+        yield (
+            "model.kind",
+            "a diffusion model is one of embeddings: needs model.embedding_dim; tokens have 'ebt' or 'ar'",
+        )
+    if model.kind == "dit" and model.variant != "default":
+        yield "model.variant", "model.kind = 'dit' has adaptive norms by its timestep; leave it out"
+    if model.num_classes and (model.kind == "ar" or model.embedding_dim is None or model.prefix != "token"):
+        needed = "needs model.embedding_dim, model.prefix = 'token' (the class) and model.kind = 'ebt' or 'dit'"
+        yield "model.num_classes", f"{needed}; 0 knows no classes"
+    if noise.high is not None and noise.high < noise.low:
+        yield "noise.high", f"must be at least noise.low = {noise.low}"
+    if model.kind == "ebt" and starts_noised and noise.high is None:
+        yield "noise.high", "mcmc.initial_state = 'noised' needs the largest level of the noise"
+    if model.kind == "ebt" and starts_noised and model.embedding_dim is None:
+        yield "mcmc.initial_state", "'noised' is for embeddings; tokens start from 'random_noise' or 'zeros'"
 
 
 def _mcmc(config: Config) -> Problems:
@@ -214,8 +238,8 @@ def _training(config: Config) -> Problems:
 
 def _positions(config: Config) -> Problems:
     key, group, length = "training.position_parallel", config.training.position_parallel, config.data.sequence_length
-    if group > 1 and config.model.kind == "ar":
-        yield key, "must be 1 where model.kind = 'ar', whose positions are no work of their own"
+    if group > 1 and config.model.kind != "ebt":
+        yield key, f"must be 1 where model.kind = {config.model.kind!r}, whose positions are no work of their own"
     size = config.model.block_size
     if group > max(1, length // size // 2):
         blocks = "" if size == 1 else f" in blocks of model.block_size = {size}"

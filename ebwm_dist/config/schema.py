@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ebwm_dist.config.fields import choice, location, number
+from ebwm_dist.config.noise import NoiseConfig
 from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileConfig, TensorboardConfig, WandbConfig
 
 
@@ -18,8 +19,9 @@ from ebwm_dist.config.services import ClusterConfig, EvaluationConfig, ProfileCo
 class ModelConfig:
     """Shape of the transformer, shared by the energy model and its autoregressive twin."""
 
-    kind: str = choice("ebt", "ar")
-    """`ebt`: energy-based transformer; `ar`: autoregressive Transformer++ built from the same blocks."""
+    kind: str = choice("ebt", "ar", "dit")
+    """`ebt`: energy-based transformer; `ar`: autoregressive Transformer++ built from the same blocks; `dit`: diffusion
+    transformer of embeddings, from the same blocks too."""
     variant: str = choice("default", "time_embed", "adaln")
     """Conditioning of the energy on the MCMC step: none, a learned token before the context, or adaptive norms."""
     num_landscapes: int = number(1, at_least=1)
@@ -56,6 +58,10 @@ class ModelConfig:
     prefix: str = choice("token", "block", "none")
     """What samples begin with that is only observed: one token (the first of a text, or a label), a block such as the
     first frame, or nothing. `data.sequence_length` tokens follow that are predicted."""
+
+    num_classes: int = number(0, at_least=0)
+    """Classes of the images or clips, one of which samples begin with (`prefix: token`), or none of them; 0: the model
+    knows no classes."""
 
     @property
     def prefix_length(self) -> int:
@@ -109,9 +115,10 @@ class MCMCConfig:
     update: str = choice("probabilities", "logits", "mirror")
     """Next logits: `p - alpha dE/dp` (published code), `z - alpha dE/dz` (published text), `z - alpha dE/dp`.
     Embeddings have no probabilities and follow `x - alpha dE/dx`: the default has to stay."""
-    initial_state: str = choice("random_noise", "zeros", "most_recent_embedding", "most_recent_token")
+    initial_state: str = choice("random_noise", "zeros", "most_recent_embedding", "most_recent_token", "noised")
     """Initial state of a prediction: drawn from N(0, 1), zeros, or what was observed last: a copy of the embedding, or
-    logits that are `initial_sharpness` for the token and 0 for all others."""
+    logits that are `initial_sharpness` for the token and 0 for all others; or `noised`: the true embedding with noise
+    of the levels of `noise`, which the model learns to remove."""
     initial_sharpness: float = number(10.0, above=0)
     """Logit of the last observed token, where `initial_state` is `most_recent_token`."""
     replay_size: int = number(0, at_least=0)
@@ -244,6 +251,9 @@ class DataConfig:
     min_crop_scale: float = number(1.0, above=0, at_most=1)
     """Augment clips by a random square crop, its side at least this share of the frame's, and by mirroring half of
     them; 1: no augmentation."""
+    class_dropout: float = number(0.1, at_least=0, at_most=1)
+    """Share of the training samples whose class is hidden, so that a model with `model.num_classes` also knows what to
+    do without one."""
     shuffle_window: int = number(8, at_least=1)
     """Shards whose samples are shuffled together; only their index is held in memory."""
     num_workers: int = number(0, at_least=0)
@@ -306,6 +316,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     mcmc: MCMCConfig = field(default_factory=MCMCConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

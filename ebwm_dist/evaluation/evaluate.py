@@ -14,6 +14,8 @@ import numpy as np
 
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError, same_on_all_ranks
+from ebwm_dist.evaluation.denoising import measure_images
+from ebwm_dist.evaluation.denoising_summary import summarise_denoising
 from ebwm_dist.evaluation.difficulty import has_difficulties
 from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.reasoning import Reasoning
@@ -21,6 +23,7 @@ from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Suite
 from ebwm_dist.evaluation.summary import Pair, write_summary
 from ebwm_dist.files import printable, write_atomically, write_json
+from ebwm_dist.inference.images import of_images
 from ebwm_dist.run import Run
 
 
@@ -43,6 +46,12 @@ def evaluate_runs(
         for run in runs:
             if options.questions and run.tokenizer is None:
                 raise UserError(f"--choices: the questions are text, and {run.name} has no tokenizer")
+    if of_images(runs[0]):
+        data = runs[0].validation_data(folder)
+        found = [measure_images(run, run.validation_data(data.mixture), options, world) for run in runs]
+        if world.rank == 0:
+            write_json(target / "evaluation.json", dict(zip(("model", "baseline"), found, strict=False)))
+        return [target / "evaluation.json"]
     evaluation = measure_runs(runs, folder, options, world)
     if world.rank != 0:
         return []
@@ -74,6 +83,8 @@ def summarise_runs(
         if not reasoning and len(pairs) > 1:
             raise UserError(f"{data.mixture.name} has no answers with a difficulty: name one --baseline")
         comparison = Reasoning.of(pairs, data) if reasoning else None
+    if of_images(run):
+        return summarise_denoising(pairs[0], data, options.batch_size, target, world)
     options = replace(options, max_sequences=data.samples, only_errors=True)
     if comparison is not None:
         options = replace(options, steps=comparison.steps)

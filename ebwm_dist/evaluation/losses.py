@@ -104,7 +104,7 @@ def accumulate(
     evaluate: Callable[[Tensor, Tensor, int, Tensor | None], Evaluation],
     batches: Iterable[Batch],
     num_steps: int,
-    preprocess: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Tensor, Tensor | None], Tensor],
     proceed: Callable[[], bool] = lambda: True,
     layout: BlockLayout = TOKENS,
 ) -> Sums | None:
@@ -122,15 +122,17 @@ def accumulate(
     for batch in batches:
         if not proceed():
             return None
-        observed = preprocess(batch.observed)
+        observed = preprocess(batch.observed, batch.labels)
         found = evaluate(observed, batch.sample_ids, num_steps, batch.targets)
-        sums = _sums(found, observed, batch.sample_mask, layout)
+        # What samples with classes begin with is no frame that could be copied.
+        copied = None if batch.labels is not None else layout
+        sums = _sums(found, observed, batch.sample_mask, copied)
         total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"
     return total
 
 
-def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor, layout: BlockLayout) -> Sums:
+def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor, layout: BlockLayout | None) -> Sums:
     """Return the sums over those sequences of a batch that do not only fill it up."""
     in_batch = in_batch.to(observed.device, torch.float64)
     losses, tokens = (x.to(observed.device) * in_batch for x in (found.step_losses, found.tokens))
@@ -138,7 +140,7 @@ def _sums(found: Evaluation, observed: Tensor, in_batch: Tensor, layout: BlockLa
     energies, copies = losses[:0, 0], losses[:0, 0]
     if found.energies is not None:
         energies = (found.energies.to(observed.device) * in_batch).sum(-1)
-    if observed.is_floating_point() and layout.prefix:
+    if observed.is_floating_point() and layout is not None and layout.prefix:
         before = layout.most_recent(layout.context(observed))
         copies = (prediction_losses(before, layout.targets(observed)).sum(-1) * in_batch).sum(-1, keepdim=True)
     sums = losses.sum(-1), changes.sum(-1), changes.square().sum(-1), energies, copies

@@ -16,6 +16,7 @@ from ebwm_dist.evaluation.pictures import draw_text, draw_video, panels
 from ebwm_dist.evaluation.unigram import unigram_perplexity
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.api import Predictor
+from ebwm_dist.inference.images import of_images
 from ebwm_dist.inference.settings import Sampling
 from ebwm_dist.run import Run, ValidationData
 
@@ -33,7 +34,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         """Refuse runs that are not finished, or have not seen the same."""
-        for run, kind in ((self.run, "ebt"), (self.twin, "ar")):
+        for run, kind in ((self.run, "ebt"), (self.twin, "dit" if of_images(self.run) else "ar")):
             if run.config.model.kind != kind:
                 raise UserError(f"{run.name} has model.kind = {run.config.model.kind}, {kind} is compared in its place")
             if not any(record["kind"] == "train" for record in run.records):

@@ -22,6 +22,7 @@ from ebwm_dist.inference.continuation import Continuation, RollOut, check_length
 from ebwm_dist.inference.sampling import choose
 from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.mcmc.build import Model
+from ebwm_dist.mcmc.diffusion import DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class Predictor:
     """
 
     def __init__(self, model: Model, config: Config, tokenizer: Tokenizer | None):
+        if isinstance(model, DiffusionModel):
+            raise UserError(
+                "a diffusion model predicts no next state by itself: use its methods `denoise` and `sample`"
+            )
         self.model, self.config, self.tokenizer = model.eval().requires_grad_(False), config, tokenizer
         self.device = next(model.parameters()).device
         self.layout = model.layout

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import landscapes, think
-from ebwm_dist.mcmc.build import Model
+from ebwm_dist.mcmc.build import NextStateModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.layers import KeysValues
@@ -97,7 +97,7 @@ class Sequences:
 
     def __init__(
         self,
-        model: Model,
+        model: NextStateModel,
         observed: Sequence[Tensor],
         thinking: Thinking,
         seeds: Sequence[int],

@@ -32,7 +32,7 @@ from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.cache import Prediction, Sequences
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import think_sequences
-from ebwm_dist.mcmc.build import Model, build_model
+from ebwm_dist.mcmc.build import NextStateModel, build_model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 IGNORED = -100
@@ -76,7 +76,7 @@ class EbwmOutput(ModelOutput):
 class Contexts:
     """What a call of `generate` has seen, and how it predicts."""
 
-    def __init__(self, model: Model, thinking: Thinking, max_context: int) -> None:
+    def __init__(self, model: NextStateModel, thinking: Thinking, max_context: int) -> None:
         self.model, self.thinking, self._max_context = model, thinking, max_context
         self._rows: list[list[int]] = []
         self._sequences: Sequences | None = None

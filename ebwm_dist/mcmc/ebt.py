@@ -138,7 +138,7 @@ class EnergyBasedTransformer(EnergyModel):
             targets = self.layout.targets(following)
         num_targets = num_targets * (len(observed) / fresh)
         context, positions = self.layout.context(observed), targets.shape[1]
-        recent = self.layout.most_recent(context[:fresh])
+        recent = self._recent(context[:fresh], targets[:fresh], sample_ids[:fresh])
         objective = Contrast if self.mcmc.objective == "contrastive" else Refinement
         refinement = objective(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
         parts = share.slices(positions, self.position_chunk, len(observed), observed.device)
@@ -179,13 +179,19 @@ class EnergyBasedTransformer(EnergyModel):
 
     @torch.no_grad()
     def refine_slices(
-        self, context: Tensor, num_steps: int, sample_ids: Tensor, needed: Tensor | None = None
+        self,
+        context: Tensor,
+        num_steps: int,
+        sample_ids: Tensor,
+        needed: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Iterator[tuple[Slice, Iterator[tuple[Tensor, Tensor]]]]:
         """Yield slices of the positions predicted from `context`, each with all that `refine` yields.
 
-        With a mask of the positions that are `needed` [B, S], on the CPU, only those are refined.
+        With a mask of the positions that are `needed` [B, S], on the CPU, only those are refined. Where states start
+        noised, it is from the `targets` [B, S, E] with noise.
         """
-        contexts, recent = self._contexts(context, num_steps), self.layout.most_recent(context)
+        contexts, recent = self._contexts(context, num_steps), self._recent(context, targets, sample_ids)
         for where in self.slices(self.layout.predicted(context), needed, context.device):
             initial = self.space.initial_state(sample_ids, self.seed, where, recent)
             yield where, self._refine(contexts, initial, num_steps, sample_ids, where)
@@ -204,7 +210,7 @@ class EnergyBasedTransformer(EnergyModel):
         mask = self.target_mask(targets)
         losses = torch.zeros(num_steps, len(observed), device=observed.device, dtype=self.space.state_dtype)
         energies = losses.new_zeros(num_steps + 1, len(observed))
-        for where, states in self.refine_slices(context, num_steps, sample_ids, needed):
+        for where, states in self.refine_slices(context, num_steps, sample_ids, needed, targets):
             part = slice(where.start, where.stop)
             own_targets, own_mask = where.take(targets[:, part]), where.take(mask[:, part])
             for step, (energy, state) in enumerate(states):
@@ -239,7 +245,8 @@ class EnergyBasedTransformer(EnergyModel):
         context, mask = self.layout.context(observed), self.target_mask(self.layout.targets(observed, targets))
         contexts = self._contexts(context, num_steps)
         total = torch.zeros(num_steps, device=observed.device, dtype=self.space.state_dtype)
-        for where, states in self.refine_slices(context, num_steps, sample_ids, mask.cpu()):
+        true = self.layout.targets(observed)
+        for where, states in self.refine_slices(context, num_steps, sample_ids, mask.cpu(), true):
             own = where.take(mask.to(observed.device)[:, where.start : where.stop])
             for step, (_, state) in zip(range(num_steps), states, strict=False):
                 landscape = self.transformer.landscape(step)
@@ -256,7 +263,8 @@ class EnergyBasedTransformer(EnergyModel):
         context, following = self.layout.context(observed), self.layout.targets(observed)
         mask = self.target_mask(self.layout.targets(observed, targets)).to(observed.device)
         contexts, landscape = self._contexts(context, 1), self.transformer.landscape(0)
-        recent, total = self.layout.most_recent(context), torch.zeros(2, device=observed.device, dtype=torch.float64)
+        recent = self._recent(context, following, sample_ids)
+        total = torch.zeros(2, device=observed.device, dtype=torch.float64)
         for where in self.slices(following.shape[1]):
             part = slice(where.start, where.stop)
             state = self.space.initial_state(sample_ids, self.seed, where, recent)
@@ -284,6 +292,13 @@ class EnergyBasedTransformer(EnergyModel):
         landscape = self.transformer.landscape(num_steps - 1)
         energy = self.transformer.energy(self.space.embed_state(state), contexts[landscape], landscape, start)
         yield self.layout.per_token(energy), state
+
+    def _recent(self, context: Tensor, targets: Tensor | None, sample_ids: Tensor) -> Tensor:
+        """Return what initial states may be made from [B, S, ...]: what was observed last, or noised targets."""
+        if self.mcmc.initial_state != "noised":
+            return self.layout.most_recent(context)
+        assert targets is not None, "a state that starts noised needs the true one"
+        return self.space.noised(targets, sample_ids, self.seed)
 
     def _contexts(self, observed: Tensor, num_steps: int) -> dict[int, KeysValues]:
         landscapes = {self.transformer.landscape(step) for step in range(num_steps)}

@@ -19,6 +19,9 @@ INITIAL = 0
 STEP_SIZE = 1
 SHUFFLE = -2
 LANGEVIN = 2
+# The level of the noise of a denoiser, and the class that training hides.
+LEVEL = -1
+CLASS = -2
 
 # Positions that share a generator: a short slice draws at most a block too many before it, and a whole sequence takes
 # few launches. A multiple of 16, below which torch's CPU kernel would draw by another rule.

@@ -88,6 +88,10 @@ class Space(nn.Module, ABC):
             return torch.zeros(shape, device=observed.device, dtype=self.state_dtype)
         return self._noise(seed, sample_ids, noise.INITIAL, where, observed.device)
 
+    def noised(self, targets: Tensor, sample_ids: Tensor, seed: int) -> Tensor:
+        """Return true states [B, S, ...] with the noise that predictions start with."""
+        raise NotImplementedError  # tokens have no noise
+
     def add_langevin_noise(
         self, state: Tensor, seed: int, sample_ids: Tensor, step: int, where: Slice, scale: float | None = None
     ) -> Tensor:

@@ -1,1 +1,1 @@
-"""Layers that carry tangents, the energy transformer, its autoregressive twins, FLOPs."""
+"""Layers that carry tangents, the energy transformer, its autoregressive and diffusion twins, FLOPs."""

@@ -28,6 +28,8 @@ def training_flops_per_token(
     the projection (none, where E = D):
 
     * autoregressive: 3 (F + M), M being that with the head, at targets only; embeddings that are projected: 2 M more.
+    * diffusion: 3 (F + 2 M) for the noised states, and for what is observed before them 3 F, whose last block only
+      makes keys and values, and 3 M.
     * energy-based, each MCMC step: 2 F (candidate and its gradient to the state) and 2 M (embedding, read-out); each
       step that is trained: 6 F (candidate and tangent, forward and backward) and 3 M, the gradients of those products,
       but only 4 of the 6 in the linear layers of blocks, which take the rest from the candidate pass (in a chain of
@@ -42,6 +44,9 @@ def training_flops_per_token(
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
         return 3 * (costs.stream + target_share * costs.head) + 2 * costs.projection
+    if config.kind == "dit":
+        seen = 1 - (config.block_size - config.prefix_length) / sequence_length
+        return 3 * (costs.stream + 2 * costs.head + costs.context + seen * costs.head)
     contexts = min(mcmc.num_steps, config.num_landscapes)
     steps = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
@@ -70,6 +75,8 @@ def recomputed_flops_per_token(
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
         return costs.stream
+    if config.kind == "dit":
+        return costs.stream + costs.context
     contexts, steps = min(mcmc.num_steps, config.num_landscapes), (mcmc.num_steps + mcmc.max_mcmc_steps) / 2
     trained = 1 if mcmc.loss == "last" and mcmc.gradient == "truncated" else steps
     reusing = 1 if mcmc.gradient == "full" else trained
@@ -95,6 +102,8 @@ def prediction_flops(
     costs = _costs(config, sequence_length)
     if config.kind == "ar":
         return costs.stream + costs.head + costs.projection
+    if config.kind == "dit":  # a step is one pass
+        return max(steps, 1) * (costs.stream + 2 * costs.head)
     return landscapes * (costs.context + costs.projection) + (2 * steps + measured) * (costs.stream + costs.product)
 
 
@@ -131,7 +140,7 @@ def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     linear = 2.0 * config.num_layers * matrices
     in_block = config.num_layers * 4.0 * size * config.dim if size > 1 else 0.0
     observed = 1.0  # tokens of the context for each predicted one: those of a twin's inputs are as many
-    if config.kind == "ebt":
+    if config.kind != "ar":
         observed += (config.prefix_length - size) / sequence_length
     context = observed * (stream - (block - 4.0 * config.dim**2))
     return _Costs(stream + energy, linear, context, head, product, observed * projection, in_block)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.models.candidate_attention import attend_by_matrices
-from ebwm_dist.models.linear import Kept, Linear, TangentLinear
+from ebwm_dist.models.linear import Kept, Linear, TangentLinear, ZeroLinear
 from ebwm_dist.models.passes import P, PassModule, T
 
 Rotary = tuple[Tensor, Tensor]
@@ -67,15 +67,15 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates made from the embedding of the MCMC step (adaLN, as in DiT)."""
+    """Shifts, scales and gates made from the embedding of the MCMC step (adaLN, as in DiT), at first 0 if `zero`."""
 
-    def __init__(self, dim: int, parts: int):
+    def __init__(self, dim: int, parts: int, zero: bool = False):
         super().__init__()
         self.parts = parts
-        self.linear = Linear(dim, parts * dim)
+        self.linear = (ZeroLinear if zero else Linear)(dim, parts * dim)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Return `parts` vectors [D] for the step embedding `condition` [D]."""
+        """Return `parts` vectors [D] for the step embedding `condition` [D], or [B, S, D] for such of each token."""
         return self.linear(F.silu(condition)).chunk(self.parts, dim=-1)
 
 
@@ -153,16 +153,26 @@ def silu_product_with_tangent(a: Tensor, da: Tensor, b: Tensor, db: Tensor) -> t
 
 
 class Block(PassModule):
-    """Pre-norm transformer block; `condition` is the step embedding [D] of the `adaln` variant, else None."""
+    """Pre-norm transformer block; `condition` is the step embedding [D] of the `adaln` variant, else None.
+
+    Of a diffusion model it is [B, S, D] or [B, 1, D], and its modulation starts from 0 (`zero`).
+    """
 
     def __init__(
-        self, dim: int, num_heads: int, hidden_dim: int, norm_eps: float, adaln: bool = False, block_size: int = 1
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        norm_eps: float,
+        adaln: bool = False,
+        block_size: int = 1,
+        zero: bool = False,
     ):
         super().__init__()
         self.attention_norm, self.ffn_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
         self.attention = Attention(dim, num_heads, block_size)
         self.feed_forward = FeedForward(dim, hidden_dim)
-        self.modulation = Modulation(dim, 6) if adaln else None
+        self.modulation = Modulation(dim, 6, zero) if adaln else None
 
     def compile_streams(self) -> None:
         """Compile each stream when it is first run."""
@@ -259,9 +269,9 @@ class Blocks(nn.ModuleList):
     checkpointing = False
     """Whether to keep only the inputs of each block and compute the rest again in the backward."""
 
-    def __init__(self, config: ModelConfig, adaln: bool = False):
+    def __init__(self, config: ModelConfig, adaln: bool = False, zero: bool = False):
         super().__init__(
-            Block(config.dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps, adaln, config.block_size)
+            Block(config.dim, config.num_heads, config.ffn_hidden_dim, config.norm_eps, adaln, config.block_size, zero)
             for _ in range(config.num_layers)
         )
         self.head_dim, self.rope_base = config.dim // config.num_heads, config.rope_base

@@ -44,6 +44,16 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class ZeroLinear(Linear):
+    """A linear layer that starts from 0."""
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 0."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class TangentLinear(Linear):
     """A linear layer without a bias, whose inputs may be candidates and their tangents."""
 

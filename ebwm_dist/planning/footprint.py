@@ -74,9 +74,9 @@ class FootprintModel:
     """The footprints of a configuration, for any micro-batch and slice."""
 
     def __init__(self, config: Config):
-        length, twin = config.data.sequence_length, config.model.kind == "ar"
+        length, one_pass = config.data.sequence_length, config.model.kind != "ebt"
         usual = _whole(config, config.training.position_chunk)
-        self._positions = (length, length) if twin else (_whole(config, usual // 2), _whole(config, 2 * usual))
+        self._positions = (length, length) if one_pass else (_whole(config, usual // 2), _whole(config, 2 * usual))
         self._blocks = {
             (layers, positions): _measure_blocks(config, layers, positions)
             for layers in _LAYERS
@@ -94,7 +94,7 @@ class FootprintModel:
         positions = min(_whole(config, training.position_chunk), share)
         slices = -(-share // positions)
         known = self._at(model.num_layers, positions)
-        if model.kind == "ar":
+        if model.kind != "ebt":
             of_twin = {what: known[f"{what} summed_loss"] for what in _MOVED}
             return Footprint(0.0, 0.0, rows * known["peak summed_loss"], 0.0, backwards=1.0, **of_twin)
         steps, chained = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2, mcmc.gradient == "full"
@@ -181,10 +181,10 @@ def _measure_blocks(config: Config, layers: int, positions: int) -> Quantities:
 
     The vocabulary of an energy model is left out of the bytes.
     """
-    length, width, twin = config.data.sequence_length, config.model.embedding_dim, config.model.kind == "ar"
-    vocabulary = config.model.vocab_size if twin or width is not None else _FEW_TOKENS
+    length, width, energies = config.data.sequence_length, config.model.embedding_dim, config.model.kind == "ebt"
+    vocabulary = config.model.vocab_size if not energies or width is not None else _FEW_TOKENS
     model = _meta_model(config, num_layers=layers, vocab_size=vocabulary)
-    if config.training.attention == "fused":
+    if energies and config.training.attention == "fused":
         model.fuse_attention()
     with torch.device("meta"):
         tokens = config.model.prefix_length + length

@@ -190,7 +190,7 @@ class Planner:
 
     def _settings(self, ranks: int) -> Iterator[Setting]:
         config, length = self.config, self.config.data.sequence_length
-        twin, batch = config.model.kind == "ar", config.training.global_batch_size
+        one_pass, batch = config.model.kind != "ebt", config.training.global_batch_size
         stages = [0, 1, 2] if config.training.compile else [0, 1, 2, 3]
         stages = [stage for stage in stages if ranks > 1 or stage == config.zero.stage or stage == 0]
         if config.zero.offload_parameters:
@@ -198,13 +198,13 @@ class Planner:
         elif config.zero.offload_optimizer:
             stages = [stage for stage in stages if stage]
         blocks, size = length // config.model.block_size, config.model.block_size
-        groups = [1] if twin else [group for group in _powers(blocks // 2) if ranks % group == 0]
+        groups = [1] if one_pass else [group for group in _powers(blocks // 2) if ranks % group == 0]
         for group in groups:
             if batch % (ranks // group):
                 continue
             of_group = batch // (ranks // group)
             micro_batches = [size for size in _divisors(of_group) if size <= 64]
-            chunks = [config.training.position_chunk] if twin else _chunks(-(-blocks // group), size)
+            chunks = [config.training.position_chunk] if one_pass else _chunks(-(-blocks // group), size)
             for values in product(stages, micro_batches, chunks, ("none", "block")):
                 stage, micro_batch, chunk, checkpointing = values
                 yield Setting(stage, micro_batch, chunk, group, checkpointing)

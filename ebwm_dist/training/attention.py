@@ -14,12 +14,12 @@ AUTO = "fused"
 
 
 def set_attention(config: Config, model: Model, device: torch.device) -> str | None:
-    """Let the candidates of `model` attend as configured; return a line that says how, or None for the twin.
+    """Let the candidates of `model` attend as configured; return a line that says how, or None without an energy.
 
     Raises:
         ConfigError: the kernels are demanded and do not work here.
     """
-    if config.model.kind == "ar":
+    if config.model.kind != "ebt":
         return None
     wanted = config.training.attention
     if (AUTO if wanted == "auto" else wanted) == "math":

@@ -16,9 +16,9 @@ from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.optimizer import lr_scale
 
 _REFUSED = ("model",)
-_ANNOUNCED = ("mcmc", "optimizer", "deepspeed")
+_ANNOUNCED = ("mcmc", "noise", "optimizer", "deepspeed")
 # Of the other sections; what the order of samples depends on is checked by the stream, the rest changes no result.
-_KEYS = {"training": ("max_steps",), "data": ("encoder", "encoder_weights", "min_crop_scale")}
+_KEYS = {"training": ("max_steps",), "data": ("encoder", "encoder_weights", "min_crop_scale", "class_dropout")}
 
 
 def resume_settings(config: Config) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class Trainer:
         self.peak_flops = None if peak is None else peak * self.world.world_size
         length, share = config.data.sequence_length, self.data.target_share
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, length, share)
-        unit = "token" if config.model.embedding_dim is None else "frame"
+        unit = "frame" if config.model.embedding_dim is not None and config.model.block_size == 1 else "token"
         shared = f"{self.share.count} of them on the positions of a sequence, " if self.share.count > 1 else ""
         self.log.log(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {self.world.world_size} x {name}, "
@@ -218,7 +218,7 @@ class Trainer:
             self.watchdog.beat(step, "forward/backward")
             plan: Any = self.model.plan(step, micro_step)
             output = self.model.training_step(
-                self.preprocess.augment(batch.observed, batch.sample_ids, config.seed, config.data.min_crop_scale),
+                self.preprocess.augment(batch, config.seed, config.data),
                 batch.sample_ids,
                 plan,
                 targets=batch.targets,

@@ -79,7 +79,7 @@ def _curvature(
         dp_rank=world.rank,
         dp_world_size=world.world_size,
     )
-    observed = preprocess(batch.observed)
+    observed = preprocess(batch.observed, batch.labels)
     mask = model.target_mask(model.layout.targets(observed, batch.targets))
     found = engine(model.curvature, observed, batch.sample_ids, config.mcmc.max_mcmc_steps, batch.targets)
     found = torch.cat((found, mask.sum().to(found)[None]))

@@ -12,7 +12,7 @@ from ebwm_dist.errors import ConfigError
 
 MODEL_KEYS = (
     "kind, variant, num_landscapes, embedding_dim, vocab_size, dim, num_layers, num_heads, ffn_multiplier, norm_eps, "
-    "rope_base, tie_embeddings, energy_head, add_most_recent, block_size, block_shape, prefix"
+    "rope_base, tie_embeddings, energy_head, add_most_recent, block_size, block_shape, prefix, num_classes"
 )
 
 
@@ -93,8 +93,8 @@ def test_accepted_values(tmp_path: Path, override: str, expected: object) -> Non
         ("model=3", f"model = 3: expected a section with the keys {MODEL_KEYS}"),
         ("model=", f"model = None: expected a section with the keys {MODEL_KEYS}"),
         ("deepspeed=3", "deepspeed = 3: expected a section"),
-        ("model.kind=gpt", "model.kind = gpt: allowed are 'ebt', 'ar'"),
-        ("model.kind=3", "model.kind = 3: allowed are 'ebt', 'ar'"),
+        ("model.kind=gpt", "model.kind = gpt: allowed are 'ebt', 'ar', 'dit'"),
+        ("model.kind=3", "model.kind = 3: allowed are 'ebt', 'ar', 'dit'"),
         ("wandb.mode=off", "wandb.mode = off: allowed are 'disabled', 'offline', 'online'"),
         ("zero.stage=4", "zero.stage = 4: allowed are 0, 1, 2, 3"),
         (

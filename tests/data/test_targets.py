@@ -87,7 +87,7 @@ def test_validation_batches_and_their_losses(words: Manifest) -> None:
 
     for batch in batches():
         check(batch, samples[batch.sample_ids.numpy()], words.token_format.pad_id)
-    sums = accumulate(evaluate, batches(), 1, lambda samples: samples)
+    sums = accumulate(evaluate, batches(), 1, lambda samples, labels: samples)
     assert sums is not None and sums.result().step_losses == [2.0]
     assert all(torch.equal(a, b.targets) for a, b in zip(given, batches(), strict=True))
     pad_id = words.token_format.pad_id

@@ -126,6 +126,20 @@ def test_blocks_see_themselves_and_may_have_no_context(kind: str, gradient: str,
     assert 0.95 * formula <= counter.total / (4 * length) <= (1.08 if gradient == "full" else 1.05) * formula
 
 
+def test_a_diffusion_model_of_images_takes_one_pass() -> None:
+    """What conditions the norms is left out: a vector for each image, and one for the context that it does not have."""
+    size, width = 8, 40
+    shape = ModelConfig(
+        kind="dit", embedding_dim=width, dim=128, num_heads=2, num_layers=3, block_size=size, prefix="none"
+    )
+    model = build_model(Config(model=shape, data=DataConfig(sequence_length=size)), pad_id=None)
+    with FlopCounter() as counter:
+        model.training_step(torch.randn(4, size, width), torch.arange(4))
+    conditions = 2 * 3 * 2 * (3 * 6 + 2 + 3) * 128**2 / size
+    formula = training_flops_per_token(shape, MCMCConfig(), size)
+    assert 0.95 < counter.total / (4 * size) / (formula + conditions) < 1.02
+
+
 def test_an_unknown_device_has_no_peak() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

@@ -31,7 +31,7 @@ def test_every_shipped_configuration_is_described(path: Path) -> None:
     config = load_config(path)
     text = describe(config)
     assert f"parameters: {count_parameters(config).total:,}" in text
-    unit = "token" if config.model.embedding_dim is None else "frame"
+    unit = "frame" if config.model.embedding_dim is not None and config.model.block_size == 1 else "token"
     assert f"training FLOPs per {unit}" in text and "ZeRO 3" in text
     assert ("copy of a save (checkpoint.asynchronous)" in text) == config.checkpoint.asynchronous
 

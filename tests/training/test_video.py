@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from ebwm_dist.config.loading import load_config
+from ebwm_dist.config.schema import DataConfig
 from ebwm_dist.data.format.sample_format import TokenFormat
 from ebwm_dist.data.loading.mixture import Mixture
+from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.encoders import build_encoder
 from ebwm_dist.encoders.preprocessing import (
     STATISTICS_FILE,
@@ -117,6 +119,10 @@ def test_data_sets_count_by_their_shares_in_the_statistics(tmp_path: Path) -> No
     assert std == pytest.approx((square - mean**2) ** 0.5)
 
 
+def batch_of(frames: torch.Tensor, ids: tuple[int, ...]) -> Batch:
+    return Batch(frames, torch.tensor(ids), [], torch.ones(len(ids), dtype=torch.bool))
+
+
 def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     """Of frames with a colour for each place and time: crops keep time, and are no larger than asked for."""
     ramp = torch.arange(32, dtype=torch.uint8)
@@ -126,7 +132,8 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     preprocess = FramePreprocessor(CPU, build_encoder("pixels:32"))
 
     def cropped(*ids: int, seed: int = 0) -> torch.Tensor:
-        return preprocess.decode(preprocess.augment(frames[: len(ids)], torch.tensor(ids), seed, 0.5)).int()
+        data = DataConfig(min_crop_scale=0.5)
+        return preprocess.decode(preprocess.augment(batch_of(frames[: len(ids)], ids), seed, data)).int()
 
     crops = cropped(0, 1, 2)
     assert torch.equal(crops[..., 2], frames[..., 2].int())
@@ -136,7 +143,7 @@ def test_crops_are_parts_of_their_clips_drawn_anew_for_every_id() -> None:
     assert (heights >= 7 * 14).all() and (heights <= 7 * 31).all() and len(set(heights.tolist())) == 3
     assert ((heights - widths).abs() <= 1).all()
     assert torch.equal(cropped(2), crops[2:]) and not torch.equal(cropped(2, seed=1), crops[2:])
-    assert torch.equal(preprocess.augment(frames, torch.arange(3), 0, 1.0), preprocess(frames))
+    assert torch.equal(preprocess.augment(batch_of(frames, (0, 1, 2)), 0, DataConfig()), preprocess(frames))
 
 
 @pytest.mark.parametrize(
