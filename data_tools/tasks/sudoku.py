@@ -42,15 +42,23 @@ GRIDS = list(solutions({}))
 """All 288 filled grids."""
 
 
-def document(random_: random.Random, least: int, most: int) -> dict[str, Any]:
-    """Return one document with a number of blanks from `least` to `most`."""
-    grid, wanted = random_.choice(GRIDS), random_.randint(least, most)
+def puzzle(
+    random_: random.Random, least: int, most: int, grids: list[dict[tuple[int, int], int]] = GRIDS
+) -> tuple[dict[tuple[int, int], int], list[tuple[int, int]], dict[tuple[int, int], int]]:
+    """Return the given digits, the blank cells, from `least` to `most` where as many can be, and a grid of `grids`."""
+    grid, wanted = random_.choice(grids), random_.randint(least, most)
     digits = dict(grid)
     blanks: list[tuple[int, int]] = []
     for cell in random_.sample(CELLS, len(CELLS)):
         fewer = {one: digit for one, digit in digits.items() if one != cell}
         if len(blanks) < wanted and len(list(itertools.islice(solutions(fewer), 2))) == 1:
             digits, blanks = fewer, [*blanks, cell]
+    return digits, blanks, grid
+
+
+def document(random_: random.Random, least: int, most: int) -> dict[str, Any]:
+    """Return one document with a number of blanks from `least` to `most`."""
+    digits, blanks, grid = puzzle(random_, least, most)
 
     def name(cell: tuple[int, int]) -> str:
         return "abcd"[cell[0]] + "abcd"[cell[1]]
