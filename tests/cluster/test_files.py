@@ -135,7 +135,7 @@ def driven(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
     from ebwm_dist.cluster import __main__, driver
 
     found: list[Config] = []
-    monkeypatch.setattr(driver, "run", lambda config: found.append(config) or 0)
+    monkeypatch.setattr(driver, "run", lambda config, hardware: found.append(config) or int(hardware))
     monkeypatch.setattr(sys, "argv", ["cluster", *arguments])
     for name in __main__.ENVIRONMENT:
         monkeypatch.setenv(name, os.environ.get(name, ""))
@@ -153,7 +153,8 @@ def submitted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
         def __init__(self, address: str) -> None:
             assert address.startswith("http://")
 
-        def submit(self, config: Config, name: str | None, installed: bool, variables: object) -> tuple[str, str]:
+        def submit(self, config: Config, name: object, installed: bool, variables: object, hardware: bool) -> Any:
+            assert not hardware
             found.append(config)
             return "", "finished already"
 
