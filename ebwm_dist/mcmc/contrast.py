@@ -15,6 +15,7 @@ Shapes: B batch, S positions, C positions refined together, of c states, D width
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,9 +46,10 @@ class Contrast(Refinement):
             self.losses[step] += loss
 
         landscape = self.landscapes[-1]
-        true_states = [targets, *(where.take(x[:, part]) for x in self._shuffled())]
+        true_states = [targets, *(where.take(x[:, part]) for x in self.shuffled)]
         # The true state somewhere else is no negative, nor is padding.
-        absent = torch.stack([padding & False, *(self._same(x, targets) for x in true_states[1:]), padding & False])
+        never = torch.zeros_like(padding)
+        absent = torch.stack([never, *(self._same(x, targets) for x in true_states[1:]), never])
         passes = [(model.energy_of_observed, x) for x in true_states] + [(model.energy_of_state, state)]
         context = self._context(landscape, where.stop, requires_grad=False)
         with torch.no_grad():
@@ -67,8 +69,9 @@ class Contrast(Refinement):
     def _loss(self, losses: Tensor) -> Tensor:
         return self.contrast * self.scale
 
-    def _shuffled(self) -> list[Tensor]:
-        """Return for every position an observed state from elsewhere in its sample, as often as configured [B, S, ...].
+    @cached_property
+    def shuffled(self) -> list[Tensor]:
+        """For every position an observed state from elsewhere in its sample, as often as configured [B, S, ...].
 
         They are taken from what all processes have that share the sample's positions: all states but the last.
         """
