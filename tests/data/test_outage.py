@@ -122,7 +122,8 @@ def test_an_outage_is_logged_once_when_it_begins_and_once_when_it_is_over(
     pauses = on_pause(monkeypatch, 8, end)
     assert read(server, cache) == (tiny.folder / "manifest.json").read_bytes()
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
-    began, ended = [record.getMessage() for record in caplog.records if record.name.startswith("ebwm_dist")]
+    lines = [record.getMessage() for record in caplog.records]
+    began, ended = [line for line in lines if server.url in line]  # a reader of an earlier test may log its own outage
     assert began.startswith(f"cannot fetch {server.url}/manifest.json (") and "data.fetch_timeout = 300 s" in began
     assert ended.startswith(f"{server.url}/manifest.json is reachable again")
     assert reasons[0] is not None and began.startswith(reasons[0]) and cache.outage() is None
