@@ -7,7 +7,6 @@ returns for tensors of the same shapes is remembered, and weights are not drawn.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -40,14 +39,21 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = self.operations = 0
         self.seen: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled inside: importing the compiler would take longer than all that is measured."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = _run(func, args, kwargs or {})
+        output, fresh = _run(func, args, kwargs or {})
         self.operations += 1
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}  # a view of it is not new
-        for tensor in _tensors(output):
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.seen and key not in given:
+        made = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in _tensors(output))}
+        if not fresh:  # a view of what is given is not new
+            for tensor in _tensors((args, kwargs)):
+                made.pop(tensor.untyped_storage()._cdata, None)
+        for key, storage in made.items():
+            if key not in self.seen:
+                size = storage.nbytes()
                 self.seen.add(key)
                 self.now += size
                 weakref.finalize(storage, self._freed, key, size)
@@ -59,19 +65,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operation; one that makes new tensors on the meta device is run once for each kind of input."""
+def _run(func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """Run an operation; one that makes new tensors on the meta device is run once for each kind of input.
+
+    Returns its output, and whether that is known to be new.
+    """
     if not _makes_tensors(func):
-        return func(*args, **kwargs)
+        return func(*args, **kwargs), False
     try:
         key = (func, _kind(args), _kind(kwargs))
         found = _known.get(key)
     except TypeError:  # a tensor that is somewhere else, or something that cannot be a key
-        return func(*args, **kwargs)
+        return func(*args, **kwargs), False
     if found is not None:
         several, likes = found
         made = [torch.empty_strided(size, strides, dtype=dtype, device="meta") for size, strides, dtype in likes]
-        return made[0] if several is None else several(made)
+        return made[0] if several is None else several(made), True
     output = func(*args, **kwargs)
     several, made = (None, [output]) if isinstance(output, Tensor) else (type(output), output)
     given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
@@ -79,7 +88,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         type(x) is Tensor and x.is_meta and x.untyped_storage()._cdata not in given for x in made
     ):
         _known[key] = several, [(x.shape, x.stride(), x.dtype) for x in made]
-    return output
+    return output, False
 
 
 @cache
@@ -107,12 +116,19 @@ def _kind(value: Any) -> Any:
     return type(value), value
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested containers."""
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested containers."""
+    found: list[Tensor] = []
+    _add_tensors(tree, found)
+    return found
+
+
+def _add_tensors(tree: Any, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
-        yield tree
+        found.append(tree)
     elif isinstance(tree, (list, tuple)):
         for inner in tree:
-            yield from _tensors(inner)
+            _add_tensors(inner, found)
     elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
+        for inner in tree.values():
+            _add_tensors(inner, found)
