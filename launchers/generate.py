@@ -7,7 +7,7 @@ images make new ones from noise, which `--out` shows: `... --checkpoint runs/ima
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import to_json
@@ -37,7 +37,9 @@ def main() -> None:
     )
     images = parser.add_argument_group("images (also --samples, of each class, and --out)")
     images.add_argument("--class", dest="class_name", help="name of the only class, or none; default: a row of each")
-    images.add_argument("--passes", type=positive_integer, help="steps from noise to image; default: as trained, or 50")
+    images.add_argument(
+        "--passes", type=positive_integer, help="also of video: steps of a state; default: as trained, or 50"
+    )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token (default)")
     sampling.add_argument("--top-k", type=int)
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         print(generate_pictures(opened, args.out, args.samples, **sizes))
         return
     if opened.config.model.embedding_dim is not None:
-        roll_out(args, opened, thinking)
+        roll_out(args, opened, thinking if args.passes is None else replace(thinking, steps=args.passes))
         return
     predictor = Predictor(opened.model, opened.config, opened.tokenizer)
     streamed = len(args.prompt) == 1 and not args.json

@@ -1,8 +1,9 @@
 """Features that meet: samples of every format, from every source, in everything that is done with a run.
 
 {text, prompts, latents, clips} x {one data set, mixture, remote} x {train, resume, resume on other ranks, evaluate,
-follow, generate, export} x {run folder, checkpoint, export}. What does not apply is refused with one line, and that is
-tested too. All runs are trained once for all test processes.
+follow, generate, export} x {run folder, checkpoint, export}, and some more: text and frames in blocks, and a diffusion
+model of these frames. What does not apply is refused with one line, and that is tested too. All runs are trained once
+for all test processes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ data: {shuffle_window: 2, log_sample_ids: true}
 validation: {interval: 4, max_sequences: 4}
 checkpoint: {interval: 100}
 """
+PATCHES = [
+    *("model.embedding_dim=3", "model.block_size=4", "model.block_shape=[2,2]", "model.prefix=block"),
+    *("data.encoder=pixels:2/1", f"data.sequence_length={4 * (FRAMES - 1)}"),
+]
 OF_FORMAT = {
     "text": ["model.vocab_size=320", "data.sequence_length=16"],
     "prompts": [
@@ -63,9 +68,14 @@ OF_FORMAT = {
         "model.add_most_recent=true",
     ],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
+    "patches": [*PATCHES, "mcmc.initial_state=most_recent_embedding", "mcmc.corrupted_share=0.5"],
+    "diffusion": [*PATCHES, "model.kind=dit"],
     "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
 }
-EVERY_RUN = [*((samples, source) for samples in FORMATS for source in SOURCES), ("blocks", "mixture")]
+EVERY_RUN = [
+    *((samples, source) for samples in FORMATS for source in SOURCES),
+    *((samples, "mixture") for samples in ("blocks", "patches", "diffusion")),
+]
 every_run = pytest.mark.parametrize(("samples", "source"), EVERY_RUN)
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -91,7 +101,7 @@ def make_data(folder: Path) -> None:
 
 def overrides(folder: Path, samples: str, source: str, run_dir: str, *more: str) -> list[str]:
     """Return the settings of a run."""
-    of = folder / ("text" if samples == "blocks" else samples)
+    of = folder / {"blocks": "text", "patches": "clips", "diffusion": "clips"}.get(samples, samples)
     a, b = of / "a", of / "b"
     shares = f"{a}: [[0, 3], [30000, 1]], {b}: [[0, 0], [10000, 1]]" if samples == "prompts" else f"{a}: 2, {b}: 1"
     data = {

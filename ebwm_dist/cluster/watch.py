@@ -101,7 +101,7 @@ def _figures(status: RunStatus) -> RenderableType:
         if (gap := energy_gap(last)) is not None:
             gaps = [value for record in status.train if (value := energy_gap(record)) is not None]
             grid.add_row("energy gap", f"{_number(gap)}  {sparks(gaps, 40)}")
-        unit = "tokens" if status.config.model.embedding_dim is None else "frames"
+        unit = f"{status.config.model.unit}s"
         memory = f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"
         mfu = f"MFU {100 * last['mfu']:.1f} %, " if last["mfu"] else ""  # null, or 0 in older runs
         speed = f"{si(last['tokens_per_second'])} {unit}/s, {mfu}{memory}"

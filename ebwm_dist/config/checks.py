@@ -160,6 +160,11 @@ def _mcmc(config: Config) -> Problems:
     if model.embedding_dim is not None and mcmc.update != "probabilities":
         frames = f"frames of model.embedding_dim = {model.embedding_dim}"
         yield "mcmc.update", f"{frames} have no logits to update; leave it out"
+    if mcmc.corrupted_share and (
+        mcmc.initial_state != "most_recent_embedding" or model.prefix_length != model.block_size
+    ):
+        needed = "needs mcmc.initial_state = 'most_recent_embedding' and samples that begin with a frame"
+        yield "mcmc.corrupted_share", f"{needed} (model.prefix = 'block'); 0 corrupts none"
     if mcmc.step_size == "auto" and (model.energy_head != "bilinear" or model.embedding_dim is not None):
         known = "is known to be near the best only of text with model.energy_head = 'bilinear'"
         yield "mcmc.step_size", f"{known}; give a number, which launchers/tune.py finds"

@@ -74,6 +74,11 @@ class ModelConfig:
         return self.block_shape or [self.block_size]
 
     @property
+    def unit(self) -> str:
+        """Name of what is counted: frames, where each is one embedding, otherwise tokens."""
+        return "token" if self.embedding_dim is None or self.block_size > 1 else "frame"
+
+    @property
     def ffn_hidden_dim(self) -> int:
         """Hidden width of the feed-forward."""
         return int(self.ffn_multiplier * self.dim)
@@ -119,6 +124,8 @@ class MCMCConfig:
     """Initial state of a prediction: drawn from N(0, 1), zeros, or what was observed last: a copy of the embedding, or
     logits that are `initial_sharpness` for the token and 0 for all others; or `noised`: the true embedding with noise
     of the levels of `noise`, which the model learns to remove."""
+    corrupted_share: float = number(0.0, at_least=0, at_most=1)
+    """Share of the predictions that training starts at another frame of the sample instead of the last."""
     initial_sharpness: float = number(10.0, above=0)
     """Logit of the last observed token, where `initial_state` is `most_recent_token`."""
     replay_size: int = number(0, at_least=0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ebwm_dist.config.schema import Config, DataConfig
+from ebwm_dist.config.schema import Config, DataConfig, ModelConfig
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.data.format.reader import ShardReader
 from ebwm_dist.data.format.sample_format import ClipFormat, LatentFormat, SampleFormat, TokenFormat, split_labels
@@ -119,6 +119,11 @@ class FramePreprocessor:
         """Encode frames `[B, F, H, W, 3]` to embeddings `[B, F, E]` that are not normalised."""
         assert self.encoder is not None
         return self.encoder.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    def frames_are_states(self, model: ModelConfig) -> bool:
+        """Return whether a model predicts whole frames, each as one state, after a first one that is only observed."""
+        sizes = {self.frame_tokens, model.block_size, model.prefix_length}
+        return model.embedding_dim is not None and not model.num_classes and len(sizes) == 1
 
     @property
     def decodable(self) -> bool:

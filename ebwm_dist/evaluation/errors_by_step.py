@@ -16,7 +16,6 @@ import torch
 from ebwm_dist.config.services import EvaluationConfig
 from ebwm_dist.evaluation.frames import FrameErrors, frame_errors
 from ebwm_dist.evaluation.losses import Sums, accumulate
-from ebwm_dist.models.block_layout import TOKENS
 from ebwm_dist.run import Run, ValidationData
 
 
@@ -26,7 +25,7 @@ class ErrorsByStep:
 
     sums: Sums
     frames: FrameErrors | None
-    """Of video, whose frames are single tokens."""
+    """Of video."""
     trained_steps: int
     """MCMC steps that training takes at most."""
     tokens_per_byte: float | None
@@ -45,10 +44,12 @@ def measure(
     """Measure the rank's part of at most `max_sequences` held-out sequences."""
     steps = max(max_mcmc_steps, run.trained_steps) if run.config.model.kind == "ebt" else 1
     part = (batch_size, max_sequences, rank, world_size)
-    sums = accumulate(run.model.evaluate, data.batches(*part), steps, data.preprocess, layout=run.model.layout)
+    model, preprocess = run.model, data.preprocess
+    kind = {"layout": model.layout, "loss_of": model.loss_of}
+    sums = accumulate(model.evaluate, data.batches(*part), steps, preprocess, **kind)
     assert sums is not None
     frames = None
-    if run.config.model.embedding_dim is not None and run.model.layout == TOKENS:
+    if data.preprocess.frames_are_states(run.config.model):
         frames = frame_errors(run.model, data.batches(*part), steps, data.preprocess)
     sums = Sums(*(tensor.cpu() for tensor in sums))
     return ErrorsByStep(sums, frames, run.trained_steps, data.tokens_per_byte(max_sequences))

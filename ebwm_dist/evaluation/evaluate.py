@@ -21,7 +21,8 @@ from ebwm_dist.evaluation.options import Options
 from ebwm_dist.evaluation.reasoning import Reasoning
 from ebwm_dist.evaluation.report import render
 from ebwm_dist.evaluation.suite import Suite
-from ebwm_dist.evaluation.summary import Pair, write_summary
+from ebwm_dist.evaluation.summary import Pair, write_text_summary
+from ebwm_dist.evaluation.video_summary import check_twins, write_video_summary
 from ebwm_dist.files import printable, write_atomically, write_json
 from ebwm_dist.inference.images import of_images
 from ebwm_dist.run import Run
@@ -71,7 +72,7 @@ def summarise_runs(
 ) -> list[Path]:
     """Compare a run with its twins on all held-out data; rank 0 prints, writes and returns summary and picture.
 
-    Where answers have a difficulty their accuracy is compared, otherwise errors, with a single twin.
+    Where answers have a difficulty their accuracy is compared, otherwise errors; of text with a single twin.
     """
     started = time.perf_counter()
     with same_on_all_ranks():
@@ -79,22 +80,29 @@ def summarise_runs(
         pairs = [Pair(run, Run(baseline, world.device)) for baseline in baselines]
         target = _target(run, out, ".")
         data = run.validation_data(folder)
-        reasoning = pairs[0].unit == "tokens" and has_difficulties(data.batches(options.batch_size, data.samples))
-        if not reasoning and len(pairs) > 1:
+        text = pairs[0].unit == "tokens"
+        reasoning = text and has_difficulties(data.batches(options.batch_size, data.samples))
+        if len(pairs) > 1 and text and not reasoning:
             raise UserError(f"{data.mixture.name} has no answers with a difficulty: name one --baseline")
+        check_twins(pairs if not text else [])
         comparison = Reasoning.of(pairs, data) if reasoning else None
     if of_images(run):
         return summarise_denoising(pairs[0], data, options.batch_size, target, world)
     options = replace(options, max_sequences=data.samples, only_errors=True)
-    if comparison is not None:
-        options = replace(options, steps=comparison.steps)
-        runs = [run, *comparison.twins.values()]
-        found = [measure_runs([one], folder, options, world)["model"] for one in runs]
+    options = replace(options, steps=pairs[0].steps if comparison is None else comparison.steps)
+    if text and comparison is None:
+        (pair,) = pairs
+        evaluation = measure_runs([run, pair.twin], folder, options, world)
         spent = time.perf_counter() - started
-        return comparison.write(found[0], found[1:], spent, target) if world.rank == 0 else []
-    (pair,) = pairs
-    evaluation = measure_runs([run, pair.twin], folder, replace(options, steps=pair.steps), world)
-    return write_summary(pair, data, evaluation, time.perf_counter() - started, target) if world.rank == 0 else []
+        return write_text_summary(pair, data, evaluation, spent, target) if world.rank == 0 else []
+    twins = [pair.twin for pair in pairs] if comparison is None else [*comparison.twins.values()]
+    own, *others = (measure_runs([one], folder, options, world)["model"] for one in (run, *twins))
+    spent = time.perf_counter() - started
+    if world.rank != 0:
+        return []
+    if comparison is not None:
+        return comparison.write(own, others, spent, target)
+    return write_video_summary(pairs, data, own, others, spent, target)
 
 
 def measure_runs(runs: list[Run], folder: str | None, options: Options, world: World) -> dict[str, Any]:
@@ -119,7 +127,8 @@ def measure_runs(runs: list[Run], folder: str | None, options: Options, world: W
     }
     for other in others:
         evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, world, log).run()
-        evaluation["equal_flops"] = equal_flops(model["model"], evaluation["baseline"]["model"])
+        if (described := evaluation["baseline"]["model"])["loss_of"] == model["model"]["loss_of"]:
+            evaluation["equal_flops"] = equal_flops(model["model"], described)
     return evaluation
 
 

@@ -2,7 +2,10 @@
 
 A frame that starts another scene cannot be foreseen and does not count.
 
-Shapes: K MCMC steps, B clips, S predicted frames of each, E width of an embedding, N frames of H x W pixels.
+A frame is a state of P tokens, one or the patches of a picture; its errors are means over them.
+
+Shapes: K MCMC steps, B clips of F frames, S = F - 1 predicted, E width of a token, N frames of H x W pixels. Frames
+[B, S P, E] are those of all tokens, one frame after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.uncertainty import mean_and_error
 from ebwm_dist.mcmc.build import Model
+from ebwm_dist.mcmc.diffusion import SAMPLING_PASSES, DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.slices import Slice
 
@@ -27,6 +31,8 @@ WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
 SCENE_CHANGE = 40.0
 """Mean difference of two frames, of 255, from which on the second is taken for the start of another scene."""
+PASSES = (1, 3, 10, SAMPLING_PASSES)
+"""Numbers of passes in which a diffusion model predicts."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,15 @@ def frame_errors(model: Model, batches: Iterable[Batch], num_steps: int, preproc
 
 @torch.no_grad()
 def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreprocessor) -> FrameErrors:
-    observed = preprocess(batch.observed)
+    observed, mean = preprocess(batch.observed), model.layout.mean
     truth, sample_mask = model.layout.targets(observed), batch.sample_mask.to(observed.device)[:, None]
     kept = ~scene_changes(preprocess, observed)
     pictures = preprocess.decode(truth).float() if preprocess.decodable else None
     sums = {}
     for name, predicted, _ in predictions(model, observed, batch.sample_ids, num_steps):
         errors = {
-            "mse": (predicted - truth).square().mean(2),
-            "smooth_l1": F.smooth_l1_loss(predicted, truth, reduction="none").mean(2),
+            "mse": mean((predicted - truth).square().mean(2)),
+            "smooth_l1": mean(F.smooth_l1_loss(predicted, truth, reduction="none").mean(2)),
         }
         if pictures is not None:
             decoded = preprocess.decode(predicted).float()
@@ -97,10 +103,10 @@ def _errors(model: Model, batch: Batch, num_steps: int, preprocess: FramePreproc
 def predictions(
     model: Model, observed: Tensor, sample_ids: Tensor, num_steps: int
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield name, prediction [B, S, E] and energy [B, S] of the frames after the first of `observed`.
+    """Yield name, prediction [B, S P, E] and energy [B, S] of the frames after the first of `observed` [B, F P, E].
 
-    The names are `copy`, and of an energy-based model `0` for the initial state and the number of each step for the
-    state after it; an autoregressive model has one prediction, `1`.
+    The names are `copy`, and numbers: of an energy-based model of MCMC steps, `0` for the initial state; of a diffusion
+    model of passes, those of `PASSES`; an autoregressive model has one prediction, `1`.
     """
     context = model.layout.context(observed)
     recent = model.layout.most_recent(context)
@@ -108,7 +114,10 @@ def predictions(
     if isinstance(model, EnergyBasedTransformer):
         start = model.space.initial_state(sample_ids, model.seed, Slice(0, recent.shape[1]), recent)
         for step, (energy, state) in enumerate(model.refine(context, start, num_steps, sample_ids)):
-            yield str(step), state, energy
+            yield str(step), state, model.layout.mean(energy)
+    elif isinstance(model, DiffusionModel):
+        for passes in PASSES:
+            yield str(passes), model.sample(context, sample_ids, model.seed, passes), None
     else:
         yield "1", model.predict(context).float(), None
 
@@ -116,7 +125,8 @@ def predictions(
 def scene_changes(preprocess: FramePreprocessor, observed: Tensor) -> Tensor:
     """Return which of the frames but the first start another scene [B, S]; without pictures, none."""
     if not preprocess.decodable:
-        return torch.zeros(len(observed), observed.shape[1] - 1, dtype=torch.bool, device=observed.device)
+        frames = observed.shape[1] // preprocess.frame_tokens
+        return torch.zeros(len(observed), frames - 1, dtype=torch.bool, device=observed.device)
     return preprocess.decode(observed).float().diff(dim=1).abs().mean((2, 3, 4)) > SCENE_CHANGE
 
 

@@ -28,7 +28,7 @@ class Result:
 
     step_losses: list[float]
     """Cross-entropy in nats, or SmoothL1 of embeddings, after each MCMC step [K]; one value for an autoregressive
-    model."""
+    model, and for a diffusion model, the squared error of the noise that it finds."""
     energies: list[float] | None
     """Energy of the initial state and after each step [K + 1]; None for an autoregressive model."""
     standard_errors: list[float]
@@ -107,6 +107,7 @@ def accumulate(
     preprocess: Callable[[Tensor, Tensor | None], Tensor],
     proceed: Callable[[], bool] = lambda: True,
     layout: BlockLayout = TOKENS,
+    loss_of: str = "predictions",
 ) -> Sums | None:
     """Evaluate a model at `num_steps` MCMC steps on the batches of this process.
 
@@ -117,6 +118,7 @@ def accumulate(
         preprocess: of the samples of a batch, to the states that the model observes.
         proceed: called before each batch; where it returns False the result is None.
         layout: of the samples.
+        loss_of: what the model's losses are of; only those of predictions have copies of the last frame beside them.
     """
     total: Sums | None = None
     for batch in batches:
@@ -125,7 +127,7 @@ def accumulate(
         observed = preprocess(batch.observed, batch.labels)
         found = evaluate(observed, batch.sample_ids, num_steps, batch.targets)
         # What samples with classes begin with is no frame that could be copied.
-        copied = None if batch.labels is not None else layout
+        copied = None if batch.labels is not None or loss_of != "predictions" else layout
         sums = _sums(found, observed, batch.sample_mask, copied)
         total = sums if total is None else total.plus(sums)
     assert total is not None, "no validation batch"

@@ -1,10 +1,11 @@
 """The pictures that the quickstarts end with: curves of text, and predicted frames of video with their errors.
 
-Shapes: B clips, F frames of H x W pixels, S predicted frames of a clip, E width of an embedding, K MCMC steps.
+Shapes: F frames of a clip, H x W pixels, P tokens of a frame, E width of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,23 @@ from ebwm_dist.run import Run, ValidationData
 
 CLIPS, CONTEXT = 3, 3
 """Clips that are shown, and observed frames of each."""
-BLUE, ORANGE, GREEN, GRAY = "tab:blue", "tab:orange", "tab:green", "0.6"
+BLUE, ORANGE, GREEN, PURPLE, GRAY = "tab:blue", "tab:orange", "tab:green", "tab:purple", "0.6"
 _BATCH_SIZE = 32
+
+
+class Twin(NamedTuple):
+    """How a model is shown that the energy model is compared with."""
+
+    name: str
+    short: str
+    color: str
+
+
+TWINS = {
+    "ar": Twin("autoregressive twin", "AR twin", ORANGE),
+    "dit": Twin("diffusion twin", "diffusion twin", PURPLE),
+}
+"""By their `model.kind`."""
 
 
 class Panel(NamedTuple):
@@ -65,44 +81,52 @@ def draw_text(run: Run, twin: Run, evaluation: dict[str, Any], unigram: float, p
 
 
 @torch.no_grad()
-def panels(run: Run, twin: Run, data: ValidationData) -> list[list[Panel]]:
-    """Return the predictions of both models for the last frame of some clips, from much motion to little."""
+def panels(run: Run, twins: Sequence[Run], data: ValidationData) -> list[list[Panel]]:
+    """Return the predictions of all models for the last frame of some clips, from much motion to little."""
     preprocess = data.preprocess
     if not preprocess.decodable:
         return []
     clips: list[tuple[float, torch.Tensor, int]] = []
     for batch in data.batches(_BATCH_SIZE, data.samples):
         observed = preprocess(batch.observed[batch.sample_mask])
-        motions = (observed[:, -1] - observed[:, -2]).square().mean(-1).tolist()
+        *_, before, last = observed.unflatten(1, (-1, preprocess.frame_tokens)).unbind(1)
+        motions = (last - before).square().mean((1, 2)).tolist()
         foreseeable = (~scene_changes(preprocess, observed)[:, -1]).tolist()
         found = zip(motions, observed, batch.sample_ids[batch.sample_mask].tolist(), foreseeable, strict=True)
         clips += [(motion, clip, number) for motion, clip, number, shown in found if shown]
     clips.sort(key=lambda clip: -clip[0])
-    return [_row(run, twin, data, *clip) for clip in clips[:: max(1, len(clips) // (4 * CLIPS))][:CLIPS]]
+    return [_row(run, twins, data, *clip) for clip in clips[:: max(1, len(clips) // (4 * CLIPS))][:CLIPS]]
 
 
-def _row(run: Run, twin: Run, data: ValidationData, motion: float, clip: torch.Tensor, number: int) -> list[Panel]:
-    """Return the panels of a clip [S+1, E] by its number in the held-out data."""
-    decode, observed, ids = data.preprocess.decode, clip[None], torch.tensor([number])
-    *context, last, truth = decode(observed)[0, -CONTEXT - 1 :].cpu().numpy()
+def _row(
+    run: Run, twins: Sequence[Run], data: ValidationData, motion: float, clip: torch.Tensor, number: int
+) -> list[Panel]:
+    """Return the panels of a clip [F P, E] by its number in the held-out data."""
+    preprocess, observed, ids = data.preprocess, clip[None], torch.tensor([number])
+    last_frame = slice(-preprocess.frame_tokens, None)
+    *context, last, truth = preprocess.decode(observed)[0, -CONTEXT - 1 :].cpu().numpy()
     row = [Panel(f"t - {len(context) - n}", frame, "", GRAY) for n, frame in enumerate(context)]
     row.append(Panel("t (last seen)", last, "", GRAY))
     row.append(Panel("t + 1: truth", truth, f"copying: error {motion:.4f}", GREEN))
     before = 0.0
-    for model, steps in ((run.model, run.trained_steps), (twin.model, 1)):
-        for name, predicted, energies in predictions(model, observed, ids, steps):
+    for one, steps in ((run, run.trained_steps), *((twin, 1) for twin in twins)):
+        shown = []
+        for name, predicted, energies in predictions(one.model, observed, ids, steps):
             if name == "copy":
                 continue
-            error = f"error {(predicted[0, -1] - clip[-1]).square().mean().item():.4f}"
-            frame = decode(predicted[:, -1])[0].cpu().numpy()
+            found = predicted[:, last_frame]
+            note = f"error {(found[0] - clip[last_frame]).square().mean().item():.4f}"
             if energies is None:
-                row.append(Panel("AR twin", frame, error, ORANGE))
+                _, title, color = TWINS[one.config.model.kind]
             else:
+                title, color = f"EBWM, step {name}", BLUE
                 energy = energies[0, -1].item()
-                if name != "0":
-                    change = f"energy {before:.2f} \N{RIGHTWARDS ARROW} {energy:.2f}"
-                    row.append(Panel(f"EBWM, step {name}", frame, f"{error}\n{change}", BLUE))
+                note += f"\nenergy {before:.2f} \N{RIGHTWARDS ARROW} {energy:.2f}"
                 before = energy
+            shown.append(Panel(title, preprocess.decode(found)[0, 0].cpu().numpy(), note, color))
+        row += (
+            shown[1:] if one is run else shown[-1:]
+        )  # not where the steps begin; of a diffusion model the most passes
     return row
 
 
@@ -135,11 +159,12 @@ def _draw_errors(axes: Any, summary: dict[str, Any]) -> None:
     bars = [200 * entry["mse_minus_copy"][1] / copied for entry in by_steps.values()]
     axes.errorbar(steps, shares, bars, fmt="o-", color=BLUE, capsize=3, label="EBWM (2 standard errors)")
     axes.axhline(100, color="0.4", linestyle="--", label="copy of the last frame")
-    twin = 100 * summary["ar"]["mse"] / copied
-    if twin < 3 * max(*shares, 100):
-        axes.axhline(twin, color=ORANGE, label="autoregressive twin")
-    else:
-        axes.plot([], [], color=ORANGE, label=f"autoregressive twin: {twin:,.0f} %")
+    for kind, twin in TWINS.items():
+        share = 100 * summary[kind]["mse"] / copied if kind in summary else None
+        if share is not None and share < 3 * max(*shares, 100):
+            axes.axhline(share, color=twin.color, label=twin.name)
+        elif share is not None:
+            axes.plot([], [], color=twin.color, label=f"{twin.name}: {share:,.0f} %")
     axes.axvline(summary["ebwm"]["trained_steps"], color="0.7", linestyle=":", label="trained number of steps")
     axes.set(title="Squared error of the next frame", xlabel="MCMC steps", ylabel="% of copying", xticks=steps)
     axes.legend(fontsize=8)

@@ -30,7 +30,10 @@ Preprocess = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Table:
-    """Columns [R, S] in float64, on the CPU and the same on every rank; sequences in the order of their ids."""
+    """Columns [R, S] in float64, on the CPU and the same on every rank; sequences in the order of their ids.
+
+    Where embeddings are the tokens of states, S is the number of these.
+    """
 
     target_mask: Tensor
     """False where nothing is to be predicted."""
@@ -175,9 +178,15 @@ class _Columns:
             self.parts.setdefault(name, []).append(where.put(values))
 
     def rows(self) -> dict[str, Tensor]:
-        """Return the columns on the CPU, without the samples that only fill the batch up."""
-        columns = {"ids": self.batch.sample_ids, "target_mask": self.mask}
-        columns |= {name: torch.cat(values, 1) for name, values in self.parts.items()}
+        """Return the columns on the CPU, without the samples that only fill the batch up.
+
+        Embeddings that are the tokens of one state, as the patches of a frame, have one row of means over them.
+        """
+        numbers, mask = {name: torch.cat(values, 1) for name, values in self.parts.items()}, self.mask
+        if self.targets.ndim == 3:
+            numbers = {name: self.layout.mean(values.double()) for name, values in numbers.items()}
+            mask = mask[:, :: self.layout.block_size]
+        columns = {"ids": self.batch.sample_ids, "target_mask": mask, **numbers}
         if self.batch.difficulty is not None:
             columns["difficulty"] = self.layout.targets(self.batch.observed, self.batch.difficulty)
         return {name: values.cpu()[self.batch.sample_mask] for name, values in columns.items()}

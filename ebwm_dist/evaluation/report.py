@@ -36,6 +36,7 @@ th { border-bottom: 1px solid #888; font-weight: 600 } svg { max-width: 100%; he
 p.note { color: #555 }
 """
 
+_NOTE = "Losses are in nats for tokens, SmoothL1 for embeddings, and of diffusion models squared errors of the noise."
 _REFERENCE = "-"
 """In place of a row's difference from itself."""
 
@@ -57,14 +58,13 @@ def render(evaluation: dict[str, Any]) -> str:
     sections += [_calibration(model), _out_of_distribution(model)]
     if "multiple_choice" in model:
         sections.append(_multiple_choice(models))
-    if "baseline" in models:
+    if "equal_flops" in evaluation:
         sections.append(_equal_flops(evaluation["equal_flops"], models))
     title = f"Evaluation of {html.escape(model['model']['path'])}"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"</head>\n<body><h1>Evaluation</h1>\n{''.join(sections)}"
-        f'<p class="note">ebwm_dist {__version__}. Losses are in nats for tokens, SmoothL1 for embeddings.</p>'
-        "</body></html>\n"
+        f'<p class="note">ebwm_dist {__version__}. {_NOTE}</p></body></html>\n'
     )
 
 
@@ -90,7 +90,7 @@ def _loss(name: str, value: float) -> str:
 
 
 def _steps(models: Models) -> str:
-    model, baseline = models["model"], models.get("baseline")
+    model, baseline = models["model"], models.get("baseline", models["model"])
     steps = model["by_steps"]
     columns = [name for name in _LOSSES if name in steps]
     rows = [[number, *(_loss(name, steps[name][i]) for name in columns)] for i, number in enumerate(steps["steps"])]
@@ -110,7 +110,7 @@ def _steps(models: Models) -> str:
     for row in model.get("thinking", []):
         if "," in _way(row):  # more than a number of steps
             right.plot(row["flops_per_prediction"], row["loss"], "^", label=_way(row))
-    if baseline is not None:
+    if baseline is not model and baseline["model"]["loss_of"] == model["model"]["loss_of"]:
         other = baseline["by_steps"]
         left.axhline(other["loss"][0], color=GRAY, linestyle="--", label="baseline")
         right.plot(other["flops_per_prediction"], other["loss"], "D", color=GRAY, label="baseline")

@@ -25,7 +25,6 @@ from ebwm_dist.inference.api import Predictor
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import has_noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from ebwm_dist.models.block_layout import TOKENS
 from ebwm_dist.models.flops import prediction_flops, training_flops_per_token
 from ebwm_dist.run import Run, ValidationData
 
@@ -52,7 +51,7 @@ class Suite:
         result: dict[str, Any] = {"model": self.describe()}
         self.log("losses by MCMC step")
         result["by_steps"] = self.by_steps()
-        frames = self.config.model.embedding_dim is not None and self.model.layout == TOKENS
+        frames = self.data.preprocess.frames_are_states(self.config.model)
         if frames and isinstance(self.model, EnergyBasedTransformer):
             result["true_frame_is_lower"] = true_frame_is_lower(
                 self.model, self.batches, self.data.preprocess, self.world
@@ -90,6 +89,7 @@ class Suite:
         return {
             "path": self.trained.source,
             "kind": self.config.model.kind,
+            "loss_of": self.model.loss_of,
             "variant": self.config.model.variant,
             "step": self.trained.step,
             "parameters": sum(p.numel() for p in self.model.parameters()),

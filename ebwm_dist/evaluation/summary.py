@@ -1,6 +1,6 @@
-"""The comparison that the quickstarts end with: an energy-based model beside its autoregressive twin.
+"""The comparison that the quickstart of text ends with: an energy-based model beside its autoregressive twin.
 
-From the evaluation of both come a table to print, `summary.json` and a picture, `thinking.png` or `video.png`.
+From the evaluation of both come a table to print, `summary.json` and a picture, `thinking.png`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ebwm_dist.data.loading.mixture import Mixture
 from ebwm_dist.errors import UserError
-from ebwm_dist.evaluation.pictures import draw_text, draw_video, panels
+from ebwm_dist.evaluation.pictures import draw_text
 from ebwm_dist.evaluation.unigram import unigram_perplexity
 from ebwm_dist.files import write_json
 from ebwm_dist.inference.api import Predictor
@@ -34,9 +34,10 @@ class Pair:
 
     def __post_init__(self) -> None:
         """Refuse runs that are not finished, or have not seen the same."""
-        for run, kind in ((self.run, "ebt"), (self.twin, "dit" if of_images(self.run) else "ar")):
-            if run.config.model.kind != kind:
-                raise UserError(f"{run.name} has model.kind = {run.config.model.kind}, {kind} is compared in its place")
+        twins = ("dit",) if of_images(self.run) else ("ar",) if self.unit == "tokens" else ("ar", "dit")
+        for run, kinds in ((self.run, ("ebt",)), (self.twin, twins)):
+            if (kind := run.config.model.kind) not in kinds:
+                raise UserError(f"{run.name} has model.kind = {kind}, {' or '.join(kinds)} is compared in its place")
             if not any(record["kind"] == "train" for record in run.records):
                 raise UserError(f"{run.name} has no metrics.jsonl of its training: name the run folder, no export")
             if run.step < run.config.training.max_steps:
@@ -79,28 +80,22 @@ def seconds(run: Run) -> float:
     return total
 
 
-def write_summary(
+def write_text_summary(
     pair: Pair, data: ValidationData, evaluation: dict[str, Any], evaluation_time: float, folder: Path
 ) -> list[Path]:
     """Print the table, and write summary and picture into `folder`; return their paths."""
-    spent = seconds(pair.run) + seconds(pair.twin) + evaluation_time
-    if pair.unit == "tokens":
-        unigram = unigram_perplexity(data, data.samples)
-        summary = text_summary(pair, evaluation, unigram) | {"seconds": spent}
-        print(text_table(summary))
-        print("\nHeld-out text continued by the EBT (after |):")
-        for prompt, continuation in continued(pair.run, data):
-            print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
-        picture = folder / "thinking.png"
-        draw_text(pair.run, pair.twin, evaluation, unigram, picture)
-    else:
-        summary = video_summary(pair, data, evaluation) | {"seconds": spent}
-        print(video_table(summary))
-        picture = folder / "video.png"
-        draw_video(panels(pair.run, pair.twin, data), summary, picture)
+    unigram = unigram_perplexity(data, data.samples)
+    summary = text_summary(pair, evaluation, unigram)
+    summary["seconds"] = seconds(pair.run) + seconds(pair.twin) + evaluation_time
+    print(text_table(summary))
+    print("\nHeld-out text continued by the EBT (after |):")
+    for prompt, continuation in continued(pair.run, data):
+        print("  " + f"{prompt}|{continuation}".replace("\n", " / "))
     print()
-    write_json(folder / "summary.json", summary)
-    return [folder / "summary.json", picture]
+    files = [folder / "summary.json", folder / "thinking.png"]
+    write_json(files[0], summary)
+    draw_text(pair.run, pair.twin, evaluation, unigram, files[1])
+    return files
 
 
 def text_summary(pair: Pair, evaluation: dict[str, Any], unigram: float) -> dict[str, Any]:
@@ -161,60 +156,3 @@ def continued(run: Run, data: ValidationData) -> list[tuple[str, str]]:
     # They may begin and end within a character; what is left of it at the end goes on in the continuation.
     shown = [run.tokenizer.decode(prompt, complete=True).lstrip("\ufffd") for prompt in prompts]
     return [(prompt, text.text) for prompt, text in zip(shown, texts, strict=True)]
-
-
-def video_summary(pair: Pair, data: ValidationData, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of summary.json of video."""
-    model, twin = evaluation["model"], evaluation["baseline"]
-    by_steps, clips = model["by_steps"], evaluation["data"]["sequences"]
-    if by_steps["scene_changes"] == clips * pair.run.config.data.sequence_length:
-        raise UserError(f"every frame of the held-out clips in {data.mixture.name} starts another scene")
-    errors = {
-        name: {key: value for key, value in own.items() if key != "ssim"} for name, own in by_steps["frames"].items()
-    }
-    of_twin = {key: value for key, value in twin["by_steps"]["frames"]["1"].items() if key != "ssim"}
-    return {
-        "ebwm": {
-            "by_steps": {
-                name: {**own, "energy": by_steps["energy"][int(name)]} for name, own in errors.items() if name != "copy"
-            },
-            "trained_steps": pair.run.trained_steps,
-            "initial_state": pair.run.config.mcmc.initial_state,
-            "parameters": model["model"]["parameters"],
-        },
-        "ar": {**of_twin, "parameters": twin["model"]["parameters"]},
-        "copy": errors["copy"],
-        "energy_of_the_true_frame_is_lower": model["true_frame_is_lower"],
-        "clips": clips,
-        "scene_changes": by_steps["scene_changes"],
-        "training_clips": data.mixture.train_samples,
-        "frames": tokens(pair.run),
-    }
-
-
-def video_table(summary: dict[str, Any]) -> str:
-    """Return a summary of video as a table."""
-    copied, trained = summary["copy"], summary["ebwm"]["trained_steps"]
-    rows = [("copy of the last frame", copied, "")]
-    for steps, entry in summary["ebwm"]["by_steps"].items():
-        name = "EBWM before the first step" if steps == "0" else f"EBWM, {steps} MCMC step{'s' * (steps != '1')}"
-        note = f"   energy {entry['energy']:8.3f}" + ("  (trained)" if int(steps) == trained else "")
-        rows.append((name, entry, note))
-    rows.append(("autoregressive twin", summary["ar"], ""))
-    lines = ["", f"Predicting the next frame of {summary['clips']} held-out clips (errors of normalised embeddings)"]
-    if summary["scene_changes"]:
-        lines.append(f"  {summary['scene_changes']} frames that start another scene do not count")
-    for name, entry, note in rows:
-        psnr = f"   PSNR {entry['psnr']:5.2f} dB" if "psnr" in entry else ""
-        error = f"MSE {entry['mse']:.5f} ({100 * entry['mse'] / copied['mse']:5.1f} % of copying)"
-        lines.append(f"  {name:27} {error}   SmoothL1 {entry['smooth_l1']:.5f}{psnr}{note}")
-    difference, error = summary["ebwm"]["by_steps"][str(trained)]["mse_minus_copy"]
-    verdict = "beats" if difference < -2 * error else "does not beat" if difference > 2 * error else "is as good as"
-    lines.append(
-        f"After the trained {trained} steps the EBWM {verdict} copying the last frame: squared error "
-        f"{difference:+.5f} (standard error {error:.5f})."
-    )
-    lines.append("How often the true next frame has a lower energy than")
-    for name, (share, error) in summary["energy_of_the_true_frame_is_lower"].items():
-        lines.append(f"  {name:37} {100 * share:5.1f} % (+- {100 * error:.1f})")
-    return "\n".join(lines)

@@ -1,6 +1,6 @@
 """How often the true next frame has a lower energy than frames that do not follow.
 
-Shapes: N clips, B of a batch, S predicted frames of each, E width of an embedding.
+Shapes: N clips, B of a batch, F frames of each, P tokens of a frame, E width of a token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def true_frame_is_lower(
     for observed, own_ids, sample_mask in own:
         # Half of all clips away: of another video, or at least of another moment.
         elsewhere = clips[(torch.searchsorted(ids, own_ids) + len(clips) // 2) % len(clips)].to(observed.device)
-        true = energies_of(model, observed, observed[:, 2:])
-        for name, candidates in wrong_frames(observed, elsewhere).items():
+        frames, others = (x.unflatten(1, (-1, model.layout.block_size)) for x in (observed, elsewhere))
+        true = energies_of(model, observed, frames[:, 2:])
+        for name, candidates in wrong_frames(frames, others).items():
             share = (true < energies_of(model, observed, candidates)).double().mean(-1)
             lower.setdefault(name, []).append(share.cpu()[sample_mask])
     of_ranks = world.gather_objects({name: torch.cat(shares) for name, shares in lower.items()})
@@ -37,16 +38,16 @@ def true_frame_is_lower(
     return {name: mean_and_error(torch.cat([found[name] for found in of_ranks]).sort().values) for name in lower}
 
 
-def wrong_frames(observed: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:
-    """Return frames [B, S-1, E] that do not follow, for each position of `observed` [B, S+1, E] but the first.
+def wrong_frames(frames: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:
+    """Return frames [B, F-2, ...] that do not follow, for each position of clips `frames` [B, F, ...] but the first.
 
-    `elsewhere` [B, S+1, E] holds other clips.
+    `elsewhere` [B, F, ...] holds other clips.
     """
-    truth, length = observed[:, 2:], observed.shape[1] - 2
+    truth, length = frames[:, 2:], frames.shape[1] - 2
     shift = max(2, length // 2)
     return {
-        "the last frame again": observed[:, 1:-1],
-        "reversed: the frame before the last": observed[:, :-2],
+        "the last frame again": frames[:, 1:-1],
+        "reversed: the frame before the last": frames[:, :-2],
         "shuffled: another frame of the clip": truth.roll(shift, 1),
         "a frame of another clip": elsewhere[:, 2:],
     }
@@ -54,7 +55,11 @@ def wrong_frames(observed: Tensor, elsewhere: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def energies_of(model: EnergyBasedTransformer, observed: Tensor, candidates: Tensor) -> Tensor:
-    """Return the energies [B, S-1] of candidates [B, S-1, E] for all predicted positions but the first."""
-    landscape = model.transformer.num_landscapes - 1
-    context = model.context_stream(observed[:, :-1], landscape)
-    return model.transformer.energy(model.space.embed_next(candidates), context, landscape, 1)
+    """Return the energies [B, F-2] of frames [B, F-2, P, E] in the places of all but the first two `observed` ones."""
+    landscape, size = model.transformer.num_landscapes - 1, model.layout.block_size
+    context = model.context_stream(model.layout.context(observed), landscape)
+    tokens, parts = candidates.flatten(1, 2), []
+    for where in model.slices(tokens.shape[1]):
+        candidate = model.space.embed_next(tokens[:, where.start : where.stop])
+        parts.append(model.transformer.energy(candidate, context, landscape, where.start + size))
+    return torch.cat(parts, 1)

@@ -22,7 +22,6 @@ from ebwm_dist.inference.continuation import Continuation, RollOut, check_length
 from ebwm_dist.inference.sampling import choose
 from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.mcmc.build import Model
-from ebwm_dist.mcmc.diffusion import DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 if TYPE_CHECKING:
@@ -44,10 +43,6 @@ class Predictor:
     """
 
     def __init__(self, model: Model, config: Config, tokenizer: Tokenizer | None):
-        if isinstance(model, DiffusionModel):
-            raise UserError(
-                "a diffusion model predicts no next state by itself: use its methods `denoise` and `sample`"
-            )
         self.model, self.config, self.tokenizer = model.eval().requires_grad_(False), config, tokenizer
         self.device = next(model.parameters()).device
         self.layout = model.layout
@@ -76,7 +71,8 @@ class Predictor:
         """
         model = self.model
         if not isinstance(model, EnergyBasedTransformer):
-            raise UserError("an autoregressive model has no energy: load an energy-based one")
+            kind = "a diffusion model" if self.config.model.kind == "dit" else "an autoregressive model"
+            raise UserError(f"{kind} has no energy: load an energy-based one")
         number = model.transformer.num_landscapes
         if landscape is not None and not 0 <= landscape < number:
             raise UserError(f"landscape = {landscape}: this model has {number}, counted from 0")

@@ -20,9 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.settings import Thinking
 from ebwm_dist.inference.thinking import landscapes, think
-from ebwm_dist.mcmc.build import NextStateModel
+from ebwm_dist.mcmc.build import Model, NextStateModel
+from ebwm_dist.mcmc.diffusion import SAMPLING_PASSES, DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
+from ebwm_dist.models.autoregressive import AutoregressiveTransformer
 from ebwm_dist.models.layers import KeysValues
 
 
@@ -85,7 +87,8 @@ class Sequences:
     """Sequences of observed states and the model that predicts how they go on.
 
     Args:
-        model: an energy model, or an autoregressive one.
+        model: an energy model or an autoregressive one; or a diffusion model, which sees all tokens again for each
+            state, of which its many passes take the most time.
         observed: the first tokens of each sequence [S, ...], at least its prefix. Where states are blocks, the oldest
             tokens that make no whole block are left out, after a prefix of one token.
         thinking: how to predict.
@@ -97,14 +100,16 @@ class Sequences:
 
     def __init__(
         self,
-        model: NextStateModel,
+        model: Model,
         observed: Sequence[Tensor],
         thinking: Thinking,
         seeds: Sequence[int],
         max_context: int,
     ):
         self.model, self.thinking, self.max_context, self.seeds = model, thinking, max_context, list(seeds)
-        if not isinstance(model, EnergyBasedTransformer) and thinking != Thinking():
+        if isinstance(model, DiffusionModel) and thinking != Thinking(steps=thinking.steps):
+            raise UserError("a diffusion model takes passes and no MCMC steps: leave out the other options of thinking")
+        if isinstance(model, AutoregressiveTransformer) and thinking != Thinking():
             raise UserError("an autoregressive model takes no MCMC steps: leave out the options of thinking")
         self._layout = model.layout
         self._seen = [self._newest(tokens, max_context) for tokens in observed]
@@ -114,12 +119,18 @@ class Sequences:
     def predict(self) -> Prediction:
         """Predict the next state of every sequence; call it once after each `append`."""
         model, layout = self.model, self._layout
-        waiting = self._fill()
+        grown = self._forget()
         first = torch.tensor([[len(seen) - layout.prefix] for seen in self._seen], device=self._seen[0].device)
+        positions = first + torch.arange(layout.block_size, device=first.device)
+        if isinstance(model, DiffusionModel):
+            pairs = zip(self.seeds, first[:, 0].tolist(), strict=True)
+            ids, passes = torch.tensor([mix_seed(*pair) for pair in pairs]), self.thinking.steps or SAMPLING_PASSES
+            padded = pad_sequence(self._seen, batch_first=True)
+            return Prediction(self._state(model.sample(padded, ids, model.seed, passes, positions)))
+        waiting = self._fill(model, grown)
         recent = torch.stack([self._recent(seen) for seen in self._seen])
         contexts = {landscape: cache.append(waiting) for landscape, cache in self._caches.items()}
         if not isinstance(model, EnergyBasedTransformer):
-            positions = first + torch.arange(layout.block_size, device=first.device)
             if not waiting:
                 padded = pad_sequence(self._seen, batch_first=True)
                 return Prediction(self._state(model.predict(padded)[torch.arange(len(first))[:, None], positions]))
@@ -159,22 +170,25 @@ class Sequences:
         blank = seen.new_zeros(1, *seen.shape[1:])  # nothing looks at it
         return (seen if len(seen) else blank)[-1:].expand(size, *seen.shape[1:])
 
-    def _fill(self) -> int:
-        """Cache all states but the newest: of every sequence at first, then of those that have grown too long.
-
-        Return how many tokens of each sequence are left: none if one has no whole block yet, so that all are cached.
-        """
-        size, prefix = self._layout.block_size, self._layout.prefix
+    def _forget(self) -> list[int]:
+        """Forget the older half of the sequences that have grown too long; return their rows."""
         rows = [row for row, seen in enumerate(self._seen) if len(seen) > self.max_context]
         for row in rows:
             self._seen[row] = self._newest(self._seen[row], max(1, self.max_context // 2))
             self.seeds[row] = mix_seed(self.seeds[row])  # positions start again, their noise does not
+        return rows
+
+    def _fill(self, model: NextStateModel, rows: list[int]) -> int:
+        """Cache all states but the newest: of every sequence at first, then of those `rows` that have grown too long.
+
+        Return how many tokens of each sequence are left: none if one has no whole block yet, so that all are cached.
+        """
+        size, prefix = self._layout.block_size, self._layout.prefix
         waiting = size if all(len(seen) >= size + self._layout.unplaced for seen in self._seen) else 0
         if not self._caches or not waiting:
             rows = list(range(len(self._seen)))
         if not rows:
             return waiting
-        model = self.model
         # The prefix at least, for the keys before it; it is hidden where it is not yet to be seen.
         contexts = [self._seen[row][: max(prefix, len(self._seen[row]) - waiting)] for row in rows]
         lengths = [len(self._seen[row]) - waiting for row in rows]

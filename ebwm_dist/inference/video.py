@@ -1,6 +1,6 @@
 """Roll-outs of held-out video, and pictures of them beside the true frames.
 
-Shapes: B samples, F frames of H x W pixels, n observed frames, N new ones, E width of the embeddings.
+Shapes: B samples, F = n + N frames of H x W pixels, n observed ones and N new ones, P tokens of a frame, E their width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HeldOutRollOut:
     keys: list[str]
     """The samples."""
     truth: Tensor
-    """Their normalised embeddings [B, n + N, E]."""
+    """Their normalised embeddings [B, F, P, E]."""
     rolled: RollOut
     """N new frames of each."""
     preprocess: FramePreprocessor
@@ -47,9 +47,14 @@ class HeldOutRollOut:
         """Return the number n of observed frames of each sample."""
         return self.truth.shape[1] - self.rolled.states.shape[1]
 
+    @property
+    def predicted(self) -> Tensor:
+        """Return the new frames [B, N, P, E]."""
+        return self.rolled.states.view_as(self.truth[:, self.observed :])
+
     def records(self) -> list[dict[str, Any]]:
         """Return, for each sample, the error, the energies and the steps of every new frame."""
-        errors = (self.rolled.states - self.truth[:, self.observed :]).square().mean(-1)
+        errors = (self.predicted - self.truth[:, self.observed :]).square().mean((2, 3))
         records = []
         for row, key in enumerate(self.keys):
             record: dict[str, Any] = {"sample": key, "squared_errors": errors[row].tolist()}
@@ -62,8 +67,8 @@ class HeldOutRollOut:
 
     def write_pictures(self, folder: Path) -> list[Path]:
         """Write the true frames above the predicted ones: strips of all frames as PNG, and moving as GIF."""
-        predicted = torch.cat((self.truth[:, : self.observed], self.rolled.states.to(self.truth.dtype)), 1)
-        decoded = [self.preprocess.decode(embeddings) for embeddings in (self.truth, predicted)]
+        predicted = torch.cat((self.truth[:, : self.observed], self.predicted.to(self.truth.dtype)), 1)
+        decoded = [self.preprocess.decode(frames.flatten(1, 2)) for frames in (self.truth, predicted)]
         frames = torch.stack(decoded, 1).cpu().numpy()  # [B, 2, F, H, W, 3]
         larger = -(-SHORTEST_SIDE // min(frames.shape[3:5]))
         frames = frames.repeat(larger, 3).repeat(larger, 4)
@@ -102,7 +107,9 @@ def roll_out_held_out(
     data = run.validation_data(folder)
     sample_format = data.mixture.sample_format
     assert not isinstance(sample_format, TokenFormat)
-    frames = sample_format.sequence_length + 1
+    frames, tokens = sample_format.frames, data.preprocess.frame_tokens
+    if not data.preprocess.frames_are_states(run.config.model):
+        raise UserError(f"{run.name} predicts no whole frames after a first one (model.block_size, model.prefix)")
     if samples < 1:
         raise UserError(f"{samples} samples: continue at least 1")
     if not 1 <= observed < frames:
@@ -113,7 +120,7 @@ def roll_out_held_out(
         raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures: leave out --out")
     (batch,) = data.batches(sum(data.counts(samples)), samples)
     truth = data.preprocess(batch.observed)
-    rolled = Predictor(run.model, run.config, None).roll_out(
-        list(truth[:, :observed]), frames - observed, thinking=thinking, seeds=range(seed, seed + len(truth))
-    )
+    begun, seeds = list(truth[:, : observed * tokens]), range(seed, seed + len(truth))
+    rolled = Predictor(run.model, run.config, None).roll_out(begun, frames - observed, thinking=thinking, seeds=seeds)
+    truth = truth.unflatten(1, (frames, tokens))
     return HeldOutRollOut(batch.keys, truth, rolled, data.preprocess, sample_format.frame_interval)

@@ -32,6 +32,8 @@ class DiffusionModel(SequenceModel):
         activation_checkpointing: as in the configuration.
     """
 
+    loss_of = "noise"
+
     def __init__(self, model: ModelConfig, config: NoiseConfig, seed: int, activation_checkpointing: str = "none"):
         super().__init__()
         self.transformer = DiffusionTransformer(model, activation_checkpointing)
@@ -134,18 +136,21 @@ class DiffusionModel(SequenceModel):
 
     @torch.no_grad()
     def sample(
-        self, observed: Tensor, sample_ids: Tensor, seed: int, passes: int = SAMPLING_PASSES, start: int = 0
+        self, observed: Tensor, sample_ids: Tensor, seed: int, passes: int = SAMPLING_PASSES, start: int | Tensor = 0
     ) -> Tensor:
-        """Return states [B, C, E] made from noise: all that follow the position `start`."""
-        size, width = self.layout.predicted(observed), observed.shape[2]
-        drawn = noise.normal(seed, sample_ids, noise.INITIAL, start, size, width, observed.device)
+        """Return states [B, C, E] made from noise: all that follow the position `start`, or those at positions [B, C].
+
+        The noise of given positions depends on the ids [B] alone, which are on the CPU like their seed.
+        """
+        first, stop = (start, self.layout.predicted(observed)) if isinstance(start, int) else (0, start.shape[1])
+        drawn = noise.normal(seed, sample_ids, noise.INITIAL, first, stop, observed.shape[2], observed.device)
         return self._chain(drawn, self.schedule.last, passes, observed, start)
 
     def predict(self, context: Tensor) -> Tensor:
         """Return all states [B, S, E], made from the same noise for every sample."""
         return self.sample(context, torch.zeros(len(context), dtype=torch.long), self.seed)
 
-    def _chain(self, states: Tensor, timestep: int, passes: int, observed: Tensor, start: int) -> Tensor:
+    def _chain(self, states: Tensor, timestep: int, passes: int, observed: Tensor, start: int | Tensor) -> Tensor:
         context, chain = self.transformer.context(observed), self.schedule.chain(timestep, passes)
         count = states.shape[1] // self.layout.block_size
         for number, at in enumerate(chain.timesteps):

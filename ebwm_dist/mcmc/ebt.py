@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc.contrast import Contrast
+from ebwm_dist.mcmc.corruption import with_corrupted
 from ebwm_dist.mcmc.curvature import largest_eigenvalues
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.replay import ReplayBuffer, ReplayedSequences, join_positions, reshard, share_positions
@@ -139,6 +140,10 @@ class EnergyBasedTransformer(EnergyModel):
         num_targets = num_targets * (len(observed) / fresh)
         context, positions = self.layout.context(observed), targets.shape[1]
         recent = self._recent(context[:fresh], targets[:fresh], sample_ids[:fresh])
+        if self.mcmc.corrupted_share:
+            recent = with_corrupted(
+                recent, observed[:fresh], sample_ids[:fresh], self.seed, self.mcmc.corrupted_share, self.layout
+            )
         objective = Contrast if self.mcmc.objective == "contrastive" else Refinement
         refinement = objective(self, plan, context, targets, sample_ids, num_targets, forward or self, backward)
         parts = share.slices(positions, self.position_chunk, len(observed), observed.device)

@@ -22,6 +22,8 @@ LANGEVIN = 2
 # The level of the noise of a denoiser, and the class that training hides.
 LEVEL = -1
 CLASS = -2
+# Which predictions start at another state of the sample, and at which.
+CORRUPTED = -3
 
 # Positions that share a generator: a short slice draws at most a block too many before it, and a whole sequence takes
 # few launches. A multiple of 16, below which torch's CPU kernel would draw by another rule.

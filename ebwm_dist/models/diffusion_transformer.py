@@ -75,18 +75,20 @@ class DiffusionTransformer(nn.Module):
         return tuple(keys_values)
 
     def noise_in(
-        self, noised: Tensor, timesteps: Tensor, observed: Tensor, context: KeysValues, start: int = 0
+        self, noised: Tensor, timesteps: Tensor, observed: Tensor, context: KeysValues, start: int | Tensor = 0
     ) -> Tensor:
         """Return the noise [B, C, E] in states, in at least float32.
 
         Args:
-            noised: tokens [B, C, E] of the states from the position `start` on.
+            noised: tokens [B, C, E] of states.
             timesteps: of each state [B, c].
             observed: what was observed before the last state [B, L - P, E]; the class of a sample is read from it.
             context: what `context` has returned for it.
-            start: position of the first token.
+            start: position of the first token; or, for every token [B, C], its position.
         """
-        positions = torch.arange(start, start + noised.shape[1], device=noised.device)
+        positions = (
+            torch.arange(noised.shape[1], device=noised.device) + start if isinstance(start, int) else start[:, None]
+        )
         condition = self._condition(timesteps, observed)
         if condition.shape[1] > 1:
             condition = condition.repeat_interleave(self.layout.block_size, 1)

@@ -19,6 +19,9 @@ from ebwm_dist.models.passes import PassModule
 class SequenceModel(PassModule):
     """A model that predicts each next state of a sequence. By default it has no state besides its parameters."""
 
+    loss_of = "predictions"
+    """What its losses are those of, in training and of `evaluate`; losses of different things cannot be compared."""
+
     def compile_blocks(self) -> None:
         """Compile the transformer blocks, each stream when it is first run."""
         for module in self.modules():

@@ -33,7 +33,7 @@ def describe(config: Config) -> str:
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     tokens = tokens_per_step * training.max_steps
     activations = FootprintModel(config).of(config).activations
-    unit = "frame" if config.model.embedding_dim is not None and config.model.block_size == 1 else "token"
+    unit = config.model.unit
     lines = [
         to_yaml(config).rstrip(),
         "---",

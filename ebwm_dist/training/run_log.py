@@ -53,7 +53,7 @@ class RunLog:
         self._console.advance()
         step, training = record["step"], self.config.training
         if step % training.log_interval == 0 or step in (1, training.max_steps):
-            unit = "tok" if self.config.model.embedding_dim is None else "frames"
+            unit = {"token": "tok", "frame": "frames"}[self.config.model.unit]
             self.log(train_line(record, training.max_steps, (training.max_steps - step) * seconds / step, unit))
 
     def validation(self, record: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ class Trainer:
         self.peak_flops = None if peak is None else peak * self.world.world_size
         length, share = config.data.sequence_length, self.data.target_share
         self.flops_per_token = training_flops_per_token(config.model, config.mcmc, length, share)
-        unit = "frame" if config.model.embedding_dim is not None and config.model.block_size == 1 else "token"
+        unit = config.model.unit
         shared = f"{self.share.count} of them on the positions of a sequence, " if self.share.count > 1 else ""
         self.log.log(
             f"{config.model.kind} with {self.engine.num_parameters:,} parameters, {self.world.world_size} x {name}, "

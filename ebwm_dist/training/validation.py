@@ -42,7 +42,7 @@ def validate(
     def forward(observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None) -> Evaluation:
         return engine(model.evaluate, observed, sample_ids, num_steps, targets)
 
-    sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, preprocess, proceed, model.layout)
+    sums = accumulate(forward, batches, config.mcmc.max_mcmc_steps, preprocess, proceed, model.layout, model.loss_of)
     if sums is None:
         return None
     result = sums.over_ranks().result()

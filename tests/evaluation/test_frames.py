@@ -12,6 +12,7 @@ from ebwm_dist.data.loading.stream import Batch
 from ebwm_dist.encoders.preprocessing import FramePreprocessor
 from ebwm_dist.evaluation.frames import frame_errors, similarity
 from ebwm_dist.mcmc.build import build_model
+from ebwm_dist.mcmc.diffusion import DiffusionModel
 
 
 def frames(seed: int) -> torch.Tensor:
@@ -33,26 +34,39 @@ def test_similarity() -> None:
     assert similarity(dark, bright).item() == pytest.approx((2 * 50 * 150 + c1) / (50**2 + 150**2 + c1))
 
 
-@pytest.mark.parametrize("kind", ["ebt", "ar"])
-def test_errors_of_every_step(kind: str) -> None:
-    """Rows that only fill up do not count, and the last step's error is the loss that the model reports."""
+@pytest.mark.parametrize("patches", [1, 4])
+@pytest.mark.parametrize("kind", ["ebt", "ar", "dit"])
+def test_errors_of_every_step(kind: str, patches: int) -> None:
+    """Rows that only fill up do not count, and the last step's error is the loss that the model reports.
+
+    A frame's error is the mean over its patches.
+    """
     torch.manual_seed(0)
+    width = 12 // patches
     config = Config(
-        model=ModelConfig(kind=kind, embedding_dim=12, dim=16, num_heads=2, num_layers=1),
+        model=ModelConfig(
+            kind=kind, embedding_dim=width, dim=16, num_heads=2, num_layers=1, block_size=patches, prefix="block"
+        ),
         mcmc=MCMCConfig(num_steps=2, step_size=0.5),
     )
     model = build_model(config, None)
-    observed = torch.randn(3, 6, 12)
-    sample_mask = torch.tensor([True, True, False])
-    batch = Batch(observed, torch.arange(3), [""] * 3, sample_mask)
-    device = torch.device("cpu")
-    found = frame_errors(model, [batch], 2, FramePreprocessor(device)).figures()["frames"]
-    losses, _, tokens = model.evaluate(observed[:2], torch.arange(2), 2)
-    assert list(found) == ["copy", *map(str, range(0 if kind == "ebt" else 1, len(losses) + 1))]
-    for step, loss in enumerate(losses, 1):
-        assert found[str(step)]["smooth_l1"] == pytest.approx((loss.sum() / tokens.sum()).item(), rel=1e-5)
-    difference = (observed[:2, :-1] - observed[:2, 1:]).double()
+    frames = torch.randn(3, 6, 12)
+    observed = frames.unflatten(2, (patches, width)).flatten(1, 2)
+    batch = Batch(frames, torch.arange(3), [""] * 3, torch.tensor([True, True, False]))
+    preprocess = FramePreprocessor(torch.device("cpu"), frame_tokens=patches)
+    found = frame_errors(model, [batch], 2, preprocess).figures()["frames"]
+    assert list(found) == ["copy", *{"ebt": "012", "ar": "1", "dit": ["1", "3", "10", "50"]}[kind]]
+    if isinstance(model, DiffusionModel):
+        predicted = model.sample(model.layout.context(observed[:2]), torch.arange(2), 0, 3)
+        truth = frames[:2, 1:].unflatten(2, (patches, width)).flatten(1, 2)
+        assert found["3"]["mse"] == pytest.approx((predicted - truth).square().mean().item(), rel=1e-5)
+    else:
+        losses, _, tokens = model.evaluate(observed[:2], torch.arange(2), 2)
+        for step, loss in enumerate(losses, 1):
+            assert found[str(step)]["smooth_l1"] == pytest.approx((loss.sum() / tokens.sum()).item(), rel=1e-5)
+    difference = (frames[:2, :-1] - frames[:2, 1:]).double()
     assert found["copy"]["mse"] == pytest.approx(difference.square().mean().item(), rel=1e-5)
     assert set(found["copy"]) == {"mse", "smooth_l1", "mse_minus_copy"} and math.isfinite(found["1"]["mse"])
-    predicted = found["1"]["mse"] - found["copy"]["mse"]
-    assert found["1"]["mse_minus_copy"][0] == pytest.approx(predicted, rel=1e-5) and found["1"]["mse_minus_copy"][1] > 0
+    predicted_less = found["1"]["mse"] - found["copy"]["mse"]
+    assert found["1"]["mse_minus_copy"][0] == pytest.approx(predicted_less, rel=1e-5)
+    assert found["1"]["mse_minus_copy"][1] > 0

@@ -39,6 +39,10 @@ optimizer: {lr: 3.0e-3, warmup_steps: 1}
 training: {max_steps: 3, global_batch_size: 4, micro_batch_size: 4}
 data: {sequence_length: 4, encoder: "pixels:2"}
 """
+PATCHES = [
+    *("model.embedding_dim=3", "model.block_size=4", "model.block_shape=[2,2]", "model.prefix=block"),
+    *("data.sequence_length=16", "model.variant=default", "model.num_landscapes=1"),
+]
 
 
 def make_clips(folder: Path, seed: int) -> Manifest:
@@ -63,7 +67,7 @@ def make_clips(folder: Path, seed: int) -> Manifest:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the runs `ebwm` and `ar`, and `mixed` on two data sets."""
+    """Return a folder with the runs `ebwm` and `ar`, `mixed` on two data sets, and of frames of patches all kinds."""
     folder = tmp_path_factory.mktemp("runs")
     config, clips = folder / "tiny.yaml", make_clips(folder / "clips", 0)
     config.write_text(CONFIG)
@@ -72,6 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = make_clips(folder / "other", 1)
     weights = f"data.mixture={{{clips.folder}: 1, {other.folder}: 3}}"
     finished_run(config, clips, folder / "mixed", [weights])
+    for kind in ("ebt", "ar", "dit"):
+        finished_run(config, clips, folder / f"patches_{kind}", [*PATCHES, f"model.kind={kind}"])
     return folder
 
 
@@ -163,22 +169,85 @@ def test_summary(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     pixels = (decode(observed[:, :-1]).double() - decode(target))[kept].square().mean()
     assert summary["copy"]["psnr"] == pytest.approx(10 * np.log10(255**2 / pixels.item()), rel=1e-5)
     lower = summary["energy_of_the_true_frame_is_lower"]
-    share = (energies_of(model, observed, target[:, 1:]) < energies_of(model, observed, observed[:, 1:-1])).double()
+    true = energies_of(model, observed, target[:, 1:, None])
+    share = (true < energies_of(model, observed, observed[:, 1:-1, None])).double()
     assert lower["the last frame again"][0] == pytest.approx(share.mean().item())
     elsewhere = observed.roll(-(CLIPS["val"] // 2), 0)
-    share = (energies_of(model, observed, target[:, 1:]) < energies_of(model, observed, elsewhere[:, 2:])).double()
+    share = (true < energies_of(model, observed, elsewhere[:, 2:, None])).double()
     assert lower["a frame of another clip"][0] == pytest.approx(share.mean().item())
     assert (runs / "ebwm" / "video.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "copying the last frame" in printed and "scene" in printed and "twin" in printed
 
 
-def test_energies_are_those_of_candidates_in_their_place(runs: Path) -> None:
-    run = Run(runs / "ebwm")
+def test_summary_of_patches_beside_both_twins(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baselines = [part for kind in ("ar", "dit") for part in ("--baseline", str(runs / f"patches_{kind}"))]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--summary", "--run", str(runs / "patches_ebt"), *baselines])
+    assert main() == 0
+    summary = json.loads((runs / "patches_ebt" / "summary.json").read_text())
+    run = Run(runs / "patches_ebt")
+    observed, ids = all_clips(run)
+    assert observed.shape == (CLIPS["val"], FRAMES * 4, 3) and summary["frames"] == 3 * 4 * 4
+    whole = Run(runs / "ebwm").validation_data()
+    (batch,) = whole.batches(CLIPS["val"], CLIPS["val"])
+    frames = whole.preprocess(batch.observed)
+    kept = torch.ones(CLIPS["val"], FRAMES - 1, dtype=torch.bool)
+    kept[0, -1] = False
+    copied = (frames[:, :-1] - frames[:, 1:])[kept].square().mean().item()
+    assert summary["copy"]["mse"] == pytest.approx(copied, rel=1e-5) and summary["scene_changes"] == 1
+    assert isinstance(run.model, EnergyBasedTransformer)
+    *_, (energy, state) = run.model.refine(observed[:, :-4], observed[:, :-4], 4, ids)
+    wrong = (state - observed[:, 4:]).unflatten(1, (-1, 4)).square().mean((2, 3))
+    last = summary["ebwm"]["by_steps"]["4"]
+    assert last["mse"] == pytest.approx(wrong[kept].mean().item(), rel=1e-4)
+    assert last["energy"] == pytest.approx(energy.mean().item(), rel=1e-4)
+    assert list(summary["dit"]["by_passes"]) == ["1", "3", "10", "50"]
+    assert summary["dit"]["mse"] == summary["dit"]["by_passes"]["50"]["mse"] and "by_passes" not in summary["ar"]
+    assert (runs / "patches_ebt" / "video.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "diffusion twin, 50 passes" in printed and "diffusion twin, 1 pass " in printed
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *baselines[:2]])
+    assert main() == 1 and "two twins have the same model.kind" in capsys.readouterr().err
+
+
+def test_losses_of_noise_are_compared_with_no_others(runs: Path, tmp_path: Path) -> None:
+    options = Options(batch_size=8, max_sequences=8, candidates=(1,))
+    file, page = evaluate_runs(runs / "patches_ebt", runs / "patches_dit", None, tmp_path, options, join())
+    found = json.loads(file.read_text())
+    assert "equal_flops" not in found and "At equal training FLOPs" not in page.read_text()
+    assert found["model"]["by_steps"]["copy_loss"] > 0 and "copy_loss" not in found["baseline"]["by_steps"]
+    assert set(found["baseline"]["by_steps"]["frames"]) == {"copy", "1", "3", "10", "50"}
+
+
+@pytest.mark.parametrize("name", ["ebwm", "patches_ebt"])
+def test_energies_are_those_of_candidates_in_their_place(runs: Path, name: str) -> None:
+    run = Run(runs / name)
     assert isinstance(run.model, EnergyBasedTransformer)
     observed, _ = all_clips(run)
-    true = energies_of(run.model, observed, observed[:, 2:])
-    assert torch.allclose(true, run.model.energies(observed)[:, 1:], atol=1e-5)
+    size = run.model.layout.block_size
+    frames = observed.unflatten(1, (FRAMES, size))
+    true = energies_of(run.model, observed, frames[:, 2:])
+    assert torch.allclose(true, run.model.layout.mean(run.model.energies(observed))[:, 1:], atol=1e-5)
+    wrong = energies_of(run.model, observed, frames[:, 1:-1])
+    changed = torch.cat((frames[:, :3], frames[:, 2:3], frames[:, 4:]), 1).flatten(1, 2)  # the third frame again
+    alone = run.model.layout.mean(run.model.energies(changed))
+    assert torch.allclose(wrong[:, 1], alone[:, 2], atol=1e-5) and not torch.allclose(wrong, true, atol=1e-5)
+
+
+def test_a_frame_of_patches_is_one_row(runs: Path) -> None:
+    """Its loss and its move are means over the patches, and its energy is that of the state."""
+    run = Run(runs / "patches_ebt")
+    data = run.validation_data()
+    table = tabulate(run.model, data.batches(7, CLIPS["val"]), Thinking(), join(), data.preprocess)
+    observed, ids = all_clips(run)
+    assert isinstance(run.model, EnergyBasedTransformer) and table.moved is not None and table.energies is not None
+    *_, (energy, predicted) = run.model.refine(observed[:, :-4], observed[:, :-4], 2, ids)
+    moved = (predicted - observed[:, :-4]).unflatten(1, (-1, 4)).square().mean((2, 3))
+    torch.testing.assert_close(table.moved, moved.double(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(table.energies, energy[:, ::4].double(), rtol=1e-4, atol=1e-5)
+    assert table.target_mask.shape == (CLIPS["val"], FRAMES - 1)
 
 
 def test_wrong_frames_never_are_the_true_ones() -> None:

@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.inference.export import export_run
+from ebwm_dist.inference.video import roll_out_held_out
+from ebwm_dist.mcmc.diffusion import DiffusionModel
+from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.run import Run
 from launchers.generate import main
 from tests.made_runs import finished_run
@@ -19,6 +24,11 @@ from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents, t
 
 ON_VIDEO = ["mcmc.initial_state=most_recent_embedding", f"data.sequence_length={FRAMES - 1}"]
 ON_CLIPS = [*ON_VIDEO, "data.encoder=pixels:2", "model.embedding_dim=12"]
+IN_PATCHES = [
+    *("model.embedding_dim=3", "model.block_size=4", "model.block_shape=[2,2]", "model.prefix=block"),
+    f"data.sequence_length={4 * (FRAMES - 1)}",
+]
+KINDS = ("ebt", "ar", "dit")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -26,14 +36,16 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     main()
 
 
-@pytest.mark.parametrize("kind", ["ebt", "ar"])
+@pytest.mark.parametrize(("kind", "frames"), [(k, f) for k in KINDS for f in ([], IN_PATCHES)])
 def test_clips_are_continued_in_pictures(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, frames: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = make_tiny_clips(tmp_path / "clips", "jpeg")
-    finished_run(write_config(tmp_path), clips, tmp_path / "run", [*ON_CLIPS, f"model.kind={kind}"])
+    finished_run(write_config(tmp_path), clips, tmp_path / "run", [*ON_CLIPS, *frames, f"model.kind={kind}"])
     model = export_run(Run(tmp_path / "run"), tmp_path / "model")
-    options = [] if kind == "ar" else ["--think-steps", 3, "--energy-tolerance", 1e-3]
+    options: list[object] = {"ebt": ["--think-steps", 3, "--energy-tolerance", 1e-3], "dit": ["--passes", 4]}.get(
+        kind, []
+    )
     common = ["--checkpoint", model, "--samples", 2, "--observe", 1]
     run(monkeypatch, *common, "--json", "--out", tmp_path / "out", *options)
     records = json.loads(capsys.readouterr().out)
@@ -81,3 +93,37 @@ def test_a_checkpoint_and_a_mixture_are_continued(
     run(monkeypatch, "--checkpoint", checkpoint, "--samples", 1, "--json", "--data", other.folder)
     (record,) = json.loads(capsys.readouterr().out)
     assert record["sample"].startswith("val-") and len(record["squared_errors"]) == FRAMES - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_roll_out_of_patches_goes_on_from_its_own_frames(kind: str, tmp_path: Path) -> None:
+    """Frame by frame, from all frames so far and without a cache; the errors are those of whole frames."""
+    clips = make_tiny_clips(tmp_path / "clips", "jpeg")
+    finished_run(write_config(tmp_path), clips, tmp_path / "run", [*ON_CLIPS, *IN_PATCHES, f"model.kind={kind}"])
+    run = Run(tmp_path / "run")
+    found = roll_out_held_out(run, samples=2, observed=1, seed=5)
+    assert found.truth.shape == (2, FRAMES, 4, 3) and found.predicted.shape == (2, FRAMES - 1, 4, 3)
+    model, seen = run.model, found.truth[:, 0]
+    for number in range(FRAMES - 1):
+        if isinstance(model, DiffusionModel):
+            ids = torch.tensor([mix_seed(seed, 4 * number) for seed in (5, 6)])
+            positions = torch.arange(4 * number, 4 * number + 4).expand(2, 4)
+            frame = model.sample(seen, ids, model.seed, start=positions)
+        elif isinstance(model, EnergyBasedTransformer):
+            frame = list(model.refine(seen, model.layout.most_recent(seen), 2, torch.arange(2)))[-1][1][:, -4:]
+        else:
+            frame = model.predict(seen)[:, -4:]
+        torch.testing.assert_close(found.predicted[:, number], frame, rtol=1e-4, atol=1e-5)
+        seen = torch.cat((seen, frame), 1)
+    errors = (found.predicted - found.truth[:, 1:]).square().mean((2, 3))
+    for record, row in zip(found.records(), errors, strict=True):
+        assert record["squared_errors"] == pytest.approx(row.tolist())
+        assert ("energies" in record) == (kind == "ebt")
+
+
+def test_models_of_other_states_roll_out_no_frames(tmp_path: Path) -> None:
+    clips = make_tiny_clips(tmp_path / "clips", "jpeg")
+    halves = [*IN_PATCHES, "model.block_size=2", "model.block_shape=null", "data.sequence_length=10"]
+    finished_run(write_config(tmp_path), clips, tmp_path / "run", [*ON_CLIPS, *halves])
+    with pytest.raises(UserError, match="predicts no whole frames after a first one"):
+        roll_out_held_out(Run(tmp_path / "run"), samples=1, observed=1)

@@ -156,6 +156,18 @@ def test_what_is_denoised_starts_at_its_level() -> None:
         entered.clear()
 
 
+def test_next_states_of_padded_samples_are_those_alone() -> None:
+    """One after a single state and one after two, whose noise does not depend on where they are."""
+    model = build(prefix="block")
+    observed, ids = samples(model, 1, rows=2), torch.tensor([3, 8])
+    first = torch.tensor([[0], [4]]) + torch.arange(4)
+    together = model.sample(observed, ids, 0, 3, first)
+    alone = model.sample(observed[:1, :4], ids[:1], 0, 3, first[:1])
+    torch.testing.assert_close(together[:1], alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alone, model.sample(observed[:1, :4], ids[:1], 0, 3), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together[1:], model.sample(observed[1:], ids[1:], 0, 3, first[1:]), rtol=1e-9, atol=1e-9)
+
+
 def test_it_can_be_built_without_memory() -> None:
     with torch.device("meta"), UndrawnWeights():
         model = DiffusionModel(ModelConfig(kind="dit", embedding_dim=WIDTH, prefix="none"), NoiseConfig(), 0)

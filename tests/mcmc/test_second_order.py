@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ebwm_dist.config.schema import MCMCConfig, ModelConfig
 from ebwm_dist.mcmc import noise
+from ebwm_dist.mcmc.corruption import with_corrupted
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.embedding import EmbeddingSpace
 from ebwm_dist.mcmc.schedule import StepPlan
@@ -110,6 +111,8 @@ def expect(
     chosen, targets = targets is not None, observed[:, prefix:] if targets is None else targets
     length = observed.shape[1] - prefix
     recent = observed[:, [max(0, prefix + i - block) for i in range(length)]]
+    if mcmc.corrupted_share:
+        recent = with_corrupted(recent, observed, ids, model.seed, mcmc.corrupted_share, model.layout)
     state = model.space.initial_state(ids, model.seed, Slice(0, length), recent).double()
     num_targets = model.target_mask(targets).sum().item()
     if model.replay is not None:
