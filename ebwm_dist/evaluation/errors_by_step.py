@@ -45,12 +45,12 @@ def measure(
     steps = max(max_mcmc_steps, run.trained_steps) if run.config.model.kind == "ebt" else 1
     part = (batch_size, max_sequences, rank, world_size)
     model, preprocess = run.model, data.preprocess
-    kind = {"layout": model.layout, "loss_of": model.loss_of}
-    sums = accumulate(model.evaluate, data.batches(*part), steps, preprocess, **kind)
+    batches = data.batches(*part)
+    sums = accumulate(model.evaluate, batches, steps, preprocess, layout=model.layout, loss_of=model.loss_of)
     assert sums is not None
     frames = None
-    if data.preprocess.frames_are_states(run.config.model):
-        frames = frame_errors(run.model, data.batches(*part), steps, data.preprocess)
+    if preprocess.frames_are_states(run.config.model):
+        frames = frame_errors(model, data.batches(*part), steps, preprocess)
     sums = Sums(*(tensor.cpu() for tensor in sums))
     return ErrorsByStep(sums, frames, run.trained_steps, data.tokens_per_byte(max_sequences))
 

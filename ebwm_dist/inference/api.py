@@ -22,6 +22,7 @@ from ebwm_dist.inference.continuation import Continuation, RollOut, check_length
 from ebwm_dist.inference.sampling import choose
 from ebwm_dist.inference.settings import Sampling, Thinking
 from ebwm_dist.mcmc.build import Model
+from ebwm_dist.mcmc.diffusion import DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Predictor:
         if self.embedding_dim is not None:
             raise UserError("this model predicts embeddings, not text: use roll_out")
         model, tokenizer = self.model, self.tokenizer
+        assert not isinstance(model, DiffusionModel), "one of embeddings"
         pad_id = (model.space if isinstance(model, EnergyBasedTransformer) else model).pad_id
         observed, seeds = self._sequences(prompts, seeds, length, slide)
         sequences, size = Sequences(model, observed, thinking, seeds, self.max_context), self.layout.block_size
