@@ -6,7 +6,9 @@
     pixels:SIZE/P        the same numbers in the order of patches of P x P
     grey:SIZE, :SIZE/P   one number for each pixel instead of three
     sd_vae               mean of Stable Diffusion's variational autoencoder; can be decoded (pretrained.py)
+    sd_vae:P             the same in the order of patches of P x P
     dinov2               class embedding of DINOv2
+    dinov2:patches       the embeddings of its patches
     torchvision:MODEL    input of the last layer of a classifier of torchvision
 
 Weights are read from a local path and never downloaded.
@@ -45,6 +47,6 @@ def build_encoder(
     if kind not in KINDS:
         raise UserError(
             f"encoder {spec!r} is not known; it is one of pixels:SIZE, pixels:SIZE/P, grey:SIZE, grey:SIZE/P, sd_vae, "
-            "dinov2, torchvision:MODEL"
+            "sd_vae:P, dinov2, dinov2:patches, torchvision:MODEL"
         )
     return KINDS[kind](argument, None if weights is None else Path(weights), height, width, precision)

@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from ebwm_dist.encoders.encoder import Encoder
+from ebwm_dist.encoders.patches import from_patches, to_patches
 from ebwm_dist.errors import UserError
 
 
@@ -44,14 +45,10 @@ class Pixels(Encoder):
         resized = 2 * interpolate(images, size=(self.size, self.size), mode="area") - 1
         if self.channels == 1:
             resized = resized.mean(1, keepdim=True)
-        rows = self.size // self.patch
-        patches = resized.view(-1, self.channels, rows, self.patch, rows, self.patch)
-        return patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.embedding_dim)
+        return to_patches(resized, self.patch)
 
     def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        rows = self.size // self.patch
-        patches = embeddings.view(-1, rows, rows, self.patch, self.patch, self.channels)
-        images = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, self.size, self.size)
+        images = from_patches(embeddings, (self.channels, self.size, self.size), self.patch)
         return (images.expand(-1, 3, -1, -1) + 1) / 2
 
 

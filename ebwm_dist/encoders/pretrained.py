@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,26 @@ import torch
 from torch import nn
 
 from ebwm_dist.encoders.encoder import Encoder
+from ebwm_dist.encoders.patches import from_patches, to_patches
 from ebwm_dist.errors import DataError, UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the channels of ImageNet's images, which DINOv2 expects frames to be normalised by."""
+
+_OWN_PATH = "weights are a path of their own"
 
 
 class _FromHub(Encoder):
     """A model of another library, in a folder as the hub has it; the library would make up weights that are missing."""
 
     def __init__(
-        self, kind: str, library: str, name: str, argument: str, weights: Path | None, precision: str, **options: Any
+        self, spec: str, library: str, name: str, weights: Path | None, precision: str, **options: Any
     ) -> None:
-        if argument:
-            raise UserError(
-                f"encoder '{kind}:{argument}': {kind} takes nothing after a colon; weights are a path of their own"
-            )
+        kind = spec.partition(":")[0]
         files = [] if weights is None else sorted(weights.glob("*.safetensors"))
         if weights is None or not files or not (weights / "config.json").is_file():
             raise _no_weights(kind, weights, "a local folder with config.json and safetensors files, as on the hub")
-        super().__init__(kind, precision, [weights / "config.json", *files])
+        super().__init__(spec, precision, [weights / "config.json", *files])
         try:
             module = importlib.import_module(library)
         except ImportError as error:
@@ -66,39 +67,56 @@ class _FromHub(Encoder):
 class StableDiffusionVAE(_FromHub):
     """Posterior mean of the autoencoder `[C, H/8, W/8]`, flattened and scaled as its configuration says.
 
-    At 224 x 224 that is E = 4 x 28 x 28 = 3136.
+    At 224 x 224 that is E = 4 x 28 x 28 = 3136. `sd_vae:P` has the same numbers patch by patch, of P x P places.
     """
 
     decodable = True
 
     def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
-        options = {"low_cpu_mem_usage": False}
-        super().__init__("sd_vae", "diffusers", "AutoencoderKL", argument, weights, precision, **options)
+        options, spec = {"low_cpu_mem_usage": False}, f"sd_vae:{argument}" if argument else "sd_vae"
+        if argument and not re.fullmatch("[1-9][0-9]?", argument):
+            raise UserError(
+                f"encoder {spec!r}: sd_vae takes nothing or the size of patches, as in sd_vae:7; {_OWN_PATH}"
+            )
+        super().__init__(spec, "diffusers", "AutoencoderKL", weights, precision, **options)
+        self.patch = int(argument or 0)
         factor = 2 ** (len(self.model.config.block_out_channels) - 1)
-        self.check_multiple(factor, height, width)
+        self.check_multiple(factor * max(1, self.patch), height, width)
         self.shape = (self.model.config.latent_channels, height // factor, width // factor)
         self.embedding_dim = math.prod(self.shape)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         posterior = self.model.encode((2 * images - 1).to(self.dtype)).latent_dist
-        return (posterior.mean * self.model.config.scaling_factor).flatten(1)
+        latents = posterior.mean * self.model.config.scaling_factor
+        return to_patches(latents, self.patch) if self.patch else latents.flatten(1)
 
     def _decode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        latents = embeddings.view(-1, *self.shape) / self.model.config.scaling_factor
+        latents = from_patches(embeddings, self.shape, self.patch) if self.patch else embeddings.view(-1, *self.shape)
+        latents = latents / self.model.config.scaling_factor
         return (self.model.decode(latents.to(self.dtype)).sample.float() + 1) / 2
 
 
 class DinoV2(_FromHub):
-    """The embedding of DINOv2's class token, after its last norm; E = 768 for the base model."""
+    """The embedding of DINOv2's class token, after its last norm; E = 768 for the base model.
+
+    `dinov2:patches` has those of all patches instead, row by row: at 224 x 224 E = 256 x 768.
+    """
 
     def __init__(self, argument: str, weights: Path | None, height: int, width: int, precision: str) -> None:
-        super().__init__("dinov2", "transformers", "Dinov2Model", argument, weights, precision)
-        self.check_multiple(self.model.config.patch_size, height, width)
-        self.embedding_dim = self.model.config.hidden_size
+        spec = f"dinov2:{argument}" if argument else "dinov2"
+        if argument not in ("", "patches"):
+            raise UserError(f"encoder {spec!r}: dinov2 takes nothing or 'patches' after a colon; {_OWN_PATH}")
+        super().__init__(spec, "transformers", "Dinov2Model", weights, precision)
+        patch = self.model.config.patch_size
+        self.check_multiple(patch, height, width)
+        self.of_patches = argument == "patches"
+        tokens = height // patch * (width // patch) if self.of_patches else 1
+        self.embedding_dim = tokens * self.model.config.hidden_size
         self.normalise = _Normalise(*IMAGENET)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=self.normalise(images).to(self.dtype)).last_hidden_state[:, 0]
+        states = self.model(pixel_values=self.normalise(images).to(self.dtype)).last_hidden_state
+        return states[:, 1:].flatten(1) if self.of_patches else states[:, 0]
 
 
 class TorchvisionModel(Encoder):

@@ -52,8 +52,8 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, required: bool) -> N
         "--encoder",
         required=required,
         metavar="SPEC",
-        help="store latents of this frozen encoder: pixels:SIZE, pixels:SIZE/P, grey:SIZE, grey:SIZE/P, sd_vae, dinov2 "
-        "or torchvision:MODEL",
+        help="store latents of this frozen encoder: pixels:SIZE, pixels:SIZE/P, grey:SIZE, grey:SIZE/P, "
+        "sd_vae, sd_vae:P, dinov2, dinov2:patches or torchvision:MODEL",
     )
     parser.add_argument("--weights", type=local_path, help="the encoder's weights: a local folder or file")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)")

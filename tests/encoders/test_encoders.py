@@ -47,7 +47,7 @@ def test_pixels_are_means_of_their_blocks_row_by_row_or_patch_by_patch() -> None
         ("pixels:0", None, "is not pixels:SIZE"),
         ("pixels:16/5", None, "patch size 5 does not divide 16"),
         ("pixels:16", "w", "has no weights"),
-        ("sd_vae:big", None, "takes nothing after a colon"),
+        ("sd_vae:big", None, "takes nothing or the size of patches"),
         ("sd_vae", None, "needs weights.*none were given"),
         ("dinov2", "gone", "needs weights.*gone is not that"),
         (f"torchvision:{MODEL}", "gone.pth", "needs weights.*gone.pth is not that"),
@@ -153,6 +153,17 @@ def test_the_autoencoder_is_read_from_a_folder_as_the_hub_lays_it_out(tmp_path: 
     expected = ((reconstructed + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1)
     assert encoder.decodable and (encoder.decode(embeddings).float() - expected).abs().max() <= 0.51
 
+    patches = build_encoder("sd_vae:2", tmp_path / "vae", 32, 48)
+    rows = patches.encode(images)
+    assert patches.embedding_dim == 96 and patches.sha256 != encoder.sha256
+    of_patch = posterior.mode()[:, :, 2:4, 4:6] * 0.25  # the last of the second row of patches
+    torch.testing.assert_close(rows.view(3, 6, 2, 2, 4)[:, 5], of_patch.permute(0, 2, 3, 1))
+    assert torch.equal(patches.decode(rows), encoder.decode(embeddings))
+    with pytest.raises(UserError, match="multiples of 24, not 32 x 48"):
+        build_encoder("sd_vae:3", tmp_path / "vae", 32, 48)
+    with pytest.raises(UserError, match="takes nothing or the size of patches"):
+        build_encoder("sd_vae:two", tmp_path / "vae", 32, 48)
+
     half = build_encoder("sd_vae", tmp_path / "vae", 32, 48, precision="bf16").encode(images)
     assert torch.nn.functional.cosine_similarity(embeddings, half).min() > 0.99
     with pytest.raises(UserError, match="multiples of 8, not 32 x 36"):
@@ -177,6 +188,13 @@ def test_dinov2_is_read_from_a_folder_as_the_hub_lays_it_out(tmp_path: Path) -> 
         expected = model(pixel_values=((images / 255 - mean) / std).permute(0, 3, 1, 2)).pooler_output
     torch.testing.assert_close(encoder.encode(images), expected)
     assert encoder.embedding_dim == 24 and not encoder.decodable
+    patches = build_encoder("dinov2:patches", tmp_path / "dino", 28, 42)
+    with torch.no_grad():
+        states = model(pixel_values=((images / 255 - mean) / std).permute(0, 3, 1, 2)).last_hidden_state
+    torch.testing.assert_close(patches.encode(images).view(3, 6, 24), states[:, 1:])
+    assert patches.embedding_dim == 6 * 24 and patches.sha256 != encoder.sha256
+    with pytest.raises(UserError, match="takes nothing or 'patches' after a colon"):
+        build_encoder("dinov2:large", tmp_path / "dino", 28, 42)
     with pytest.raises(UserError, match="multiples of 14, not 28 x 32"):
         build_encoder("dinov2", tmp_path / "dino", 28, 32)
     _check_refusals("dinov2", tmp_path / "dino", "layernorm.weight")
