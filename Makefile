@@ -13,6 +13,7 @@ VIDEO_SHARDS := data/video/manifest.json
 SHAPES := data/raw/shapes
 SHAPES_CLIPS := data/shapes/manifest.json
 SHAPES_LATENTS := data/shapes_latents/manifest.json
+SHAPES_PATCHES := data/shapes_patches/manifest.json
 DIGITS := data/digits/manifest.json
 # Of the task of pointers: documents of at most 1, 2, 3 and 4 hops, and harder ones, which are only evaluated. The trees
 # of the first three are no deeper than that, so that most of their nodes can be asked for.
@@ -47,9 +48,9 @@ define train_beside
 $(call train,$(1),$(2),> $(2).log 2>&1 || { tail $(2).log >&2; exit 1; })
 endef
 
-.PHONY: setup data data-reasoning data-video data-shapes data-digits train train-reasoning train-video train-shapes \
-	train-denoise fine-tune test coverage check clean reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1 \
-	denoise-ebt denoise-dit
+.PHONY: setup data data-reasoning data-video data-shapes data-patches data-digits train train-reasoning train-video \
+	train-shapes train-patches train-denoise fine-tune test coverage check clean reasoning-ebt reasoning-ar4 reasoning-ar2 reasoning-ar1 \
+	denoise-ebt denoise-dit patches-ebt patches-ar patches-dit
 
 setup: $(STAMP)
 
@@ -68,6 +69,8 @@ data-reasoning: $(LESSONS:%=data/reasoning/%/manifest.json)
 data-video: $(VIDEO_SHARDS)
 
 data-shapes: $(SHAPES_LATENTS)
+
+data-patches: $(SHAPES_PATCHES)
 
 data-digits: $(DIGITS)
 
@@ -114,6 +117,17 @@ train-shapes: setup data-shapes
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/video_shapes --baseline runs/video_shapes_ar
 
 # As with reasoning: small models, a thread each, side by side.
+train-patches: setup data-patches
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$$(getconf _NPROCESSORS_ONLN) patches-ebt patches-ar patches-dit
+	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/video_patches --baseline runs/video_patches_ar \
+		--baseline runs/video_patches_dit
+
+patches-ebt:
+	$(call train,ebwm_video_patches,runs/video_patches)
+
+patches-ar patches-dit: patches-%:
+	$(call train_beside,$*_video_patches,runs/video_patches_$*)
+
 train-denoise: setup data-digits
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j$$(getconf _NPROCESSORS_ONLN) denoise-ebt denoise-dit
 	$(VENV)/bin/python launchers/evaluate.py --summary --run runs/denoise --baseline runs/denoise_dit --batch-size 128
@@ -142,6 +156,7 @@ clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs/quickstart runs/quickstart_ar \
 		runs/halves runs/halves_ar \
 		runs/denoise runs/denoise_dit runs/denoise_*.log \
+		runs/video_patches runs/video_patches_ar runs/video_patches_dit runs/video_patches_*.log \
 		runs/video_quickstart runs/video_quickstart_ar runs/video_shapes runs/video_shapes_ar runs/reasoning \
 		runs/reasoning_ar1 runs/reasoning_ar2 runs/reasoning_ar4 runs/reasoning_ar*.log
 
@@ -192,6 +207,9 @@ $(SHAPES_CLIPS): | setup
 
 $(SHAPES_LATENTS): $(SHAPES_CLIPS)
 	$(VENV)/bin/python data_tools/encode_frames.py $(dir $<) --out $(dir $@) --encoder pixels:8
+
+$(SHAPES_PATCHES): $(SHAPES_CLIPS)
+	$(VENV)/bin/python data_tools/encode_frames.py $(dir $<) --out $(dir $@) --encoder pixels:16/4
 
 data/raw/digits.npz: | setup
 	$(VENV)/bin/python data_tools/fetch_images.py --out $@

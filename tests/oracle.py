@@ -50,9 +50,10 @@ class DenseOracle:
         add_most_recent: bool = False,
         block_shape: Sequence[int] = (1,),
         prefix: int = 1,
+        energy_head: str = "linear",
     ):
         self.block_shape, self.block, self.prefix = block_shape, math.prod(block_shape), prefix
-        self.add_most_recent = add_most_recent
+        self.add_most_recent, self.energy_head = add_most_recent, energy_head
         self.w = {name: value.detach().clone().requires_grad_() for name, value in state_dict.items()}
         self.num_heads, self.variant, self.pad_id, self.eps = num_heads, variant, pad_id, eps
         self.num_layers = 1 + max(int(name.split(".")[2]) for name in self.w if name.startswith("transformer.blocks."))
@@ -122,7 +123,10 @@ class DenseOracle:
         shift, scale = self._modulation("transformer.", condition, 2)[:2]
         h = self._norm(x, "transformer.norm.weight") * (1 + scale) + shift
         mapped = (h @ w["transformer.head.weight"].T)[:, length:]
-        energy = mapped[..., 0] if mapped.shape[-1] == 1 else (mapped * candidate).sum(-1)
+        if self.energy_head == "distance":
+            energy = (mapped - candidate).square().sum(-1) / 2
+        else:
+            energy = mapped[..., 0] if self.energy_head == "linear" else (mapped * candidate).sum(-1)
         return energy.view(batch, -1, self.block).mean(-1)
 
     def refine(

@@ -44,9 +44,9 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     tie_embeddings: bool = False
     """Embed predictions with the token embedding of the context instead of a separate matrix."""
-    energy_head: str = choice("linear", "bilinear")
-    """Energy of a candidate e with the final hidden state h: `w h` (published), or `(M h) e`, whose gradient holds M h
-    as the logits of an autoregressive model do."""
+    energy_head: str = choice("linear", "bilinear", "distance")
+    """Energy of a candidate e with the final hidden state h: `w h` (published); `(M h) e`, whose gradient holds M h as
+    the logits of an autoregressive model do; or `|e - M h|^2 / 2`, which is high far away from M h."""
     add_most_recent: bool = False
     """Add the most recent observed state's embedding to that of every candidate, which otherwise only attends to it."""
 
@@ -252,7 +252,7 @@ class DataConfig:
     """Tokens of context S, or frames of a clip less one; must equal the length the shards were made with."""
     encoder: str | None = None
     """Frozen encoder of the frames of clips, or of images: pixels:SIZE, pixels:SIZE/P, the same with grey instead of
-    pixels, sd_vae, dinov2 or torchvision:MODEL; null for text and for latents, which are encoded in advance."""
+    pixels, sd_vae(:P), dinov2(:patches) or torchvision:MODEL; null for text and latents, encoded in advance."""
     encoder_weights: str | None = location(None)
     """Local file or folder of the encoder's weights; `pixels` and `grey` have none."""
     min_crop_scale: float = number(1.0, above=0, at_most=1)

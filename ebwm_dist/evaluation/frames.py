@@ -31,7 +31,7 @@ WINDOW = 7
 """Pixels along an edge of the windows that SSIM compares."""
 SCENE_CHANGE = 40.0
 """Mean difference of two frames, of 255, from which on the second is taken for the start of another scene."""
-PASSES = (1, 3, 10, SAMPLING_PASSES)
+PASSES = (3, 10, SAMPLING_PASSES)
 """Numbers of passes in which a diffusion model predicts."""
 
 

@@ -94,7 +94,7 @@ def video_table(summary: dict[str, Any]) -> str:
     for kind, twin in TWINS.items():
         found = summary.get(kind, {})
         for passes, entry in found.get("by_passes", {}).items():
-            rows.append((f"{twin.name}, {passes} pass{'es' * (passes != '1')}", entry, ""))
+            rows.append((f"{twin.name}, {passes} passes", entry, ""))
         if found and "by_passes" not in found:
             rows.append((twin.name, found, ""))
     lines = ["", f"Predicting the next frame of {summary['clips']} held-out clips (errors of normalised embeddings)"]

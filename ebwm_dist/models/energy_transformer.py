@@ -35,12 +35,13 @@ class EnergyHead(Linear):
     """The energy of a state, in at least float32: its differences are much smaller than itself.
 
     It is a linear map of the final hidden state, or (`bilinear`) the inner product of such a map with the candidate:
-    the gradient then has a direct path from the hidden state, as the logits of an autoregressive model have.
+    the gradient then has a direct path from the hidden state, as the logits of an autoregressive model have. Or
+    (`distance`) half the squared distance between the two: far away from what the map says the energy is high.
     """
 
-    def __init__(self, dim: int, bilinear: bool):
-        super().__init__(dim, dim if bilinear else 1, bias=False)
-        self.bilinear = bilinear
+    def __init__(self, dim: int, kind: str):
+        super().__init__(dim, 1 if kind == "linear" else dim, bias=False)
+        self.kind = kind
 
     def forward(self, h: Tensor, candidate: Tensor, tangent: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Map the final hidden states `h` [B, C, D] of embedded candidates [B, C, D] to [B, C].
@@ -49,12 +50,18 @@ class EnergyHead(Linear):
         """
         dtype = torch.promote_types(h.dtype, torch.float32)
         mapped = F.linear(h.to(dtype), self.weight.to(dtype))
-        if not self.bilinear:
+        if self.kind == "linear":
             return mapped.squeeze(-1)
+        if tangent is not None:
+            mapped, d_mapped = mapped.chunk(2)
+        if self.kind == "distance":
+            apart = candidate - mapped
+            energy = apart.square().sum(-1) / 2
+            return energy if tangent is None else torch.cat((energy, (apart * (tangent - d_mapped)).sum(-1)))
+        energy = (mapped * candidate).sum(-1)
         if tangent is None:
-            return (mapped * candidate).sum(-1)
-        mapped, d_mapped = mapped.chunk(2)
-        return torch.cat(((mapped * candidate).sum(-1), (d_mapped * candidate + mapped * tangent).sum(-1)))
+            return energy
+        return torch.cat((energy, (d_mapped * candidate + mapped * tangent).sum(-1)))
 
 
 class EnergyTransformer(nn.Module):
@@ -71,7 +78,7 @@ class EnergyTransformer(nn.Module):
         self.blocks = Blocks(config, adaln)
         self.norm = RMSNorm(dim, config.norm_eps)
         self.modulation = Modulation(dim, 2) if adaln else None
-        self.head = EnergyHead(dim, bilinear=config.energy_head == "bilinear")
+        self.head = EnergyHead(dim, config.energy_head)
 
     def landscape(self, step: int) -> int:
         """Return the landscape of MCMC step `step`, counted from 0: the last one repeats."""

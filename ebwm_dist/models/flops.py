@@ -111,7 +111,7 @@ class _Costs(NamedTuple):
     """Forward FLOPs per token of the parts of a model."""
 
     stream: float
-    """All blocks, and of an energy model a bilinear head."""
+    """All blocks, and of an energy model a head of the model's width."""
     linear: float
     """The linear layers of the blocks."""
     context: float
@@ -133,7 +133,7 @@ def _costs(config: ModelConfig, sequence_length: int) -> _Costs:
     attention = (sequence_length + size - 1) * config.dim
     block = 2.0 * (matrices + attention)
     stream = config.num_layers * block
-    energy = 2.0 * config.dim**2 if config.kind == "ebt" and config.energy_head == "bilinear" else 0.0
+    energy = 2.0 * config.dim**2 if config.kind == "ebt" and config.energy_head != "linear" else 0.0
     head = 2.0 * config.dim * (config.embedding_dim or config.vocab_size)
     product = 0.0 if config.embedding_dim == config.dim else head
     projection = 0.0 if config.embedding_dim is None else product

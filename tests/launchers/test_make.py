@@ -19,7 +19,10 @@ def commands_of(target: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("target", "runs"),
-    [("train", 2), ("train-reasoning", 4), ("train-video", 2), ("train-shapes", 2), ("train-denoise", 2)],
+    [
+        *(("train", 2), ("train-reasoning", 4), ("train-video", 2), ("train-shapes", 2)),
+        *(("train-patches", 3), ("train-denoise", 2)),
+    ],
 )
 def test_every_training_is_followed_by_a_look_whether_it_is_finished(target: str, runs: int) -> None:
     lines = commands_of(target)

@@ -1,4 +1,4 @@
-"""Bilinear energies and candidates with the most recent state added, against a double backward in float64."""
+"""Bilinear energies and distances, and candidates with the most recent state added, against a double backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from tests.mcmc.test_second_order import VARIANTS, batch, build, check_finite_differences, check_training_step, settings
 
-OPTIONS = [("bilinear", False), ("linear", True), ("bilinear", True)]
+OPTIONS = [("bilinear", False), ("linear", True), ("bilinear", True), ("distance", True)]
 
 
 @pytest.mark.parametrize("gradient", ["truncated", "full"])
@@ -23,10 +23,11 @@ def test_gradients_equal_a_double_backward(head: str, added: bool, variant: str,
         assert leaf.grad is not None and leaf.grad.norm() > 0, name
 
 
+@pytest.mark.parametrize("head", ["bilinear", "distance"])
 @pytest.mark.parametrize("embedding_dim", [None, 10, 16])
-def test_gradients_of_chosen_targets_and_of_embeddings(embedding_dim: int | None) -> None:
+def test_gradients_of_chosen_targets_and_of_embeddings(embedding_dim: int | None, head: str) -> None:
     mcmc = settings(step_size=0.3)
-    model = build(mcmc, energy_head="bilinear", add_most_recent=True, embedding_dim=embedding_dim)
+    model = build(mcmc, energy_head=head, add_most_recent=True, embedding_dim=embedding_dim)
     observed, ids = batch()
     if embedding_dim is not None:
         check_training_step(model, mcmc, torch.randn(*observed.shape, embedding_dim).double(), ids)
@@ -37,8 +38,9 @@ def test_gradients_of_chosen_targets_and_of_embeddings(embedding_dim: int | None
     check_training_step(model, mcmc, observed, ids, targets=targets)
 
 
-def test_gradients_equal_finite_differences() -> None:
-    model = build(settings(gradient="full", step_size=0.3), energy_head="bilinear", add_most_recent=True)
+@pytest.mark.parametrize("head", ["bilinear", "distance"])
+def test_gradients_equal_finite_differences(head: str) -> None:
+    model = build(settings(gradient="full", step_size=0.3), energy_head=head, add_most_recent=True)
     check_finite_differences(model, *batch())
 
 

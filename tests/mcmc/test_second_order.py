@@ -93,6 +93,7 @@ def oracle_of(model: EnergyBasedTransformer) -> DenseOracle:
         add_most_recent=transformer.add_most_recent,
         block_shape=(1,) if transformer.block_positions is None else transformer.block_positions.shape,
         prefix=transformer.layout.prefix,
+        energy_head=transformer.head.kind,
     )
 
 
