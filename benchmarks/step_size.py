@@ -66,7 +66,10 @@ def published(dim: int, vocabulary: int, steps: int) -> Case:
 
 
 CASES = {
-    **{f"bilinear, width {dim}, vocabulary 1000": text(dim, 1000, 60 if dim > 128 else 100) for dim in (64, 128, 256, 512)},
+    **{
+        f"bilinear, width {dim}, vocabulary 1000": text(dim, 1000, 60 if dim > 128 else 100)
+        for dim in (64, 128, 256, 512)
+    },
     "bilinear, width 64, vocabulary 8000": text(64, 8000, 60),
     "bilinear, width 64, vocabulary 32000": text(64, 32000, 40),
     "published, width 128, vocabulary 1000": published(128, 1000, 80),
