@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import early_stopping, generate
 from ebwm_dist.inference.settings import Thinking
-from tests.mcmc.test_second_order import VOCAB, build, settings
+from tests.mcmc.small_models import VOCAB, build, settings
 
 TINY = "--context 6 --tokens 3 --batch 2 --layers 2 --width 64 --vocab 30".split()  # noqa: SIM905
 

@@ -15,7 +15,7 @@ from ebwm_dist.inference.thinking import landscapes, think, think_sequences
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
-from tests.mcmc.test_second_order import DIM, PAD, VOCAB, build, settings
+from tests.mcmc.small_models import DIM, PAD, VOCAB, build, settings
 
 SHAPE, SIZE, LENGTH = [2, 2], 4, 16
 PREFIXES = {"token": 1, "block": SIZE, "none": 0}

@@ -22,8 +22,8 @@ from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
+from tests.mcmc.small_models import PAD, VARIANTS, VOCAB, build, settings
 from tests.mcmc.test_devices import needs_gpu
-from tests.mcmc.test_second_order import PAD, VARIANTS, VOCAB, build, settings
 from tests.tiny_data import byte_level_tokenizer
 
 CONTEXT, NEW = 14, 6

@@ -17,8 +17,8 @@ from ebwm_dist.inference.thinking import Thought, think_sequences
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.noise import mix_seed
 from ebwm_dist.mcmc.slices import Slice
+from tests.mcmc.small_models import VARIANTS, batch, build, settings
 from tests.mcmc.test_memory import memory_of
-from tests.mcmc.test_second_order import VARIANTS, batch, build, settings
 
 SEEDS = [3, 11]
 SIZE = 4

@@ -15,8 +15,7 @@ from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Share, Slice, slices
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
-from tests.mcmc.test_memory import memory_of
-from tests.mcmc.test_second_order import (
+from tests.mcmc.small_models import (
     PAD,
     UPDATES,
     VARIANTS,
@@ -27,6 +26,7 @@ from tests.mcmc.test_second_order import (
     gradients,
     settings,
 )
+from tests.mcmc.test_memory import memory_of
 
 SHAPES = [[1], [2], [2, 2]]
 PREFIXES = ["token", "block", "none"]

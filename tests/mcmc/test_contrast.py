@@ -13,7 +13,7 @@ from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Share, Slice
-from tests.mcmc.test_second_order import PAD, build, compare_gradients, settings
+from tests.mcmc.small_models import PAD, build, compare_gradients, settings
 
 IDS, WIDTH = torch.arange(7, 9), 5
 

@@ -8,8 +8,8 @@ import torch
 from ebwm_dist.mcmc.corruption import with_corrupted
 from ebwm_dist.mcmc.slices import Share
 from ebwm_dist.models.block_layout import BlockLayout
+from tests.mcmc.small_models import build, check_training_step, compare_gradients, gradients, settings
 from tests.mcmc.test_blocks import WIDTH, samples
-from tests.mcmc.test_second_order import build, check_training_step, compare_gradients, gradients, settings
 
 CORRUPTED = {"step_size": 0.5, "initial_state": "most_recent_embedding", "corrupted_share": 0.5}
 

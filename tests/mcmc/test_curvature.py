@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebwm_dist.mcmc.curvature import largest_eigenvalues
-from tests.mcmc.test_second_order import LENGTH, VARIANTS, batch, build, settings
+from tests.mcmc.small_models import LENGTH, VARIANTS, batch, build, settings
 from tests.mcmc.test_targets import CHOSEN, chosen_targets
 
 

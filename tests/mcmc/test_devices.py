@@ -12,8 +12,8 @@ from torch import Tensor
 from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
+from tests.mcmc.small_models import VARIANTS, batch, build, compare_gradients, gradients, settings
 from tests.mcmc.test_embedding import frames
-from tests.mcmc.test_second_order import VARIANTS, batch, build, compare_gradients, gradients, settings
 
 GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

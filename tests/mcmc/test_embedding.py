@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Slice
-from tests.mcmc.test_modes import fill, in_every_mode
-from tests.mcmc.test_second_order import (
+from tests.mcmc.small_models import (
     DIM,
     LENGTH,
     VARIANTS,
@@ -24,6 +23,7 @@ from tests.mcmc.test_second_order import (
     oracle_of,
     settings,
 )
+from tests.mcmc.test_modes import fill, in_every_mode
 
 STARTS = ["random_noise", "zeros", "most_recent_embedding"]
 WIDTHS = pytest.mark.parametrize("width", [DIM, 10], ids=["as wide", "projected"])

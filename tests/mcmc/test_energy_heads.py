@@ -7,7 +7,7 @@ import torch
 
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
-from tests.mcmc.test_second_order import VARIANTS, batch, build, check_finite_differences, check_training_step, settings
+from tests.mcmc.small_models import VARIANTS, batch, build, check_finite_differences, check_training_step, settings
 
 OPTIONS = [("bilinear", False), ("linear", True), ("bilinear", True), ("distance", True)]
 

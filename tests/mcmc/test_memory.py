@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.planning.live_bytes import LiveBytes
+from tests.mcmc.small_models import DIM, VOCAB, batch, build, expect, oracle_of, settings
 from tests.mcmc.test_modes import in_every_mode
-from tests.mcmc.test_second_order import DIM, VOCAB, batch, build, expect, oracle_of, settings
 
 
 @contextlib.contextmanager

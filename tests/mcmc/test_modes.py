@@ -12,7 +12,7 @@ from torch import Tensor
 from ebwm_dist.mcmc import vocabulary
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
-from tests.mcmc.test_second_order import (
+from tests.mcmc.small_models import (
     LENGTH,
     PAD,
     UPDATES,

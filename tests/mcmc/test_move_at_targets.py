@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from tests.mcmc.test_second_order import DIM, LENGTH, build, settings
+from tests.mcmc.small_models import DIM, LENGTH, build, settings
 
 
 def with_quadratic_energy(model: EnergyBasedTransformer, monkeypatch: pytest.MonkeyPatch) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Share, Slice, slices
+from tests.mcmc.small_models import LENGTH, PAD, UPDATES, VARIANTS, batch, build, gradients, settings
 from tests.mcmc.test_embedding import embedding_settings, frames
-from tests.mcmc.test_second_order import LENGTH, PAD, UPDATES, VARIANTS, batch, build, gradients, settings
 from tests.mcmc.test_targets import CHOSEN, chosen_targets
 
 Build = Callable[[], EnergyBasedTransformer]

@@ -13,7 +13,7 @@ from ebwm_dist.config.schema import ModelConfig
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.slices import Slice, slices
 from ebwm_dist.models.autoregressive import AutoregressiveTransformer
-from tests.mcmc.test_second_order import (
+from tests.mcmc.small_models import (
     DIM,
     HEADS,
     LENGTH,

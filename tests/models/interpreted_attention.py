@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
+from tests.mcmc.small_models import batch, build, compare_gradients, gradients, settings
 from tests.mcmc.test_embedding import frames
-from tests.mcmc.test_second_order import batch, build, compare_gradients, gradients, settings
 from tests.mcmc.test_targets import chosen_targets
 from tests.models.candidate_attention import compare, errors, inputs
 

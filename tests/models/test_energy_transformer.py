@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
-from tests.mcmc.test_second_order import DIM, LENGTH, VARIANTS, build, oracle_of
+from tests.mcmc.small_models import DIM, LENGTH, VARIANTS, build, oracle_of
 
 SLICES = [(0, LENGTH), (0, 4), (4, 9), (LENGTH - 1, LENGTH)]
 

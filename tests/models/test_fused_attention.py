@@ -23,8 +23,8 @@ from ebwm_dist.models.candidate_attention import attend_by_matrices
 from ebwm_dist.models.fused_attention import attend_fused, blocks, why_unavailable
 from ebwm_dist.planning.footprint import FootprintModel
 from ebwm_dist.training.attention import set_attention
+from tests.mcmc.small_models import batch, build, gradients, settings
 from tests.mcmc.test_devices import needs_gpu
-from tests.mcmc.test_second_order import batch, build, gradients, settings
 from tests.models.candidate_attention import errors, inputs
 
 ROOT = Path(__file__).parents[2]
