@@ -8,7 +8,6 @@ were written: where a string is declared, `0012`, `off` and `2024_10_05` are one
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ebwm_dist.config.checks import check_config
 from ebwm_dist.config.renames import RENAMED_KEYS, translate
 from ebwm_dist.config.schema import Config
-from ebwm_dist.config.values import FLOAT, KEYS, SECTIONS, Plain, locate, typed
+from ebwm_dist.config.values import FLOAT, KEYS, SECTIONS, Plain, locate, typed, unknown_key
 from ebwm_dist.errors import ConfigError
 from ebwm_dist.files import write_atomically
 
@@ -205,10 +204,7 @@ def _flatten(tree: Any, section: str, origin: str, stored: bool = False) -> dict
         if key in SECTIONS:
             values |= _flatten(value, key, origin, stored)
         elif new not in KEYS:
-            close = difflib.get_close_matches(name, names, n=1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            known = f"{section or 'the top level'} has {', '.join(names)}"
-            raise ConfigError(f"{origin}: {key} = {value!r}: unknown key; {meant}{known}")
+            raise ConfigError(f"{origin}: {unknown_key(key, value, names, section or 'the top level')}")
         elif new != key and not stored:
             raise ConfigError(f"{origin}: {key} = {value!r}: this key is now {new}")
         else:

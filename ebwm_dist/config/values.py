@@ -1,13 +1,17 @@
-"""The keys of the configuration, and the values that each of them takes: its type, its choices and its limits."""
+"""The keys of a section, and the values that each of them takes: its type, its choices and its limits.
+
+Sections are dataclasses: those of the configuration, and those of other files, such as studies.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import operator
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -40,7 +44,7 @@ class Plain(str):
 
 
 class Key(NamedTuple):
-    """The type of a value, whether it may be null, and the default and metadata of its field."""
+    """The type of a value, whether it may be null, and default (`MISSING` without one) and metadata of its field."""
 
     type: Any
     optional: bool
@@ -48,20 +52,24 @@ class Key(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-def _keys(section: Any, prefix: str = "") -> dict[str, Key]:
-    hints, default = get_type_hints(section), section()
-    keys = {}
+MISSING = dataclasses.MISSING
+
+
+def keys_of(section: Any, prefix: str = "") -> dict[str, Key]:
+    """Return the keys of a section, with a prefix before their names."""
+    hints, keys = get_type_hints(section), {}
     for field in dataclasses.fields(section):
-        hint = hints[field.name]
+        hint, make = hints[field.name], field.default_factory
         optional = type(None) in get_args(hint)
         inner = get_args(hint)[0] if optional else hint
-        keys[prefix + field.name] = Key(inner, optional, getattr(default, field.name), field.metadata)
+        default = field.default if make is MISSING else make()
+        keys[prefix + field.name] = Key(inner, optional, default, field.metadata)
     return keys
 
 
-_TOP = _keys(Config)
+_TOP = keys_of(Config)
 SECTIONS: dict[str, dict[str, Key]] = {"": _TOP} | {
-    name: _keys(key.type, f"{name}.") for name, key in _TOP.items() if dataclasses.is_dataclass(key.type)
+    name: keys_of(key.type, f"{name}.") for name, key in _TOP.items() if dataclasses.is_dataclass(key.type)
 }
 """The keys of every section by their dotted names; `""` is the top level."""
 KEYS = {name: key for section in SECTIONS.values() for name, key in section.items() if name not in SECTIONS}
@@ -74,13 +82,21 @@ def locate(config: Config, name: str) -> tuple[Any, str]:
     return getattr(config, section) if section else config, attribute
 
 
-def typed(name: str, value: Any) -> Any:
-    """Return `value` in the type of the key `name`.
+def unknown_key(name: str, value: Any, known: Iterable[str], where: str) -> ConfigError:
+    """Return the error about a key `name` that is none of those `known` in its section, which `where` names."""
+    known = list(known)
+    close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"{name} = {value!r}: unknown key; {meant}{where} has {', '.join(known)}")
+
+
+def typed(name: str, value: Any, key: Key | None = None) -> Any:
+    """Return `value` in the type of the key `name`, of the configuration unless a `key` is given.
 
     Raises:
         ConfigError: the conversion would lose something or the value is not allowed; the message lists what is.
     """
-    key = KEYS[name]
+    key = key or KEYS[name]
     choices, limits = key.metadata.get("choices"), key.metadata.get("limits", {})
     try:
         null = key.optional and (value is None or (isinstance(value, Plain) and _scalar(value) is None))

@@ -6,22 +6,23 @@ It is read from YAML, of which every key is checked, and becomes trials of ordin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args
 
+from ebwm_dist.config.fields import number
 from ebwm_dist.config.loading import load_config, read_yaml
 from ebwm_dist.config.schema import Config
-from ebwm_dist.config.values import convert, expectation
+from ebwm_dist.config.values import MISSING, keys_of, typed, unknown_key
 from ebwm_dist.errors import ConfigError
 from ebwm_dist.experiments.trial import Trial
 
 MODELS = ("ebt", "ar")
 T = TypeVar("T")
+_AT_LEAST_1 = {"limits": {"at_least": 1}}
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Reference:
     """Where all axes are that a grid does not vary."""
 
     size: str
-    batch: int
+    batch: int = number(MISSING, at_least=1)
     """Sequences per optimizer step."""
-    tokens: int | None = None
+    tokens: int | None = number(None, at_least=1)
     """Tokens, or frames, of a run; either this or `steps`."""
-    steps: int | None = None
+    steps: int | None = number(None, at_least=1)
     """Optimizer steps of a run."""
-    mcmc_steps: int | None = None
+    mcmc_steps: int | None = number(None, at_least=1)
     """MCMC steps of the energy model; null: those of its configuration."""
 
 
@@ -44,11 +45,11 @@ class Grid:
     """The values of axes, of which every combination is run, with each of the seeds."""
 
     size: list[str] = field(default_factory=list)
-    batch: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    mcmc_steps: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0])
+    batch: list[int] = field(default_factory=list, metadata=_AT_LEAST_1)
+    tokens: list[int] = field(default_factory=list, metadata=_AT_LEAST_1)
+    steps: list[int] = field(default_factory=list, metadata=_AT_LEAST_1)
+    mcmc_steps: list[int] = field(default_factory=list, metadata=_AT_LEAST_1)
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"limits": {"at_least": 0}})
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Study:
     grids: list[Grid]
     overrides: list[str] = field(default_factory=list)
     """Of all runs, as those of sizes."""
-    warmup: float | None = None
+    warmup: float | None = number(None, at_least=0, at_most=1)
     """Warm-up of the learning rate as a share of a run's steps; null: that of the configuration."""
     gpu: str | None = None
     """Kind of GPU that times are estimated for (section `cluster` has their number); null: a core of a CPU."""
@@ -92,7 +93,11 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: names the file, the key and what is allowed.
     """
-    study = _parsed(Study, read_yaml(path), str(path), "")
+    tree = read_yaml(path)
+    try:
+        study = _parsed(Study, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for name, value in (("grids", study.grids), ("sizes", study.sizes), ("models", study.models)):
         if not value:
             raise ConfigError(f"{path}: {name} is empty: a study needs one at least")
@@ -101,17 +106,12 @@ def read_study(path: Path) -> Study:
     _check_axes(path, "reference", study.reference.size, study)
     if (study.reference.tokens is None) == (study.reference.steps is None):
         raise ConfigError(f"{path}: reference: needs either tokens or steps")
-    for number, grid in enumerate(study.grids):
-        where = f"grids[{number}]"
+    for place, grid in enumerate(study.grids):
+        where = f"grids[{place}]"
         if grid.tokens and grid.steps:
             raise ConfigError(f"{path}: {where}: has both tokens and steps; it can vary one of them")
         for size in grid.size:
             _check_axes(path, where, size, study)
-    for where, values in _numbers(study):
-        if wrong := [value for value in values if value < (0 if where.endswith("seeds") else 1)]:
-            raise ConfigError(f"{path}: {where} has {wrong[0]}: must be at least {0 if where.endswith('seeds') else 1}")
-    if study.warmup is not None and not 0 <= study.warmup <= 1:
-        raise ConfigError(f"{path}: warmup = {study.warmup}: must be from 0 to 1, a share of a run's steps")
     return study
 
 
@@ -181,49 +181,25 @@ def _check_axes(path: Path, where: str, size: str, study: Study) -> None:
         raise ConfigError(f"{path}: {where}.size = {size!r}: not among sizes, which are {', '.join(study.sizes)}")
 
 
-def _numbers(study: Study) -> Iterator[tuple[str, list[int]]]:
-    """Yield the numbers of a study that count something, and where they are."""
-    for number, grid in enumerate(study.grids):
-        for name in ("batch", "tokens", "steps", "mcmc_steps", "seeds"):
-            yield f"grids[{number}].{name}", getattr(grid, name)
-    for name in ("batch", "tokens", "steps", "mcmc_steps"):
-        value = getattr(study.reference, name)
-        yield f"reference.{name}", [] if value is None else [value]
-
-
-def _parsed(cls: type[T], tree: Any, path: str, where: str) -> T:
-    """Return a dataclass from what YAML holds; unknown and missing keys and wrong types are errors."""
-    hints = get_type_hints(cls)
-    fields = {one.name: one for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+def _parsed(cls: type[T], tree: Any, where: str = "") -> T:
+    """Return a section from what YAML holds; unknown and missing keys and wrong values are errors."""
+    keys = keys_of(cls)
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path}: {where} = {tree!r}: expected a section with the keys {', '.join(fields)}")
+        raise ConfigError(f"{where} = {tree!r}: expected a section with the keys {', '.join(keys)}")
     values: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{where}.{key}".lstrip(".")
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(f"{path}: {name} = {value!r}: unknown key; {meant}known are {', '.join(fields)}")
-        values[key] = _value(hints[key], value, path, name)
-    for name, one in fields.items():
-        if name not in values and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{path}: {f'{where}.{name}'.lstrip('.')} is missing")
+    for name, value in tree.items():
+        place = f"{where}.{name}".lstrip(".")
+        if name not in keys:
+            raise unknown_key(place, value, keys, where or "the top level")
+        of = (get_args(keys[name].type) or (None,))[0]
+        if dataclasses.is_dataclass(keys[name].type):
+            values[name] = _parsed(keys[name].type, value, place)
+        elif not dataclasses.is_dataclass(of):
+            values[name] = typed(place, value, keys[name])
+        elif isinstance(value, list):
+            values[name] = [_parsed(of, item, f"{place}[{row}]") for row, item in enumerate(value)]  # type: ignore[arg-type]
+        else:
+            raise ConfigError(f"{place} = {value!r}: expected a list of sections")
+    if missing := [name for name, key in keys.items() if key.default is MISSING and name not in values]:
+        raise ConfigError(f"{f'{where}.{missing[0]}'.lstrip('.')} is missing")
     return cls(**values)
-
-
-def _value(hint: Any, value: Any, path: str, name: str) -> Any:
-    optional = get_origin(hint) is not None and type(None) in get_args(hint)
-    type_ = get_args(hint)[0] if optional else hint
-    if dataclasses.is_dataclass(type_):
-        return _parsed(type_, value, path, name)  # type: ignore[arg-type]
-    if get_origin(type_) is list and dataclasses.is_dataclass(of := get_args(type_)[0]) and isinstance(value, list):
-        return [_parsed(of, item, path, f"{name}[{number}]") for number, item in enumerate(value)]  # type: ignore[arg-type]
-    if optional and (value is None or str(value) in ("", "~", "null")):
-        return None
-    try:
-        return convert(value, type_)
-    except TypeError:
-        expected = (
-            "a list of sections" if dataclasses.is_dataclass((get_args(type_) or (None,))[0]) else expectation(type_)
-        )
-        raise ConfigError(f"{path}: {name} = {value!r}: expected {expected}{' or null' if optional else ''}") from None

@@ -69,11 +69,11 @@ def test_a_grid_becomes_ordinary_runs(study: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modles": {}}, r"modles = \{\}: unknown key; did you mean 'models'\? known are title, models"),
+        ({"modles": {}}, r"modles = \{\}: unknown key; did you mean 'models'\? the top level has title, models"),
         ({"grids": [{"batches": [2]}]}, r"grids\[0\].batches = \['?2'?\]: unknown key; did you mean 'batch'"),
         ({"grids": [{"batch": 2}]}, r"grids\[0\].batch = 2: expected a list, of which each is an integer"),
         ({"grids": [{"batch": [1.5]}]}, r"grids\[0\].batch = \[1.5\]: expected a list, of which each is an integer"),
-        ({"grids": [{"batch": [0]}]}, r"grids\[0\].batch has 0: must be at least 1"),
+        ({"grids": [{"batch": [0]}]}, r"grids\[0\].batch = \[0\]: must be at least 1"),
         ({"grids": [{"size": ["w8"]}]}, r"grids\[0\].size = 'w8': not among sizes, which are w16, w32"),
         ({"grids": [{"tokens": [5], "steps": [5]}]}, r"grids\[0\]: has both tokens and steps"),
         ({"grids": []}, "grids is empty"),
@@ -83,7 +83,7 @@ def test_a_grid_becomes_ordinary_runs(study: Path, tmp_path: Path) -> None:
         ({"reference": 3}, "reference = 3: expected a section with the keys size, batch"),
         ({"models": {"gpt": "tiny.yaml"}}, "models.gpt: allowed are ebt and ar"),
         ({"models": {"ar": "tiny.yaml"}}, r"models.ar = 'tiny.yaml': .*tiny.yaml has model.kind = 'ebt'"),
-        ({"warmup": 5}, "warmup = 5.0: must be from 0 to 1"),
+        ({"warmup": 5}, "warmup = 5: must be at least 0 and at most 1"),
         ({"overrides": ["model.dmi=3"]}, "model.dmi = 3: unknown key; did you mean 'dim'"),
         (
             {"sizes": {"w16": ["model.num_heads=3"], "w32": []}},
