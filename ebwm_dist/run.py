@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebwm_dist.checkpoint.folder import MARKER, newest_intact, read_marker
+from ebwm_dist.config.launch import check_libraries
 from ebwm_dist.config.loading import load_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.errors import CheckpointError, DataError
@@ -169,6 +170,7 @@ class Run:
 
         from ebwm_dist.mcmc.build import build_model
 
+        check_libraries(self.config)
         with torch.device("meta"):
             model = build_model(self.config, self.pad_id)
         state = self.weights()

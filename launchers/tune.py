@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ebwm_dist.experiments.runner import Runner
     from ebwm_dist.experiments.tuning import Grid, Tuner
     from ebwm_dist.experiments.tuning_report import PICTURE_FILE, RESULT_FILE, report, write
+    from ebwm_dist.training.train import load_data
 
     plan = Plan(tuple(options.rungs), options.keep, options.finalists, options.seeds, options.extend)
     tuner = Tuner(options.config, options.overrides, plan)
@@ -76,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         center = suggest_step_size(tuner.config, default_device())
         print(f"the fresh energy's gradient asks for alpha = {center:g}, around which the grid is")
     grid = Grid.around(tuner.config, options.alphas, options.lrs, center)
+    if options.address is None:
+        load_data(tuner.config)  # else every run would fail of the same
     folder = options.out or Path("runs") / f"tune_{options.config.stem}"
     with Runner(folder, options.workers, options.address) as runner:
         found = tuner.search(grid, runner)

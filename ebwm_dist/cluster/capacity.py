@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from ebwm_dist.config.checks import check_world
+from ebwm_dist.config.launch import check_world
 from ebwm_dist.config.schema import Config
 from ebwm_dist.config.services import ClusterConfig
 from ebwm_dist.errors import ConfigError, UserError

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+from ebwm_dist.config.launch import divisors, either
 from ebwm_dist.config.schema import Config
 from ebwm_dist.config.values import KEYS, locate
 from ebwm_dist.errors import ConfigError
@@ -46,37 +47,6 @@ def check_config(config: Config) -> None:
             raise ConfigError(f"{key} = {getattr(*locate(config, key))!r}: {reason}")
 
 
-def long_warmups(config: Config) -> list[tuple[str, int]]:
-    """Return the warm-ups, by key, that are longer than the run and are cut to it, as in a short trial."""
-    keys = ["optimizer.warmup_steps"]
-    if config.model.kind == "ebt":
-        keys += ["mcmc.num_steps_warmup", "mcmc.step_size_warmup"]
-    given = [(key, int(getattr(*locate(config, key)))) for key in keys]
-    return [(key, steps) for key, steps in given if steps > config.training.max_steps]
-
-
-def check_world(config: Config, world_size: int) -> None:
-    """Refuse `world_size` ranks that are no whole groups, or cannot share the global batch in whole micro-batches."""
-    training = config.training
-    batch, micro_batch, group = training.global_batch_size, training.micro_batch_size, training.position_parallel
-    if world_size % group:
-        raise ConfigError(
-            f"training.position_parallel = {group}: must divide the number of ranks, {world_size}; "
-            f"allowed are {_either(_divisors(world_size))}"
-        )
-    per_pass = micro_batch * (world_size // group)
-    if batch % per_pass == 0:
-        return
-    worlds = [group * groups for groups in _divisors(batch // micro_batch)]
-    below = batch // per_pass * per_pass
-    nearest = " or ".join(str(size) for size in (below, below + per_pass) if size > 0)
-    ranks = f"{world_size} ranks" if group == 1 else f"{world_size} ranks in groups of {group} (position_parallel)"
-    raise ConfigError(
-        f"training.global_batch_size = {batch}: {ranks} with training.micro_batch_size = {micro_batch} need "
-        f"a multiple of {per_pass}; use {nearest}, or {_either(worlds)} {'rank' if worlds == [1] else 'ranks'}"
-    )
-
-
 def _texts(config: Config) -> Problems:
     """Torch, JSON and YAML hold no other file names, so that a run could not be read after it was trained."""
     for key in KEYS:
@@ -96,7 +66,7 @@ def _places(config: Config) -> Problems:
 def _model(config: Config) -> Problems:
     model = config.model
     if model.dim % model.num_heads or model.dim // model.num_heads % 2:
-        fitting = f"allowed are {_either(_divisors(model.dim // 2))}"
+        fitting = f"allowed are {either(divisors(model.dim // 2))}"
         remedy = "no number does; model.dim must be even" if model.dim % 2 else fitting
         yield "model.num_heads", f"must divide model.dim = {model.dim} into even head widths; {remedy}"
     if model.tie_embeddings and model.kind != "ebt":
@@ -181,6 +151,8 @@ def _contrast(config: Config) -> Problems:
         if mcmc.num_negatives != 1:
             yield "mcmc.num_negatives", "needs mcmc.objective = 'contrastive'; leave it out"
         return
+    if mcmc.num_negatives and config.data.sequence_length == config.model.block_size:
+        yield "mcmc.num_negatives", "must be 0, as samples of a single state have no others to contrast it with"
     untrained = "mcmc.objective = 'contrastive', which trains no step"
     if mcmc.learn_step_size:
         yield "mcmc.learn_step_size", f"must be false with {untrained}: alpha stays mcmc.step_size"
@@ -237,7 +209,7 @@ def _training(config: Config) -> Problems:
         yield "training.initialize_vocabulary", "needs training.initialize_from, whose vocabulary it is about"
     batch = training.global_batch_size
     if batch % training.micro_batch_size:
-        allowed = _either(_divisors(batch))
+        allowed = either(divisors(batch))
         yield "training.micro_batch_size", f"must divide training.global_batch_size = {batch}; allowed are {allowed}"
 
 
@@ -319,12 +291,3 @@ def _cluster(config: Config) -> Problems:
     cluster = config.cluster
     if cluster.min_nodes is not None and cluster.min_nodes > cluster.num_nodes:
         yield "cluster.min_nodes", f"at most cluster.num_nodes = {cluster.num_nodes}; null for all"
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _either(numbers: list[int]) -> str:
-    names = [str(number) for number in numbers]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from ebwm_dist.config.checks import check_world
 from ebwm_dist.config.deepspeed_keys import check_deepspeed_keys
+from ebwm_dist.config.launch import check_world
 from ebwm_dist.config.schema import Config
 from ebwm_dist.devices import use_cuda
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from ebwm_dist.config.checks import check_world
+from ebwm_dist.config.launch import check_world
 from ebwm_dist.config.loading import to_yaml
 from ebwm_dist.config.schema import Config
 from ebwm_dist.experiments.study import StudyRun

@@ -79,7 +79,7 @@ class Runner:
 
     def __init__(self, folder: Path, workers: int | None = None, address: str | None = None) -> None:
         self.folder = folder
-        self._lock = RunLock(folder, key="folder")
+        self._lock = RunLock(folder, key="--out")
         self._backend: Backend
         if address is None:
             from ebwm_dist.experiments.processes import Processes

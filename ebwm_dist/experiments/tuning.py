@@ -39,9 +39,9 @@ class Grid:
         Raises:
             UserError: step sizes for a model that has none.
         """
-        if config.model.kind == "ar":
+        if config.model.kind != "ebt":
             if alphas:
-                raise UserError("--alphas: model.kind = 'ar' has no step size; leave it out")
+                raise UserError(f"--alphas: model.kind = {config.model.kind!r} has no step size; leave it out")
             alphas = ()
         elif alphas is None:
             alphas = _around(center or config.mcmc.initial_step_size, range(-3, 3))

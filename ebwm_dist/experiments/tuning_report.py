@@ -47,7 +47,7 @@ def summary(tuner: Tuner, grid: Grid, found: Search) -> dict[str, Any]:
 def report(tuner: Tuner, grid: Grid, found: Search) -> Iterator[str]:
     """Yield the lines of the report; the last one holds the overrides alone."""
     best, end = found.finalists[0], tuner.plan.rungs[-1]
-    unit = "tokens" if tuner.config.model.embedding_dim is None else "frames"
+    unit = f"{tuner.config.model.unit}s"
     tokens = found.trained_steps * tuner.config.training.global_batch_size * tuner.config.data.sequence_length
     share = (
         f"{100 * found.trained_steps / (len(grid) * end):.0f} % of the steps of the whole grid, {len(grid)} settings"

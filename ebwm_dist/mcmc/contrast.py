@@ -80,8 +80,9 @@ class Contrast(Refinement):
         rows, number, count = len(states), states.shape[1], self.model.mcmc.num_negatives
         if number == 0 or count == 0:
             return []
-        drawn = noise.uniform(self.model.seed, self.sample_ids, noise.SHUFFLE, 0, 1, count, states.device)[:, 0]
-        shifts = 1 + (drawn * (number - 1)).long()
+        device = torch.device("cpu") if states.is_meta else states.device  # planning has no generator of its own
+        drawn = noise.uniform(self.model.seed, self.sample_ids, noise.SHUFFLE, 0, 1, count, device)[:, 0]
+        shifts = 1 + (drawn * (number - 1)).long().to(states.device)
         places = torch.arange(number + 1, device=states.device)
         chosen = [(places + shift[:, None]) % number for shift in shifts.unbind(1)]
         return [states[torch.arange(rows, device=states.device)[:, None], x].flatten(1, 2) for x in chosen]

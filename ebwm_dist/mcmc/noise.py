@@ -19,9 +19,8 @@ INITIAL = 0
 STEP_SIZE = 1
 SHUFFLE = -2
 LANGEVIN = 2
-# The level of the noise of a denoiser, and the class that training hides.
+# The level of the noise of a denoiser.
 LEVEL = -1
-CLASS = -2
 # Which predictions start at another state of the sample, and at which.
 CORRUPTED = -3
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ebwm_dist.config.launch import check_libraries
 from ebwm_dist.config.schema import Config
 from ebwm_dist.mcmc.build import Model, build_model
+from ebwm_dist.mcmc.contrast import Contrast
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 from ebwm_dist.mcmc.schedule import StepPlan
 from ebwm_dist.mcmc.second_order import Refinement
@@ -36,7 +38,9 @@ _LAYERS = (2, 3)
 _FEW_TOKENS = 1
 """The vocabulary with which blocks are measured."""
 _MOVED = ("gathered", "gathers", "gradients", "operations")
-_PASSES = ("context_stream", "descend", "step_with_loss", "tangent", "finish")
+_ENERGIES = ("energy_of_observed", "energy_of_state")
+"""The passes of a contrast, which differentiate energies."""
+_PASSES = ("context_stream", "descend", "step", "step_with_loss", "tangent", *_ENERGIES, "finish")
 
 Quantities = dict[str, float]
 
@@ -74,6 +78,7 @@ class FootprintModel:
     """The footprints of a configuration, for any micro-batch and slice."""
 
     def __init__(self, config: Config):
+        check_libraries(config)
         length, one_pass = config.data.sequence_length, config.model.kind != "ebt"
         usual = _whole(config, config.training.position_chunk)
         self._positions = (length, length) if one_pass else (_whole(config, usual // 2), _whole(config, 2 * usual))
@@ -97,6 +102,7 @@ class FootprintModel:
         if model.kind != "ebt":
             of_twin = {what: known[f"{what} summed_loss"] for what in _MOVED}
             return Footprint(0.0, 0.0, rows * known["peak summed_loss"], 0.0, backwards=1.0, **of_twin)
+        contrast = mcmc.objective == "contrastive"
         steps, chained = (mcmc.num_steps + mcmc.max_mcmc_steps) / 2, mcmc.gradient == "full"
         trained = 1.0 if mcmc.loss == "last" and not chained else steps
         landscapes = min(mcmc.num_steps, model.num_landscapes)
@@ -104,9 +110,10 @@ class FootprintModel:
         states, waiting = self._states(rows * positions), 0.0
         if chained:  # the states of all steps wait for their backwards, each with its embedding, and the last upstream
             waiting = (mcmc.max_mcmc_steps - 1) * states["visited"] + states["state"]
+        backward = max(known[f"peak {name}"] for name in ("tangent", *_ENERGIES))
         passes = max(
             rows * (known["peak descend"] - context) + states["state"],
-            rows * (known["peak tangent"] - context) + (4 if chained else 2) * states["state"],
+            rows * (backward - context) + (1 if contrast else 4 if chained else 2) * states["state"],
         )
         between = max(rows * known["kept"] + states["step"], states["embedding"])
         others = (landscapes - 1) * context
@@ -114,7 +121,9 @@ class FootprintModel:
         def moved(what: str) -> float:
             each = {name: known[f"{what} {name}"] for name in _PASSES}
             in_slice = steps * each["descend"] + trained * (each["step_with_loss"] + each["tangent"])
-            if what != "gradients":  # a step without a backward is the first half of one with it
+            if contrast:
+                in_slice = steps * (each["descend"] + each["step"]) + sum(each[name] for name in _ENERGIES)
+            elif what != "gradients":  # a step without a backward is the first half of one with it
                 in_slice += (steps if chained else steps - trained) * each["step_with_loss"] / 2
             return landscapes * (each["context_stream"] + each["finish"]) + slices * in_slice
 
@@ -123,7 +132,7 @@ class FootprintModel:
             context_peak=rows * (others + max(known["peak context_stream"], known["peak finish"])),
             slice=waiting + passes,
             vocabulary=max(0.0, between - passes),
-            backwards=landscapes + slices * 2 * trained,
+            backwards=landscapes + slices * (2 + mcmc.num_negatives if contrast else 2 * trained),
             **{what: moved(what) for what in _MOVED},
         )
 
@@ -198,7 +207,9 @@ def _measure_blocks(config: Config, layers: int, positions: int) -> Quantities:
             where, layout = Slice(length - positions, length), model.layout
             context, targets = layout.context(observed), layout.targets(observed)
             recent = layout.most_recent(context)
-            refinement = Refinement(model, StepPlan(1), context, targets, ids, 1.0, recorder.forward, recorder.backward)
+            passes = recorder.forward, recorder.backward
+            objective = Contrast if config.mcmc.objective == "contrastive" else Refinement
+            refinement = objective(model, StepPlan(1), context, targets, ids, 1.0, *passes)
             recorder.found["context"] = live.now
             refinement.refine(partial(model.space.initial_state, ids, 0, where, recent), where)
             recorder.last = "finish"
@@ -209,7 +220,8 @@ def _measure_blocks(config: Config, layers: int, positions: int) -> Quantities:
 def _measure_states(model: Model, config: Config, count: int) -> Quantities:
     """Return bytes of `count` states, and at most in a step and in the backward of their embedding."""
     assert isinstance(model, EnergyBasedTransformer)
-    space, chained = model.space, config.mcmc.gradient == "full"
+    space, mcmc = model.space, config.mcmc
+    chained = mcmc.gradient == "full"
     with torch.device("meta"), LiveBytes() as live:
         state = torch.zeros(1, count, space.state_width, dtype=space.state_dtype)
         size, dtype = live.now, space.step_size.alpha.dtype
@@ -220,8 +232,11 @@ def _measure_states(model: Model, config: Config, count: int) -> Quantities:
         upstream = torch.zeros_like(state) if chained else None
         leaf = state.detach().requires_grad_(chained)
         live.peak = live.now
-        objective, _after, _ = space.step_with_loss(leaf, gradient, 1.0, targets, 1.0, upstream)
-        objective.backward()
+        if mcmc.objective == "contrastive":
+            _after, _ = space.step(leaf, gradient, 1.0, targets)
+        else:
+            objective, _after, _ = space.step_with_loss(leaf, gradient, 1.0, targets, 1.0, upstream)
+            objective.backward()
         step, live.peak = live.peak, live.now
         space.embed_state_with_grad(leaf, embedded).backward(torch.zeros_like(embedded))
         return {"state": size, "visited": visited, "step": step, "embedding": live.peak}
@@ -251,7 +266,7 @@ class _Recorder:
     def forward(self, method: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a pass."""
         self.last = method.__name__
-        if self.last == "step_with_loss":
+        if self.last in ("step", "step_with_loss"):
             self.found["kept"] = self.live.now - self.found["context"]
         return self._noting(partial(self.model, method, *args, **kwargs))
 

@@ -17,7 +17,7 @@ _COMPONENTS = ("weights", "gradients", "optimizer", "buckets", "context", "slice
 def describe(planner: Planner, cluster: Cluster, plans: Sequence[Estimate], calibrated: str | None = None) -> str:
     """Return the report on the settings `plans`, best first; `calibrated` names where the efficiency was measured."""
     machine, best, config = cluster.machine, plans[0], planner.config
-    unit = "tokens" if config.model.embedding_dim is None else "frames"
+    unit = f"{config.model.unit}s"
     fitting = sum(plan.fits for plan in plans)
     lines = [
         f"{config.model.kind} with {planner.parameters.total:,} parameters, {planner.tokens:.4g} {unit} in steps of "

@@ -50,8 +50,8 @@ def create_engine_with_step_size(
         UserError: see `measure`.
     """
     if config.mcmc.step_size == "auto":
-        if config.model.kind == "ar":
-            log("mcmc.step_size = auto means nothing here: model.kind = 'ar' has no step size")
+        if config.model.kind != "ebt":
+            log(f"mcmc.step_size = auto means nothing here: model.kind = {config.model.kind!r} has no step size")
             return create_engine(config, build, world, load)
         if checkpoint is not None:
             config.mcmc.step_size = world.from_rank_0(stored_step_size(checkpoint) if world.rank == 0 else None)

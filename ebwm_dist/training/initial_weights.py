@@ -41,8 +41,8 @@ RECORD_FILE = "initialized_from.json"
 """In the run folder: where its first weights came from."""
 _ALPHA = "space.step_size.alpha"
 _OF_ENERGIES = {"variant", "num_landscapes", "tie_embeddings", "energy_head", "add_most_recent"}
-"""Keys of the model that an autoregressive one does not look at."""
-_OF_TRAINING = {"step_size", "step_size_lr_multiplier", "num_steps_warmup", "step_size_warmup"}
+"""Keys of the model that only energy models look at."""
+_OF_TRAINING = {"step_size", "learn_step_size", "step_size_lr_multiplier", "num_steps_warmup", "step_size_warmup"}
 """Keys of the refinement that say how alpha and the number of steps come to be, not what they do."""
 _OF_TOKENS = {"space.embeddings.weight", "space.vocab_to_embed.weight", "embeddings.weight", "head.weight"}
 """Matrices of models of text that have a row for each token."""
@@ -212,6 +212,9 @@ def describe_changes(source: Run, config: Config) -> list[str]:
     if here.model.kind == "ebt":
         before, now = asdict(there.mcmc), asdict(here.mcmc)
         pairs += [(f"mcmc.{key}", before[key], now[key]) for key in now if key not in _OF_TRAINING]
+    if here.model.kind == "dit" or here.mcmc.initial_state == "noised":
+        before, now = asdict(there.noise), asdict(here.noise)
+        pairs += [(f"noise.{key}", before[key], now[key]) for key in now]
     changed = [f"{key} was {before}, now it is {now}" for key, before, now in pairs if before != now]
     if changed:
         lines.append(f"not as these weights were trained: {'; '.join(changed)}")
@@ -221,8 +224,9 @@ def describe_changes(source: Run, config: Config) -> list[str]:
 
 
 def _other_model(source: Run, config: Config) -> Iterator[str]:
-    there, here = asdict(source.config.model), asdict(config.model)
-    unused = _OF_ENERGIES if there["kind"] == here["kind"] == "ar" else set()
+    models = source.config.model, config.model
+    there, here = ({**asdict(model), "block_shape": model.block_axes} for model in models)
+    unused = _OF_ENERGIES if there["kind"] == here["kind"] != "ebt" else set()
     frames = None not in (there["embedding_dim"], here["embedding_dim"])
     if frames or config.training.initialize_vocabulary == "resize":
         unused = unused | {"vocab_size"}

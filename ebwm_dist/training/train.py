@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ebwm_dist.checkpoint.run_lock import RunLock
-from ebwm_dist.config.checks import check_world
+from ebwm_dist.config.launch import check_libraries, check_world
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.manifest import SPLITS
 from ebwm_dist.data.format.sample_format import TokenFormat
@@ -66,6 +66,7 @@ def train(
 def load_data(config: Config) -> Mixture:
     """Return the configured data sets, if they are there and fit each other and the configured model."""
     with same_on_all_ranks():
+        check_libraries(config)
         data = Mixture.load(config.data)
         data.check_files(("val",) if config.data.on_error == "skip" else SPLITS)
         check_format(config, data.sample_format)

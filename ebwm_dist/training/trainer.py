@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ebwm_dist.config.checks import long_warmups
 from ebwm_dist.config.deepspeed import micro_steps
+from ebwm_dist.config.launch import notes
 from ebwm_dist.config.loading import save_config
 from ebwm_dist.config.schema import Config
 from ebwm_dist.data.format.sample_format import ClipFormat
@@ -145,9 +145,8 @@ class Trainer:
             self.log.log(self.attention)
         if config.data.mixture:
             self.log.log(self.data.describe_shares(config.data.path))
-        for key, steps in long_warmups(config):
-            cut = f"the warm-up takes {config.training.max_steps} steps, all of the run"
-            self.log.log(f"{key} = {steps} is more than training.max_steps: {cut}")
+        for line in notes(config):
+            self.log.log(line)
 
     def run(self) -> TrainingState:
         """Run the remaining steps, with validation and checkpoints in between, and leave everything saved."""

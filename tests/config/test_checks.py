@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from ebwm_dist.config.checks import check_config, check_world
+from ebwm_dist.config.checks import check_config
 from ebwm_dist.config.deepspeed import micro_steps
+from ebwm_dist.config.launch import check_world
 from ebwm_dist.config.schema import Config, MCMCConfig
 from ebwm_dist.errors import ConfigError
 
@@ -111,6 +112,15 @@ def changed(**values: Any) -> Config:
         (
             {"mcmc__objective": "contrastive", "mcmc__learn_step_size": False, "mcmc__loss": "last"},
             "mcmc.loss = 'last': must be 'mean' with mcmc.objective = 'contrastive'",
+        ),
+        (
+            {
+                "mcmc__objective": "contrastive",
+                "mcmc__learn_step_size": False,
+                "model__block_size": 4,
+                "data__sequence_length": 4,
+            },
+            "mcmc.num_negatives = 1: must be 0, as samples of a single state have no others",
         ),
         ({"mcmc__num_negatives": 3}, "mcmc.num_negatives = 3: needs mcmc.objective = 'contrastive'"),
         ({"run_dir": "s3://b/x"}, "run_dir = 's3://b/x': must be a folder .* no address; checkpoint.remote"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_dist.config.schema import Config
-from ebwm_dist.errors import UserError
+from ebwm_dist.errors import DataError, UserError
 from ebwm_dist.experiments.halving import Plan, Point, Search
 from ebwm_dist.experiments.tuning import Grid, Tuner
 from ebwm_dist.experiments.tuning_report import report, summary
@@ -66,6 +66,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> FakeBackend:
     made = FakeBackend()
     monkeypatch.setattr("ebwm_dist.experiments.processes.Processes", lambda workers: made)
     monkeypatch.setattr("ebwm_dist.experiments.runner._TICK", 0.001)
+    monkeypatch.setattr("ebwm_dist.training.train.load_data", lambda config: None)
     return made
 
 
@@ -114,6 +115,12 @@ def test_an_edge_is_said(tmp_path: Path, backend: FakeBackend, capsys: pytest.Ca
     assert found["edge"] == ["largest lr"]  # two runs beyond the grid were allowed
 
 
+def test_data_that_are_not_there_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="^data folder .*nothing does not exist"):
+        tune(tmp_path, *GRID, f"data.path={tmp_path / 'nothing'}")
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_what_cannot_be_searched(tmp_path: Path, backend: FakeBackend, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in {
         ("--rungs", "4,2"): r"--rungs 4,2: must grow",
@@ -136,8 +143,9 @@ def test_defaults_are_around_the_configuration(tmp_path: Path) -> None:
     assert grid.alphas == (0.0185, 0.0556, 0.167, 0.5, 1.5, 4.5) and grid.lrs == (0.001, 0.003, 0.009, 0.027)
     # A learning rate of alpha that was given is in proportion to it.
     assert tuner.settings(Point(1.5, 0.003))[-1] == "mcmc.step_size_lr_multiplier=18"
-    twin = Tuner(write_config(tmp_path), ["model.kind=ar"], Plan((5, 10)))
-    assert len(Grid.around(twin.config, None, None)) == 4
+    for other in (["model.kind=ar"], ["model.kind=dit", "model.embedding_dim=4"]):
+        twin = Tuner(write_config(tmp_path), other, Plan((5, 10)))
+        assert len(Grid.around(twin.config, None, None)) == 4
     assert twin.settings(Point(None, 0.003)) == ["optimizer.lr=0.003"]
     assert twin.trial(Point(None, 3e4), 5, 1).name == "lr30000-seed1"
 

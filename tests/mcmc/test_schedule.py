@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ebwm_dist.config.checks import long_warmups
+from ebwm_dist.config.launch import notes
 from ebwm_dist.config.schema import Config, MCMCConfig, TrainingConfig
 from ebwm_dist.mcmc.schedule import StepPlan, plan_at
 
@@ -61,6 +61,9 @@ def test_step_size_grows_to_its_full_size(step, scale):
 def test_warm_ups_longer_than_the_run_end_with_it() -> None:
     mcmc = MCMCConfig(num_steps=4, num_steps_warmup=100, step_size_warmup=100)
     config = Config(mcmc=mcmc, training=TrainingConfig(max_steps=10))
-    assert long_warmups(config)[-2:] == [("mcmc.num_steps_warmup", 100), ("mcmc.step_size_warmup", 100)]
+    assert [line.partition(" is more")[0] for line in notes(config)[-2:]] == [
+        "mcmc.num_steps_warmup = 100",
+        "mcmc.step_size_warmup = 100",
+    ]
     plans = [plan_at(config.mcmc_of_run, 0, step, 0) for step in (1, 5, 10)]
     assert plans == [StepPlan(1, 0.1), StepPlan(2, 0.5), StepPlan(4, 1.0)]

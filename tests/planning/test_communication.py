@@ -65,6 +65,8 @@ def settings(world_size: int) -> list[Config]:
     found.append(configuration(world_size, 2, mcmc={"num_steps": 3, "gradient": "full"}))
     found.append(configuration(world_size, 3, mcmc={"num_steps": 3, "loss": "last"}))
     found.append(configuration(world_size, 3, model={"variant": "time_embed", "num_landscapes": 2}))
+    contrast = {"objective": "contrastive", "learn_step_size": False, "num_negatives": 2}
+    found += [configuration(world_size, stage, mcmc=contrast) for stage in (1, 2, 3)]
     found += [configuration(world_size, stage, optimizer="muon") for stage in range(4)]
     found.append(configuration(world_size, 2, model={"kind": "ar"}))
     found.append(configuration(world_size, 3, model={"kind": "ar"}))

@@ -28,6 +28,7 @@ from tests.distributed import run_distributed_test
 
 OFFLOADED = {"offload_optimizer": True}
 MUON = {"kind": "muon"}
+CONTRAST = {"objective": "contrastive", "learn_step_size": False}
 
 
 def configuration(**options: Any) -> Config:
@@ -65,6 +66,7 @@ SETTINGS = [
     configuration(zero={"stage": 1}, optimizer=MUON),
     configuration(zero={"stage": 2, **OFFLOADED}, optimizer=MUON),
     configuration(zero={"stage": 3}, optimizer=MUON),
+    configuration(zero={"stage": 2}, mcmc=CONTRAST),
     # The twin's gradients stand beside its activations from the second micro-batch on.
     configuration(zero={"stage": 1}, model={"kind": "ar"}, training={"global_batch_size": 8}),
 ]
@@ -112,6 +114,9 @@ def test_memory_is_that_of_ranks() -> None:
         {"model": {"variant": "time_embed", "num_landscapes": 2}},
         {"model": {"variant": "adaln"}, "training": {"precision": "bf16"}},
         {"model": {"embedding_dim": 96}},
+        {"mcmc": {**CONTRAST, "num_steps": 3}},
+        {"mcmc": CONTRAST, "model": {"vocab_size": 30_000, "dim": 32, "num_heads": 2}},
+        {"mcmc": {**CONTRAST, "num_negatives": 4}, "model": {"embedding_dim": 768}},
         {"model": {"num_layers": 9, "dim": 64, "num_heads": 2, "kind": "ar"}},
         {"model": {"num_layers": 9, "dim": 64, "num_heads": 2}, "training": {"position_chunk": 16}},
     ],

@@ -129,3 +129,11 @@ def test_runs_are_described(folder: Path, tmp_path: Path) -> None:
     for more in ([], [*DIT, *CLASSES]):
         text = describe(load_config(folder / "tiny.yaml", overrides(folder, tmp_path / "run", *more)))
         assert "training FLOPs per token: " in text and "tokens: 16 per step" in text
+
+
+def test_a_missing_library_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(folder / "tiny.yaml", overrides(folder, tmp_path / "run", *DIT))
+    monkeypatch.setattr("ebwm_dist.config.launch.find_spec", lambda name: None)
+    for begin in (load_data, describe):
+        with pytest.raises(ConfigError, match="^model.kind = 'dit': needs diffusers, .*: pip install .*images"):
+            begin(config)

@@ -27,7 +27,7 @@ from ebwm_dist.run import Run
 from ebwm_dist.training.backend import setup_distributed
 from ebwm_dist.training.dry_run import describe
 from ebwm_dist.training.engine import create_engine
-from ebwm_dist.training.initial_weights import RECORD_FILE, InitialWeights, begin, check_fit
+from ebwm_dist.training.initial_weights import RECORD_FILE, InitialWeights, begin, check_fit, describe_changes
 from ebwm_dist.training.optimizer import CheckedAdamW
 from tests.distributed import run_distributed_test
 from tests.made_runs import finished_run
@@ -212,6 +212,23 @@ def test_the_twin_does_not_look_at_keys_of_energies(tiny: Manifest, tmp_path: Pa
     config = new_run(Run(twin.run_dir), tiny, tmp_path / "run", "model.kind=ar", "model.energy_head=bilinear")
     weights, _ = begun(config, tiny)
     assert torch.equal(weights["head.weight"], Run(twin.run_dir).weights()["head.weight"])
+
+
+def test_blocks_of_another_shape_and_other_noise(tiny: Manifest, tmp_path: Path) -> None:
+    """States of other sizes or axes are refused; other noise is told of."""
+    blocks = finished_run(write_config(tmp_path), tiny, tmp_path / "blocks", ["model.block_size=4"])
+    begun(new_run(Run(blocks.run_dir), tiny, tmp_path / "run", "model.block_size=4", "model.block_shape=[4]"), tiny)
+    for changes, reason in (
+        ([], r"model.block_size is 4 there and 1 here; model.block_shape is \[4\] there and \[1\] here$"),
+        (["model.block_size=4", "model.block_shape=[2,2]"], r"model.block_shape is \[4\] there and \[2, 2\] here$"),
+    ):
+        config = new_run(Run(blocks.run_dir), tiny, tmp_path / "other", *changes)
+        with pytest.raises(CheckpointError, match=reason):
+            describe(config)
+    source = Run(blocks.run_dir)
+    config = load_config(write_config(tmp_path), ["model.kind=dit", "model.embedding_dim=4", "noise.high=2"])
+    source.config = replace(config, noise=replace(config.noise, high=1.0))
+    assert describe_changes(source, config) == ["not as these weights were trained: noise.high was 1.0, now it is 2.0"]
 
 
 def test_what_a_run_records_and_logs(source: Run, tiny: Manifest, tmp_path: Path) -> None:
