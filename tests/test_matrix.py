@@ -1,9 +1,9 @@
 """Features that meet: samples of every format, from every source, in everything that is done with a run.
 
 {text, prompts, latents, clips} x {one data set, mixture, remote} x {train, resume, resume on other ranks, evaluate,
-follow, generate, export} x {run folder, checkpoint, export}, and some more: text and frames in blocks, and a diffusion
-model of these frames. What does not apply is refused with one line, and that is tested too. All runs are trained once
-for all test processes.
+follow, generate, export} x {run folder, checkpoint, export}, and some more: text and frames in blocks, a diffusion
+model of these frames, text by contrast, images with classes, of an energy and of a diffusion model. What does not apply
+is refused with one line, and that is tested too. All runs are trained once for all test processes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
 from ebwm_dist.checkpoint.folder import list_checkpoints
 from ebwm_dist.data.tokenizer import open_tokenizer
 from ebwm_dist.errors import run_tool
+from ebwm_dist.prepare.image_shards import Packing, pack_images
 from ebwm_dist.prepare.text_shards import Layout, build_text_shards
 from tests.distributed import run_distributed_test
 from tests.runs import assert_same, metrics, newest_state, train_in_turn
@@ -31,7 +33,12 @@ from tests.tiny_prompts import make_tiny_prompts, tiny_prompts
 from tests.tiny_shards import DIM, FRAMES, make_tiny_clips, make_tiny_latents
 
 FORMATS = ("text", "prompts", "latents", "clips")
-OF_TOKENS = ("text", "prompts", "blocks")
+OF_TOKENS = ("text", "prompts", "blocks", "contrast")
+OF_IMAGES = ("denoise", "dit")
+DATA_OF = {"blocks": "text", "contrast": "text", "patches": "clips", "diffusion": "clips"}
+DATA_OF |= dict.fromkeys(OF_IMAGES, "images")
+CHANGING = ("prompts", "contrast")
+"""Whose mixtures have shares that change."""
 SOURCES = ("folder", "mixture", "remote")
 FORMS = ("run", "checkpoint", "export")
 STEPS = 4
@@ -47,6 +54,10 @@ checkpoint: {interval: 100}
 PATCHES = [
     *("model.embedding_dim=3", "model.block_size=4", "model.block_shape=[2,2]", "model.prefix=block"),
     *("data.encoder=pixels:2/1", f"data.sequence_length={4 * (FRAMES - 1)}"),
+]
+IMAGES = [
+    *("model.embedding_dim=4", "model.block_size=4", "model.prefix=token", "model.num_classes=3"),
+    *("data.sequence_length=4", "data.encoder=grey:4/2", "noise.low=0.1", "noise.high=1"),
 ]
 OF_FORMAT = {
     "text": ["model.vocab_size=320", "data.sequence_length=16"],
@@ -67,6 +78,15 @@ OF_FORMAT = {
         "training.position_chunk=8",
         "model.add_most_recent=true",
     ],
+    "contrast": [
+        "model.vocab_size=320",
+        "data.sequence_length=16",
+        "mcmc.objective=contrastive",
+        "mcmc.learn_step_size=false",
+        "mcmc.num_negatives=2",
+    ],
+    "denoise": [*IMAGES, "mcmc.initial_state=noised"],
+    "dit": [*IMAGES, "model.kind=dit"],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
     "patches": [*PATCHES, "mcmc.initial_state=most_recent_embedding", "mcmc.corrupted_share=0.5"],
     "diffusion": [*PATCHES, "model.kind=dit"],
@@ -74,7 +94,8 @@ OF_FORMAT = {
 }
 EVERY_RUN = [
     *((samples, source) for samples in FORMATS for source in SOURCES),
-    *((samples, "mixture") for samples in ("blocks", "patches", "diffusion")),
+    *((samples, "mixture") for samples in ("blocks", "patches", "diffusion", "contrast", "denoise")),
+    ("dit", "remote"),
 ]
 every_run = pytest.mark.parametrize(("samples", "source"), EVERY_RUN)
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -97,13 +118,16 @@ def make_data(folder: Path) -> None:
         (folder / "clips").mkdir(exist_ok=True)
         make_tiny_latents(folder / "latents" / name, seed)
         make_tiny_clips(folder / "clips" / name, "jpeg", seed)
+        images = np.random.default_rng(seed).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(40) % 3)
+        pack_images([folder / f"{name}.npz"], folder / "images" / name, Packing(holdout_fraction=0.2))
 
 
 def overrides(folder: Path, samples: str, source: str, run_dir: str, *more: str) -> list[str]:
     """Return the settings of a run."""
-    of = folder / {"blocks": "text", "patches": "clips", "diffusion": "clips"}.get(samples, samples)
+    of = folder / DATA_OF.get(samples, samples)
     a, b = of / "a", of / "b"
-    shares = f"{a}: [[0, 3], [30000, 1]], {b}: [[0, 0], [10000, 1]]" if samples == "prompts" else f"{a}: 2, {b}: 1"
+    shares = f"{a}: [[0, 3], [30000, 1]], {b}: [[0, 0], [10000, 1]]" if samples in CHANGING else f"{a}: 2, {b}: 1"
     data = {
         "folder": [f"data.path={a}"],
         "mixture": [f"data.mixture={{{shares}}}"],
@@ -208,9 +232,16 @@ def test_a_run_goes_on_with_other_ranks(folder: Path, samples: str, source: str)
 @every_form
 @every_run
 def test_a_run_is_evaluated(
-    opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str, form: str
+    opened: Callable[..., Path],
+    launch: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    samples: str,
+    source: str,
+    form: str,
 ) -> None:
     """Every form of a run gives the losses of its last validation, after the steps it was trained with."""
+    monkeypatch.setattr("ebwm_dist.evaluation.denoising.DIT_PASSES", (1, 2))  # hundreds take their time
     path = opened(samples, source, form)
     small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
     (tmp_path / "other.txt").write_text("of other words " * 20)  # the default, docstrings, takes its time
@@ -271,11 +302,14 @@ def test_a_run_is_followed(
 def test_a_run_generates(
     opened: Callable[..., Path], launch: Callable[..., str], tmp_path: Path, samples: str, source: str, form: str
 ) -> None:
-    """Text is continued; held-out video too, and drawn."""
+    """Text is continued; held-out video too, and drawn; images are made."""
     path = opened(samples, source, form)
     if samples in OF_TOKENS:
         text = json.loads(launch("generate", "--checkpoint", path, "--prompt", "ka lo", "--tokens", "3", "--json"))
         assert len(text["tokens"]) == 3 and len(text["energies"]) == (1 if samples == "blocks" else 3)
+        return
+    if samples in OF_IMAGES:
+        assert launch("generate", "--checkpoint", path, "--samples", "2", "--out", tmp_path).endswith("images.png\n")
         return
     arguments = ("--checkpoint", path, "--observe", "1", "--samples", "2")
     (first, second) = json.loads(launch("generate", *arguments, "--json"))
