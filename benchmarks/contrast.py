@@ -7,8 +7,8 @@ Frames turn in two planes, each sample at its own speeds, and are shown in D num
 to be known stays the same, what a candidate can get wrong grows with D. Every run appends a line to
 `results/contrast.jsonl`: the squared error of refined predictions after several numbers of steps, as a share of that of
 copying the last frame, and how often a true next frame has a lower energy than another frame of its sequence, than
-itself with noise, and than its refined prediction. `--table` writes `results/contrast.md`: of every objective and
-dimension at the alpha with most seeds, and then that which is best for seed 0.
+itself with noise, and than its refined prediction. `--table` writes `results/contrast.md`: of every objective,
+dimension and number of negatives at the alpha with most seeds, and then that which is best for seed 0.
 
 Shapes: B sequences, S + 1 frames, D numbers each.
 """
@@ -123,24 +123,25 @@ def _lower(model: EnergyBasedTransformer, context: Tensor, true: Tensor, states:
 
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a table with a row for each dimension and objective, at the alpha best for seed 0."""
+    """Yield the lines of a table with a row for each dimension, objective and number of negatives, at the alpha best
+    for seed 0."""
     steps = " / ".join(map(str, STEPS))
     below = "below another frame (%) | below noise (%)"
-    yield f"| dimension | objective | alpha | seeds | error (%) after {steps} steps | {below} |"
-    yield "|--:|---|--:|--:|--:|--:|--:|"
-    for dimension in sorted({r["dimension"] for r in records}):
-        for objective in OBJECTIVES:
-            own = [r for r in records if (r["dimension"], r["objective"]) == (dimension, objective)]
-            if not own:
-                continue
-            # What has more seeds was chosen for it.
-            counts = {r["alpha"]: sum(other["alpha"] == r["alpha"] for other in own) for r in own}
-            best = max((r for r in own if r["seed"] == 0), key=lambda r: (counts[r["alpha"]], -_error(r)))
-            runs = [r for r in own if all(r[name] == best[name] for name in ("alpha", "negatives", "lr", "updates"))]
-            errors = " / ".join(_spread([100 * r["errors"][str(step)] for r in runs]) for step in STEPS)
-            other = _spread([100 * r["lower"]["other frame"] for r in runs])
-            noisy = _spread([100 * r["lower"]["0.3 of noise"] for r in runs])
-            yield f"| {dimension} | {objective} | {best['alpha']:g} | {len(runs)} | {errors} | {other} | {noisy} |"
+    yield f"| dimension | objective | negatives | alpha | seeds | error (%) after {steps} steps | {below} |"
+    yield "|--:|---|--:|--:|--:|--:|--:|--:|"
+    names = ("dimension", "objective", "negatives")
+    places = {tuple(r[name] for name in names) for r in records}
+    for place in sorted(places, key=lambda place: (place[0], OBJECTIVES.index(place[1]), place[2] or 0)):
+        own = [r for r in records if tuple(r[name] for name in names) == place]
+        # What has more seeds was chosen for it.
+        counts = {r["alpha"]: sum(other["alpha"] == r["alpha"] for other in own) for r in own}
+        best = max((r for r in own if r["seed"] == 0), key=lambda r: (counts[r["alpha"]], -_error(r)))
+        runs = [r for r in own if all(r[name] == best[name] for name in ("alpha", "negatives", "lr", "updates"))]
+        errors = " / ".join(_spread([100 * r["errors"][str(step)] for r in runs]) for step in STEPS)
+        other = _spread([100 * r["lower"]["other frame"] for r in runs])
+        noisy = _spread([100 * r["lower"]["0.3 of noise"] for r in runs])
+        shown = " | ".join("" if value is None else str(value) for value in place)
+        yield f"| {shown} | {best['alpha']:g} | {len(runs)} | {errors} | {other} | {noisy} |"
 
 
 def _error(record: dict[str, Any]) -> float:

@@ -115,6 +115,7 @@ def measure_runs(runs: list[Run], folder: str | None, options: Options, world: W
     run, *others = runs
     with same_on_all_ranks():
         data = run.validation_data(folder)
+        data_of_others = [other.validation_data(data.mixture) for other in others]
     model = Suite(run, data, options, world, log).run()
     evaluation: dict[str, Any] = {
         "data": {
@@ -125,8 +126,8 @@ def measure_runs(runs: list[Run], folder: str | None, options: Options, world: W
         },
         "model": model,
     }
-    for other in others:
-        evaluation["baseline"] = Suite(other, other.validation_data(data.mixture), options, world, log).run()
+    for other, same_data in zip(others, data_of_others, strict=True):
+        evaluation["baseline"] = Suite(other, same_data, options, world, log).run()
         if (described := evaluation["baseline"]["model"])["loss_of"] == model["model"]["loss_of"]:
             evaluation["equal_flops"] = equal_flops(model["model"], described)
     return evaluation

@@ -133,6 +133,8 @@ def _splits(pictures: Sequence[Picture], packing: Packing) -> dict[str, list[Pic
 def _size_of_arrays(files: Sequence[InputFile]) -> tuple[int, int]:
     sizes = {}
     for file in files:
+        if file.path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{file.shown} is no image and no array: --input takes {', '.join(SUFFIXES)}")
         if file.path.suffix.lower() not in ARRAYS:
             raise UserError(f"--size is needed, as images like {file.shown} may have any")
         sizes[read_arrays(file.path).images.shape[1:3]] = file

@@ -172,7 +172,10 @@ def copied_data(launch_arguments: list[str], tmp_path: Path) -> Path:
     ("overrides", "message"),
     [
         (["training.micro_batch_sze=3"], "training.micro_batch_sze = 3: unknown key; did you mean 'micro_batch_size'?"),
-        (["data.path=/nowhere/text"], "data folder /nowhere/text does not exist; run `make data`, or for your own"),
+        (
+            ["data.path=/nowhere/text"],
+            "data folder /nowhere/text does not exist; run `make data`, or for your own data",
+        ),
         (["model.vocab_size=400"], "model.vocab_size is 400, but the tokens in "),
         (["data.sequence_length=8"], "data.sequence_length is 8, but the tokens in "),
         (["data.path=COPY/without-shard"], "missing file: COPY/without-shard/train-000001.tar does not exist"),

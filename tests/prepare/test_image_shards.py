@@ -129,6 +129,7 @@ def test_labels_follow_images_through_the_stream_and_around_damage(labelled: Man
             assert batch.labels is not None and batch.labels.dtype == torch.int64
             assert [of_image[image.numpy().tobytes()] for image in batch.observed] == batch.labels.tolist()
             replaced += len(batch.damaged)
+            assert all(reason.endswith("run data_tools/pack_images.py again") for reason in batch.damaged)
         for batch in validation_batches(data, batch_size=4, max_sequences=8, dp_rank=0, dp_world_size=1):
             assert batch.labels is not None
     assert replaced >= 1
@@ -170,6 +171,9 @@ def test_folders_of_images(tmp_path: Path) -> None:
     Image.fromarray(np.full((6, 8, 3), 99, np.uint8)).save(tmp_path / "in" / "dog" / "turned.png", exif=turned)
     with pytest.raises(UserError, match="--size is needed, as images like"):
         packed(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="notes.txt is no image and no array: --input takes .png, "):
+        packed(tmp_path / "notes.txt", tmp_path / "out")
     manifest = packed(tmp_path / "in", tmp_path / "out", size=(8, 6), holdout=("cat/1.png",), holdout_fraction=0.0)
     assert manifest.held_out_groups == ("cat/1.png",) and manifest.train.totals == {"images": 12}
     values, labels, names = everything(manifest, "train")

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_dist.data.format.sample_format import (
+    IMAGES,
     KINDS,
+    ClipFormat,
     SampleFormat,
     TokenFormat,
     check_count,
@@ -31,7 +33,10 @@ FORMAT = "ebwm-shards"
 VERSION = 2
 SPLITS = ("train", "val")
 
-_HOW_TO_MAKE = "run `make data`, or for your own text data_tools/train_tokenizer.py and data_tools/tokenize_text.py"
+_HOW_TO_MAKE = (
+    "run `make data`, or for your own data data_tools/tokenize_text.py (after data_tools/train_tokenizer.py), "
+    f"{ClipFormat.tool} or {IMAGES}"
+)
 _MAKE_AGAIN = f"run the tool that made it again ({', '.join(kind.tool for kind in KINDS.values())})"
 
 
@@ -179,7 +184,8 @@ class Manifest:
 
     def error(self, problem: str) -> DataError:
         """Return the error about a file that is missing or damaged."""
-        return DataError(f"{problem}; restore the file or run {self.sample_format.tool} again")
+        tool = IMAGES if self.sample_format.unit == "images" else self.sample_format.tool
+        return DataError(f"{problem}; restore the file or run {tool} again")
 
     def read(self, name: str, version: str, sha256: str | None = None) -> bytes:
         """Return the content of a small file of the folder; a cached copy must be of the same `version`."""
