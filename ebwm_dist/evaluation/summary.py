@@ -45,7 +45,7 @@ class Pair:
                     f"{run.name} has done {run.step} of {run.config.training.max_steps} steps: run the command that "
                     "trains it again"
                 )
-        seen = [(Mixture.load(run.config.data), tokens(run)) for run in (self.run, self.twin)]
+        seen = [(Mixture.load(run.config.data), states(run)) for run in (self.run, self.twin)]
         (data, count), (other, other_count) = seen
         if (data.fingerprint, count) != (other.fingerprint, other_count):
             raise UserError(
@@ -66,8 +66,13 @@ class Pair:
 
 
 def tokens(run: Run) -> int:
-    """Return the number of tokens or frames trained on."""
+    """Return the number of tokens trained on."""
     return int([record for record in run.records if record["kind"] == "train"][-1]["tokens"])
+
+
+def states(run: Run) -> int:
+    """Return the number of tokens of text trained on, or of frames, each of one token or more."""
+    return tokens(run) // (1 if run.config.model.embedding_dim is None else run.config.model.block_size)
 
 
 def seconds(run: Run) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ebwm_dist.errors import UserError
 from ebwm_dist.evaluation.pictures import TWINS, draw_video, panels
-from ebwm_dist.evaluation.summary import Pair, seconds, tokens
+from ebwm_dist.evaluation.summary import Pair, seconds, states
 from ebwm_dist.files import write_json
 from ebwm_dist.run import ValidationData
 
@@ -73,7 +73,7 @@ def video_summary(
         "clips": data.samples,
         "scene_changes": by_steps["scene_changes"],
         "training_clips": data.mixture.train_samples,
-        "frames": tokens(run) // run.config.model.block_size,
+        "frames": states(run),
     }
 
 
