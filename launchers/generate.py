@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> None:
 
     opened.device = default_device()
     if of_images(opened):
+        given = {"--json": args.json, "--prompt": args.prompt != [""], "--observe": args.observe != 1}
+        given["--think-steps or another option of thinking"] = thinking != Thinking()
+        if unread := [name for name, is_given in given.items() if is_given]:
+            raise UserError(f"{unread[0]}: not of images, which take --samples, --class, --passes and --seed")
         if args.out is None:
             raise UserError("--out: name a folder for the picture of the images")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -243,10 +243,14 @@ def test_a_run_is_evaluated(
     """Every form of a run gives the losses of its last validation, after the steps it was trained with."""
     monkeypatch.setattr("ebwm_dist.evaluation.denoising.DIT_PASSES", (1, 2))  # hundreds take their time
     path = opened(samples, source, form)
-    small = ("--max-sequences", "4", "--batch-size", "2", "--steps", "2", "--candidates", "1")
+    small = ["--max-sequences", "4", "--batch-size", "2", "--steps", "2"]
+    if samples in OF_IMAGES:
+        assert "--candidates: images are" in launch("evaluate", "--run", path, "--candidates", "1", fails=True)
+    else:
+        small += ["--candidates", "1", "--energy-tolerance", "0.1"]
     (tmp_path / "other.txt").write_text("of other words " * 20)  # the default, docstrings, takes its time
     other = ("--ood-text", tmp_path / "other.txt") if samples in OF_TOKENS else ()
-    launch("evaluate", "--run", path, "--out", tmp_path, "--energy-tolerance", "0.1", *small, *other)
+    launch("evaluate", "--run", path, "--out", tmp_path, *small, *other)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     validated = metrics(opened(samples, source, "run"), "val")[-1]
     assert found["model"]["by_steps"]["loss"][-1] == pytest.approx(validated["loss_last_step"], abs=1e-5)
@@ -309,7 +313,9 @@ def test_a_run_generates(
         assert len(text["tokens"]) == 3 and len(text["energies"]) == (1 if samples == "blocks" else 3)
         return
     if samples in OF_IMAGES:
-        assert launch("generate", "--checkpoint", path, "--samples", "2", "--out", tmp_path).endswith("images.png\n")
+        arguments = ("--checkpoint", path, "--samples", "2", "--out", tmp_path)
+        assert launch("generate", *arguments).endswith("images.png\n")
+        assert "--json: not of images" in launch("generate", *arguments, "--json", fails=True)
         return
     arguments = ("--checkpoint", path, "--observe", "1", "--samples", "2")
     (first, second) = json.loads(launch("generate", *arguments, "--json"))

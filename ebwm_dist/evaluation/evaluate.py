@@ -47,6 +47,8 @@ def evaluate_runs(
         for run in runs:
             if options.questions and run.tokenizer is None:
                 raise UserError(f"--choices: the questions are text, and {run.name} has no tokenizer")
+            if of_images(run):
+                _check_options_of_images(options)
     if of_images(runs[0]):
         data = runs[0].validation_data(folder)
         found = [measure_images(run, run.validation_data(data.mixture), options, world) for run in runs]
@@ -151,6 +153,15 @@ def _loss_at(curve: list[list[float]], flops: float) -> float | None:
         return None
     points, losses = zip(*curve, strict=True)
     return float(np.interp(math.log(flops), np.log(points), losses))
+
+
+def _check_options_of_images(options: Options) -> None:
+    """Refuse what says how predictions of text and video are measured."""
+    usual = Options()
+    for name in ("candidates", "langevin_noise", "energy_tolerances", "prediction_tolerances", "ood_text"):
+        if getattr(options, name) != getattr(usual, name):
+            option = name.replace("_", "-").replace("tolerances", "tolerance")
+            raise UserError(f"--{option}: images are measured by level of noise and number of --steps; leave it out")
 
 
 def _target(run: Run, out: Path | None, name: str) -> Path:
