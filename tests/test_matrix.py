@@ -154,9 +154,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
                     overrides(folder, *name, "ranks", "training.stop_after=2"),
                     overrides(folder, *name, "parts"),
                 ]
-            run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", runs, timeout=400)
+            run_distributed_test(train_in_turn, 1, folder / "tiny.yaml", runs, timeout=900)
             elsewhere = [overrides(folder, *name, "ranks") for name in EVERY_RUN]
-            run_distributed_test(train_in_turn, 2, folder / "tiny.yaml", elsewhere, timeout=400)
+            run_distributed_test(train_in_turn, 2, folder / "tiny.yaml", elsewhere, timeout=900)
             (folder / "done").touch()
     return folder
 
