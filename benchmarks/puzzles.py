@@ -1,11 +1,12 @@
 """Does a puzzle gain from being refined as a whole? A Sudoku of 4 x 4 cells whose answer is one block of 16 tokens.
 
-    python -m benchmarks.puzzles --models ebt+feed-forward --seeds 0,1,2
+    python -m benchmarks.puzzles --models "ebt, bilinear+feed-forward+diffusion" --seeds 0,1,2
     python -m benchmarks.puzzles --table
 
 The given digits are the prefix, a block with blanks; the answer is the block after it, whose cells see one another in
 every candidate, and only blanks have a loss. Trained are 1 to 6 blanks, asked for 1 to 10; a fifth of the 288 grids is
-held out whole. The feed-forward twin has the same blocks and parameters and answers in one pass. Every run appends a
+held out whole. The feed-forward twin has the same blocks and as many parameters, and answers in one pass; the diffusion
+twin starts from noise and has cells of -1 and 1, one number for each digit and the blank. Every run appends a
 line to `results/puzzles.jsonl`: the share of puzzles that are wholly right, by the number of blanks and of MCMC steps.
 `--table` writes `results/puzzles.md`.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.options import listed
@@ -30,21 +32,28 @@ from data_tools.tasks.sudoku import CELLS, GRIDS, MOST_BLANKS, puzzle
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.files import append_record, read_records
 from ebwm_dist.mcmc.build import Model, build_model
+from ebwm_dist.mcmc.diffusion import DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "puzzles.jsonl"
 TABLE = RESULTS.with_suffix(".md")
-PAD, BLANK, VOCAB, SIZE = 0, 5, 8, len(CELLS)
+PAD, BLANK, VOCAB, SIZE, DIGITS = 0, 5, 8, len(CELLS), 4
 BATCH, TRAINED, HELD_OUT = 64, 6, 60
 """Puzzles in a batch, most blanks that are trained, and puzzles of each number of blanks that are asked for."""
 STEPS = (1, 2, 4, 8, 16)
 CHAIN = {"gradient": "full", "loss": "last"}
-RECIPES: dict[str, dict[str, Any]] = {
-    "feed-forward": {},
-    "ebt": {"num_steps": 2, "max_num_steps": 5, "initial_state": "most_recent_token", **CHAIN},
-    "ebt, zeros": {"num_steps": 2, "max_num_steps": 5, "initial_state": "zeros", **CHAIN},
-    "ebt, truncated": {"num_steps": 3, "initial_state": "zeros"},
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "feed-forward": ({"kind": "ar"}, {}),
+    "diffusion": ({"kind": "dit", "embedding_dim": BLANK, "dim": 40}, {}),
+    "ebt, bilinear": (
+        {"energy_head": "bilinear"},
+        {"num_steps": 2, "max_num_steps": 5, "initial_state": "zeros", **CHAIN},
+    ),
+    "ebt": ({}, {"num_steps": 2, "max_num_steps": 5, "initial_state": "most_recent_token", **CHAIN}),
+    "ebt, zeros": ({}, {"num_steps": 2, "max_num_steps": 5, "initial_state": "zeros", **CHAIN}),
+    "ebt, truncated": ({}, {"num_steps": 3, "initial_state": "zeros"}),
 }
+"""Settings of the model, apart from those that all have, and of its refinement."""
 
 
 def puzzles(count: int, seed: str, least: int, most: int, held_out: bool) -> Tensor:
@@ -64,21 +73,26 @@ def chosen(samples: Tensor) -> Tensor:
 
 def build(name: str, layers: int, seed: int) -> Model:
     """Build a model of one recipe."""
-    kind = "ar" if name == "feed-forward" else "ebt"
-    model = ModelConfig(
-        kind=kind,
-        vocab_size=VOCAB,
-        dim=64,
-        num_heads=2,
-        num_layers=layers,
-        norm_eps=1e-2,
-        block_size=SIZE,
-        block_shape=[4, 4],
-        prefix="block",
-    )
-    mcmc = MCMCConfig(step_size=1.0, **RECIPES[name])
+    settings, mcmc_settings = RECIPES[name]
+    shape = {"dim": 64, "num_heads": 2, "num_layers": layers, "norm_eps": 1e-2, "vocab_size": VOCAB}
+    model = ModelConfig(**shape | settings, block_size=SIZE, block_shape=[4, 4], prefix="block")
+    mcmc = MCMCConfig(step_size=1.0, **mcmc_settings)
     torch.manual_seed(seed)
     return build_model(Config(seed=seed, model=model, mcmc=mcmc, data=DataConfig(sequence_length=SIZE)), PAD)
+
+
+def cells(samples: Tensor) -> Tensor:
+    """Return puzzles [N, ...] of digits and blanks as numbers [N, ..., 5] for a diffusion model."""
+    return 2 * F.one_hot(samples - 1, BLANK).float() - 1
+
+
+def train(model: Model, samples: Tensor, update: int) -> float:
+    """Add the gradients of a batch to those of the parameters; return its loss."""
+    ids = torch.arange(len(samples)) + update * BATCH
+    if isinstance(model, DiffusionModel):
+        return model.training_step(cells(samples), ids).loss.item()
+    plan: Any = model.plan(update, 0)
+    return model.training_step(samples, ids, plan, targets=chosen(samples)).loss.item()
 
 
 def run(name: str, layers: int, seed: int, updates: int, lr: float) -> dict[str, Any]:
@@ -91,9 +105,7 @@ def run(name: str, layers: int, seed: int, updates: int, lr: float) -> dict[str,
     for update in range(1, updates + 1):
         samples = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
         optimizer.zero_grad()
-        ids = torch.arange(update * BATCH, (update + 1) * BATCH)
-        plan: Any = model.plan(update, 0)
-        losses.append(model.training_step(samples, ids, plan, targets=chosen(samples)).loss.item())
+        losses.append(train(model, samples, update))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -117,9 +129,12 @@ def measure(model: Model) -> dict[str, dict[str, float]]:
         [puzzles(HELD_OUT, f"test {count}", count, count, held_out=True) for count in range(1, MOST_BLANKS + 1)]
     )
     blank, answers, context = samples[:, :SIZE] == BLANK, samples[:, SIZE:], samples[:, :SIZE]
-    found = {}
-    if isinstance(model, EnergyBasedTransformer):
-        (_, states), *_ = model.refine_slices(context, max(STEPS), torch.arange(len(samples)))
+    found, ids = {}, torch.arange(len(samples))
+    if isinstance(model, DiffusionModel):
+        for step in STEPS:
+            found[step] = F.pad(model.sample(cells(context), ids, model.seed, step)[..., :DIGITS], (1, 0), value=-9.0)
+    elif isinstance(model, EnergyBasedTransformer):
+        (_, states), *_ = model.refine_slices(context, max(STEPS), ids)
         for step, (_, state) in enumerate(states):
             if step in STEPS:
                 found[step] = state
@@ -158,7 +173,7 @@ def _spread(values: list[float]) -> str:
 def main() -> None:
     """Run what is asked for, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split("+"), default=["ebt", "feed-forward"])
+    parser.add_argument("--models", type=lambda text: text.split("+"), default=["ebt, zeros", "feed-forward"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seeds", type=listed(int), default=[0])
     parser.add_argument("--updates", type=int, default=600)

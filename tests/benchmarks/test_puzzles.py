@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from benchmarks.puzzles import BLANK, PAD, RESULTS, SIZE, TABLE, build, chosen, measure, puzzles, table
+from benchmarks.puzzles import BLANK, PAD, RESULTS, SIZE, TABLE, build, cells, chosen, measure, puzzles, table, train
 from ebwm_dist.files import read_records
 
 
@@ -21,7 +22,17 @@ def test_only_blanks_are_learned_and_held_out_grids_are_never_trained() -> None:
     assert not {tuple(row) for row in train[:, SIZE:].tolist()} & {tuple(row) for row in held_out[:, SIZE:].tolist()}
 
 
-def test_every_number_of_blanks_and_steps_is_measured() -> None:
-    right = measure(build("ebt, zeros", 1, 0))
+@pytest.mark.parametrize("name", ["ebt, bilinear", "diffusion"])
+def test_every_number_of_blanks_and_steps_is_measured(name: str) -> None:
+    right = measure(build(name, 1, 0))
     assert set(right) == {"1", "2", "4", "8", "16"} and "1" in right["1"]
     assert all(0 <= share <= 1 for of_step in right.values() for share in of_step.values())
+
+
+def test_a_diffusion_model_sees_digits_and_blanks_as_numbers() -> None:
+    samples = puzzles(8, "x", 1, 6, held_out=False)
+    found = cells(samples)
+    assert found.shape == (8, 2 * SIZE, BLANK) and torch.equal(found.argmax(-1) + 1, samples)
+    assert found.unique().tolist() == [-1, 1] and (found[:, SIZE:, BLANK - 1] == -1).all()
+    model = build("diffusion", 1, 0)
+    assert train(model, samples, 1) > 0 and any(p.grad is not None and p.grad.any() for p in model.parameters())
