@@ -12,7 +12,7 @@ import torch
 from ebwm_dist.data.format.manifest import Manifest
 from tests.tiny_data import make_tiny_data
 
-SLOW_PARTS = 24
+SLOW_PARTS = 32
 """How many parts the slow tests are dealt into; every run of `make test` takes one of them."""
 
 # Set while pytest loads, so that the subprocesses and ranks that tests start inherit it.

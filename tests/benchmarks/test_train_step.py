@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_names_that_others_read() -> None:
     small = "--layers 1 --width 64 --seq-len 8 --vocab 20 --repeats 1 --json --methods ebt_2,ar,double_backward"
     done = subprocess.run(

@@ -180,7 +180,7 @@ def test_a_folder_has_one_command(base: Path, tmp_path: Path) -> None:
     lock.take()
     second = Runner(tmp_path / "study")
     second._lock.interval = 0.02
-    with pytest.raises(RunLockedError, match=r"study is in use by process .*, or choose another folder"), second:
+    with pytest.raises(RunLockedError, match=r"study is in use by process .*, or choose another --out"), second:
         raise AssertionError("entered")
     lock.release()
 

@@ -108,7 +108,8 @@ def test_adamw_is_left_as_torch_has_it() -> None:
     assert type(build_optimizer(model, settings)) is MuonAdamW
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ranks_follow_one_process(precision: str) -> None:
     """In bf16, stages 2 and 3 add the gradients of ranks up in bf16, and what is mere rounding weighs as much as all
     other directions: they are left out."""

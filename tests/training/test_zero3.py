@@ -183,6 +183,7 @@ def memory_of_steps(rank: int, world_size: int) -> None:
     leave()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_mcmc_steps() -> None:
     run_distributed_test(memory_of_steps, 2, backend="", timeout=120)
 
