@@ -87,7 +87,8 @@ def state_of(parameters: Parameters, config: Config, world_size: int) -> State:
         return State(weight * number, 4.0 * number, (8.0 if fp32 else 12.0) * number - spared, 0.0, 0.0)
     own, offload = number / world_size, config.zero.offload_optimizer
     weights, optimizer, host = weight * number, 12.0 * own - spared / world_size, 0.0
-    bucket = weight * min(number, bucket_size(config))
+    # A parameter that is larger than a bucket is exchanged as a whole; stage 3 gathers it in any case.
+    bucket = weight * min(number, max(bucket_size(config), parameters.largest if stage < 3 else 0))
     if stage == 1:
         gradients = (8.0 if fp32 else 4.0) * number
         bucket = bucket if fp32 else 0.0
