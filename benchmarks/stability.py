@@ -72,6 +72,7 @@ def settings(steps: int, gradient: str, precision: str, change: str, seed: int, 
     """Return the settings of a run over those of `configs/quickstart.yaml`."""
     validations = max(1, optimizer_steps // 12)
     return [
+        "mcmc.step_size=1.0",
         f"mcmc.num_steps={steps}",
         "mcmc.max_num_steps=null",
         f"mcmc.gradient={gradient}",

@@ -39,6 +39,8 @@ from ebwm_dist.models.energy_transformer import EnergyHead, EnergyTransformer  #
 
 RESULTS = ROOT / "benchmarks" / "results" / "text_recipes.jsonl"
 STEPS = (1, 2, 3, 4, 8)
+ALPHA = "mcmc.step_size=1.0"
+"""Of the recipes that name no other."""
 CORRUPTION = 1 << 20
 """The draw of the corrupted targets, beyond those of the package."""
 build_shipped = build.build_model
@@ -224,7 +226,7 @@ def main() -> None:
     record: dict[str, Any] = {"recipe": args.recipe, "settings": settings, "prototype": prototype, "seed": args.seed}
     record |= {"program": "trainer", "device": default_device().type, "torch": torch.__version__}
     try:
-        config = load_config(ROOT / "configs" / "quickstart.yaml", [*settings, *fixed])
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [ALPHA, *settings, *fixed])
         train(config)
         record["seconds"] = round(time.time() - begin, 1)
         record |= measure(folder / "run", args.max_sequences)

@@ -49,14 +49,11 @@ def create_engine_with_step_size(
     Raises:
         UserError: see `measure`.
     """
-    if config.mcmc.step_size == "auto":
-        if config.model.kind != "ebt":
-            log(f"mcmc.step_size = auto means nothing here: model.kind = {config.model.kind!r} has no step size")
-            return create_engine(config, build, world, load)
-        if checkpoint is not None:
-            config.mcmc.step_size = world.from_rank_0(stored_step_size(checkpoint) if world.rank == 0 else None)
-            log(f"mcmc.step_size = auto: the run began with alpha = {config.mcmc.step_size:g}, and has its own by now")
-    if config.mcmc.step_size != "auto":
+    if config.mcmc.step_size != "auto" or config.model.kind != "ebt":
+        return create_engine(config, build, world, load)
+    if checkpoint is not None:
+        config.mcmc.step_size = world.from_rank_0(stored_step_size(checkpoint) if world.rank == 0 else None)
+        log(f"mcmc.step_size = auto: the run began with alpha = {config.mcmc.step_size:g}, and has its own by now")
         return create_engine(config, build, world, load)
 
     @torch.no_grad()

@@ -108,7 +108,7 @@ def test_a_run_begins_with_what_it_finds_and_keeps_it(tiny_data: Path, tiny_conf
     lines = console(tmp_path / "resumed")
     assert lines.count(said) == 1 and f"the run began with alpha = {number:g}, and has its own by now" in lines
     assert "mcmc.step_size was" not in lines
-    assert "mcmc.step_size = auto means nothing here: model.kind = 'ar'" in console(tmp_path / "twin")
+    assert not any("step_size" in line for line in console(tmp_path / "twin"))
     # Trained weights bring their own, by which its learning rate is then set.
     own = Run(tmp_path / "auto").weights()["space.step_size.alpha"].item()
     assert found(tmp_path / "tuned") == own == metrics(tmp_path / "tuned")[0]["mcmc_step_size"] != number
