@@ -90,8 +90,8 @@ def summarise_runs(
         comparison = Reasoning.of(pairs, data) if reasoning else None
     if of_images(run):
         return summarise_denoising(pairs[0], data, options.batch_size, target, world)
-    options = replace(options, max_sequences=data.samples, only_errors=True)
-    options = replace(options, steps=pairs[0].steps if comparison is None else comparison.steps)
+    steps = pairs[0].steps if comparison is None else comparison.steps
+    options = replace(options, steps=steps, max_sequences=data.samples, only_errors=True)
     if text and comparison is None:
         (pair,) = pairs
         evaluation = measure_runs([run, pair.twin], folder, options, world)

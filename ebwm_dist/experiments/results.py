@@ -32,7 +32,7 @@ class Results:
 
     title: str
     unit: str
-    """Tokens or frames."""
+    """Tokens, frames or patches of them."""
     measured: list[Measured]
     missing: dict[str, str]
     """Runs without a loss, and why."""
@@ -64,7 +64,7 @@ def collect(
     measured, missing, unit = [], {}, "tokens"
     for run, outcome in outcomes.items():
         if outcome.config.model.embedding_dim is not None:
-            unit = "frames"
+            unit = "frames" if outcome.config.model.block_size == 1 else "patches"
         if outcome.state == FAILED:
             missing[run.trial.name] = outcome.reason
             continue
