@@ -22,3 +22,6 @@ class NoiseConfig:
     """Timesteps of a diffusion model."""
     schedule: str = choice("linear", "scaled_linear", "squaredcos_cap_v2")
     """Its schedule of noise, by the names of the diffusers library."""
+    prediction: str = choice("noise", "velocity")
+    """What it learns to find in a state sqrt(a) x + sqrt(1 - a) n: the noise n, or the velocity sqrt(a) n -
+    sqrt(1 - a) x. From that x follows without dividing by sqrt(a), which is nearly 0 at the last timesteps."""

@@ -6,6 +6,7 @@ Shapes: B images, P tokens of each, T tokens observed before them (its class, or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ebwm_dist.mcmc import noise
 from ebwm_dist.mcmc.build import Model
 from ebwm_dist.mcmc.diffusion import SAMPLING_PASSES, DiffusionModel
 from ebwm_dist.mcmc.ebt import EnergyBasedTransformer
+from ebwm_dist.mcmc.embedding import EmbeddingSpace
 from ebwm_dist.models.class_tokens import class_token
 from ebwm_dist.run import Run
 
@@ -58,19 +60,43 @@ def restore(
 def generate(model: Model, observed: Tensor, sample_ids: Tensor, seed: int, passes: int | None = None) -> Tensor:
     """Return new images [B, P, E], made from noise that `seed` and `sample_ids` [B] determine.
 
+    An energy model that has learned to start at noised images starts at noise of its largest level, of which each pass
+    leaves less.
+
     Args:
         model: of images.
         observed: what is observed before them [B, T, E].
         sample_ids: on the CPU.
         seed: of the noise.
-        passes: steps; None: those of training, or `SAMPLING_PASSES` of a diffusion model.
+        passes: steps; None: those of training, or `SAMPLING_PASSES` where noise is removed level by level.
     """
     if isinstance(model, DiffusionModel):
         return model.sample(observed, sample_ids, seed, passes or SAMPLING_PASSES)
     assert isinstance(model, EnergyBasedTransformer)
     size, width = model.layout.block_size, observed.shape[2]
     state = noise.normal(seed, sample_ids, noise.INITIAL, 0, size, width, observed.device)
+    if model.mcmc.initial_state == "noised":
+        return _remove_noise(model, observed, state, sample_ids, passes or SAMPLING_PASSES)
     *_, (_, state) = model.refine(observed, state, passes or model.mcmc.max_mcmc_steps, sample_ids)
+    return state
+
+
+def _remove_noise(
+    model: EnergyBasedTransformer, observed: Tensor, state: Tensor, sample_ids: Tensor, passes: int
+) -> Tensor:
+    """Return images [B, P, E] made of noise [B, P, E], whose level falls evenly from the largest trained one to 0.
+
+    A refinement as in training leads from x + s n to the mean of all x that this may have been. Where noise of a level
+    s' is to stay, s' / s of the change is taken back: steps of the probability flow.
+    """
+    assert isinstance(model.space, EmbeddingSpace) and model.space.noise_config is not None
+    high = model.space.noise_config.high
+    assert high is not None
+    levels = torch.linspace(high, 0, passes + 1).tolist()
+    state = high * state
+    for level, after in pairwise(levels):
+        *_, (_, clean) = model.refine(observed, state, model.mcmc.max_mcmc_steps, sample_ids)
+        state = clean + after / level * (state - clean)
     return state
 
 

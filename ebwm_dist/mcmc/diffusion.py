@@ -1,4 +1,6 @@
-"""The diffusion model of embeddings: learns the noise in states, and removes it step by step (DDPM, DDIM).
+"""The diffusion model of embeddings: learns the noise in states, or their velocity, and removes it step by step.
+
+Training is that of DDPM, sampling that of DDIM.
 
 Shapes: B batch, L tokens of a sample and S predicted ones (`BlockLayout`), c states, E width of the embeddings.
 """
@@ -32,12 +34,11 @@ class DiffusionModel(SequenceModel):
         activation_checkpointing: as in the configuration.
     """
 
-    loss_of = "noise"
-
     def __init__(self, model: ModelConfig, config: NoiseConfig, seed: int, activation_checkpointing: str = "none"):
         super().__init__()
         self.transformer = DiffusionTransformer(model, activation_checkpointing)
         self.layout, self.seed, self.noise_config = self.transformer.layout, seed, config
+        self.loss_of = config.prediction
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -56,21 +57,21 @@ class DiffusionModel(SequenceModel):
         """Return the SmoothL1 loss [B, C] of predicted states [B, C, E]."""
         return prediction_losses(predictions, targets)
 
-    def noise_losses(self, observed: Tensor, noised: Tensor, timesteps: Tensor, added: Tensor) -> Tensor:
-        """Return the squared error [B, S] of the noise that is found in noised states [B, S, E], a mean over E.
+    def state_losses(self, observed: Tensor, noised: Tensor, timesteps: Tensor, wanted: Tensor) -> Tensor:
+        """Return the squared error [B, S] of what is found in noised states [B, S, E], a mean over E.
 
         Args:
             observed: what is observed before the last state [B, L - P, E].
             noised: states, to which noise was added.
             timesteps: of the states [B, c].
-            added: that noise [B, S, E].
+            wanted: that noise, or the velocity [B, S, E].
         """
         found = self.transformer.noise_in(noised, timesteps, observed, self.transformer.context(observed))
-        return (found - added.to(found.dtype)).square().mean(-1)
+        return (found - wanted.to(found.dtype)).square().mean(-1)
 
-    def summed_loss(self, observed: Tensor, noised: Tensor, timesteps: Tensor, added: Tensor) -> Tensor:
-        """Return the sum of `noise_losses`."""
-        return self.noise_losses(observed, noised, timesteps, added).sum()
+    def summed_loss(self, observed: Tensor, noised: Tensor, timesteps: Tensor, wanted: Tensor) -> Tensor:
+        """Return the sum of `state_losses`."""
+        return self.state_losses(observed, noised, timesteps, wanted).sum()
 
     def training_step(
         self,
@@ -88,10 +89,10 @@ class DiffusionModel(SequenceModel):
         The summed loss is divided by `num_targets`; unset, by the number of tokens that are predicted here.
         """
         assert targets is None, "all embeddings are targets"
-        noised, timesteps, added = self._noised(observed, sample_ids)
+        noised, timesteps, wanted = self._noised(observed, sample_ids)
         if num_targets is None:
             num_targets = float(noised.shape[0] * noised.shape[1])
-        loss = (forward or self)(self.summed_loss, self.layout.context(observed), noised, timesteps, added)
+        loss = (forward or self)(self.summed_loss, self.layout.context(observed), noised, timesteps, wanted)
         loss = loss / (num_targets.to(loss.dtype) if isinstance(num_targets, Tensor) else num_targets)
         backward(loss)
         return TrainingOutput(loss.detach(), loss.detach()[None])
@@ -101,12 +102,12 @@ class DiffusionModel(SequenceModel):
         self, observed: Tensor, sample_ids: Tensor, num_steps: int, targets: Tensor | None = None
     ) -> Evaluation:
         """Return the summed losses of samples [B, L, E] at the timesteps that training would draw for these ids."""
-        noised, timesteps, added = self._noised(observed, sample_ids)
-        loss = self.noise_losses(self.layout.context(observed), noised, timesteps, added)
+        noised, timesteps, wanted = self._noised(observed, sample_ids)
+        loss = self.state_losses(self.layout.context(observed), noised, timesteps, wanted)
         return Evaluation(loss.sum(-1)[None], None, self.target_mask(noised).sum(-1))
 
     def _noised(self, observed: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states of samples with noise [B, S, E], their timesteps [B, c], and that noise [B, S, E]."""
+        """Return the states of samples with noise [B, S, E], their timesteps [B, c], and what is to be found."""
         targets, size = self.layout.targets(observed).float(), self.layout.block_size
         states = targets.shape[1] // size
         device = torch.device("cpu") if observed.is_meta else observed.device  # planning has no generator of its own
@@ -116,7 +117,8 @@ class DiffusionModel(SequenceModel):
         timesteps = self.schedule.drawn(drawn)
         clean, drawn = (x.unflatten(1, (states, size)).flatten(0, 1) for x in (targets, added))
         noised = self.schedule.add_noise(clean, drawn, timesteps.flatten()).view_as(targets)
-        return noised, timesteps, added
+        wanted = self.schedule.target(clean, drawn, timesteps.flatten()).view_as(targets)
+        return noised, timesteps, wanted
 
     @torch.no_grad()
     def denoise(self, noised: Tensor, level: float, passes: int, observed: Tensor, start: int = 0) -> Tensor:

@@ -27,6 +27,7 @@ class NoiseSchedule:
             scheduler: Any = DDPMScheduler(
                 num_train_timesteps=config.num_timesteps, beta_schedule=config.schedule, clip_sample=False
             )
+        self.prediction = config.prediction
         self._scheduler = scheduler
         self.levels: Tensor = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
         """Noise level of every timestep, ascending."""
@@ -46,6 +47,13 @@ class NoiseSchedule:
         noised: Tensor = self._scheduler.add_noise(states, noise, timesteps)
         return noised
 
+    def target(self, states: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what is to be found [N, ...] in `add_noise` of the same arguments."""
+        if self.prediction == "noise":
+            return noise
+        velocity: Tensor = self._scheduler.get_velocity(states, noise, timesteps)
+        return velocity
+
     def scaled(self, noised: Tensor, timestep: int) -> Tensor:
         """Return states x + s n as those of their timestep, which the model sees."""
         return noised * self._scheduler.alphas_cumprod[timestep].sqrt().to(noised)
@@ -53,25 +61,29 @@ class NoiseSchedule:
     def chain(self, start: int, passes: int) -> Chain:
         """Return a chain of at most so many steps from the timestep `start` to states without noise."""
         steps = torch.linspace(start, 0, passes + 1)[:-1].round().long().unique().flip(0)
-        return Chain(self._scheduler.alphas_cumprod, steps)
+        return Chain(self._scheduler.alphas_cumprod, steps, self.prediction)
 
 
 class Chain:
     """Steps of DDIM from one to the next of some timesteps, descending, and from the last to no noise."""
 
-    def __init__(self, alphas_cumprod: Tensor, timesteps: Tensor):
+    def __init__(self, alphas_cumprod: Tensor, timesteps: Tensor, prediction: str):
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         # A scheduler whose only timesteps are these, so that its steps lead from each to the next.
         kept = alphas_cumprod[timesteps.flip(0)].double()
         betas = 1 - kept / torch.cat((kept.new_ones(1), kept[:-1]))
         self._scheduler: Any = DDIMScheduler(
-            num_train_timesteps=len(timesteps), trained_betas=betas.tolist(), clip_sample=False, set_alpha_to_one=True
+            num_train_timesteps=len(timesteps),
+            trained_betas=betas.tolist(),
+            clip_sample=False,
+            set_alpha_to_one=True,
+            prediction_type={"noise": "epsilon", "velocity": "v_prediction"}[prediction],
         )
         self._scheduler.set_timesteps(len(timesteps))
         self.timesteps: list[int] = timesteps.tolist()
 
-    def step(self, number: int, noise: Tensor, noised: Tensor) -> Tensor:
-        """Return the states after step `number`, from the noise that the model finds in them."""
-        after: Tensor = self._scheduler.step(noise, self._scheduler.timesteps[number], noised).prev_sample
+    def step(self, number: int, found: Tensor, noised: Tensor) -> Tensor:
+        """Return the states after step `number`, from what the model finds in them."""
+        after: Tensor = self._scheduler.step(found, self._scheduler.timesteps[number], noised).prev_sample
         return after

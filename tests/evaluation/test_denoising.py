@@ -19,6 +19,8 @@ from ebwm_dist.evaluation.denoising import noise_like, psnr_by_passes
 from ebwm_dist.evaluation.denoising_summary import table
 from ebwm_dist.evaluation.evaluate import evaluate_runs, summarise_runs
 from ebwm_dist.evaluation.options import Options
+from ebwm_dist.inference import images
+from ebwm_dist.mcmc import noise
 from ebwm_dist.prepare.image_shards import Packing, pack_images
 from ebwm_dist.run import Run
 from launchers import generate
@@ -90,6 +92,24 @@ def test_a_run_is_measured_alone(folder: Path) -> None:
         found = json.loads(file.read_text())["model"]
         assert set(found["psnr"]["1"]) == passes and found["parameters"] > 1000
         assert len(found["by_steps"]["loss"]) == (1 if name == "dit" else 2)
+
+
+def test_an_energy_model_makes_images_level_by_level(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each refinement ends at the same image, the noise fades evenly, and in the end nothing else is there."""
+    model, ids = Run(folder / "ebt").model, torch.arange(3, 5)
+    image, entered = torch.randn(2, 4, 4), []
+
+    def refine(_: torch.Tensor, state: torch.Tensor, steps: int, sample_ids: torch.Tensor) -> object:
+        assert steps == 2 and sample_ids is ids
+        entered.append(state)
+        return iter([(None, state), (None, image)])
+
+    monkeypatch.setattr(model, "refine", refine)
+    drawn = noise.normal(7, ids, noise.INITIAL, 0, 4, 4)
+    assert torch.equal(images.generate(model, torch.zeros(2, 0, 4), ids, 7, 5), image) and len(entered) == 5
+    assert torch.equal(entered[0], drawn)  # of the largest level, which is 1
+    for share, state in zip((0.8, 0.6, 0.4, 0.2), entered[1:], strict=True):
+        torch.testing.assert_close(state, image + share * (drawn - image))
 
 
 def test_new_images_are_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

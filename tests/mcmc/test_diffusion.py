@@ -52,23 +52,29 @@ def test_levels_are_those_of_timesteps() -> None:
 
 
 @pytest.mark.parametrize("passes", [1, 3, 300])
-def test_chains_are_ddim(passes: int) -> None:
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_chains_are_ddim(passes: int, prediction: str) -> None:
     """With the noise that is there they end at the image; with another, as the formula says, step by step."""
-    schedule = NoiseSchedule(NoiseConfig())
+    schedule = NoiseSchedule(NoiseConfig(prediction=prediction))
     start = schedule.nearest(1.5)
     x, n = torch.randn(2, 4, WIDTH).double(), torch.randn(2, 4, WIDTH).double()
     state = schedule.scaled(x + schedule.levels[start].double() * n, start)
     chain = schedule.chain(start, passes)
     assert chain.timesteps[0] == start and len(chain.timesteps) == min(passes, start + 1)
     other, kept = state, schedule._scheduler.alphas_cumprod.double()
+
+    def found(noise: torch.Tensor, noised: torch.Tensor, t: int) -> torch.Tensor:
+        clean = (noised - (1 - kept[t]).sqrt() * noise) / kept[t].sqrt()
+        return schedule.target(clean[None], noise[None], torch.tensor([t]))[0]
+
     for number, t in enumerate(chain.timesteps):
-        state = chain.step(number, n, state)
+        state = chain.step(number, found(n, state, t), state)
         wrong = other.sin()
         expected = (other - (1 - kept[t]).sqrt() * wrong) / kept[t].sqrt()
         if number + 1 < len(chain.timesteps):
             after = kept[chain.timesteps[number + 1]]
             expected = after.sqrt() * expected + (1 - after).sqrt() * wrong
-        torch.testing.assert_close(chain.step(number, wrong, other), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(chain.step(number, found(wrong, other, t), other), expected, rtol=1e-4, atol=1e-5)
         other = expected
     torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-4)
 
