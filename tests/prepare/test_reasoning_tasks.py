@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
+from random import Random
 from types import ModuleType
 
 import pytest
@@ -169,3 +170,29 @@ def test_trees_of_pointers_are_no_deeper_than_asked(tmp_path: Path, monkeypatch:
         made(pointers, tmp_path, monkeypatch, "--hops", 1, 3, "--deepest", 2)
     with pytest.raises(UserError, match="--queries 0: at least 1 is needed"):
         made(pointers, tmp_path, monkeypatch, "--queries", 0)
+
+
+@pytest.mark.parametrize("board", [sudoku.FOUR, sudoku.SIX], ids=["4", "6"])
+def test_boards_are_filled_by_the_rules_and_puzzles_have_one_solution(board: sudoku.Board) -> None:
+    lines = [[(row, column) for column in range(board.size)] for row in range(board.size)]
+    boxes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for row, column in board.cells:
+        boxes.setdefault((row // board.box_rows, column // board.box_columns), []).append((row, column))
+    units = [*lines, *map(list, zip(*lines, strict=True)), *boxes.values()]
+
+    def ways(digits: dict[tuple[int, int], int], blanks: list[tuple[int, int]]) -> int:
+        if not blanks:
+            return 1
+        cell, *rest = blanks
+        taken = {digits.get(other) for unit in units if cell in unit for other in unit}
+        return sum(ways({**digits, cell: digit}, rest) for digit in range(1, board.size + 1) if digit not in taken)
+
+    grids = []
+    for seed in range(4):
+        grid = next(board.solutions({}, Random(seed)))
+        assert all(sorted(grid[cell] for cell in unit) == [*range(1, board.size + 1)] for unit in units)
+        digits, blanks = board.blanked(Random(seed), grid, 7)
+        assert len(blanks) == 7 and {**grid, **digits} == grid and set(grid) - set(digits) == set(blanks)
+        assert ways(digits, blanks) == 1
+        grids.append(tuple(grid[cell] for cell in board.cells))
+    assert len(set(grids)) == 4
