@@ -89,7 +89,7 @@ OF_FORMAT = {
     "dit": [*IMAGES, "model.kind=dit"],
     "latents": [f"model.embedding_dim={DIM}", f"data.sequence_length={FRAMES - 1}"],
     "patches": [*PATCHES, "mcmc.initial_state=most_recent_embedding", "mcmc.corrupted_share=0.5"],
-    "diffusion": [*PATCHES, "model.kind=dit"],
+    "diffusion": [*PATCHES, "model.kind=dit", "noise.prediction=velocity"],
     "clips": ["model.embedding_dim=12", f"data.sequence_length={FRAMES - 1}", "data.encoder=pixels:2"],
 }
 EVERY_RUN = [

@@ -16,8 +16,8 @@ from ebwm_dist.errors import CheckpointError
 from ebwm_dist.training.optimizer import lr_scale
 
 _REFUSED = ("model",)
-_OF_OPTIMIZER = ("optimizer.kind", "mcmc.learn_step_size")
-"""Keys with which the state of the optimizer is another one."""
+_REFUSED_KEYS = ("optimizer.kind", "mcmc.learn_step_size", "noise.prediction")
+"""Keys with which the state of the optimizer is another one, or the output of the model."""
 _ANNOUNCED = ("mcmc", "noise", "optimizer", "deepspeed")
 # Of the other sections; what the order of samples depends on is checked by the stream, the rest changes no result.
 _KEYS = {"training": ("max_steps",), "data": ("encoder", "encoder_weights", "min_crop_scale", "class_dropout")}
@@ -41,7 +41,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
         warn: gets a line for each setting that has changed, and for what that does to the learning rate.
 
     Raises:
-        CheckpointError: it is of another model, state of the optimizer or precision.
+        CheckpointError: it is of another model, output, state of the optimizer or precision.
     """
     now, defaults = resume_settings(config), resume_settings(Config())
     if saved["precision"] != now["precision"]:
@@ -57,7 +57,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
             name, old = f"{section}.{key}", before.get(key)
             if old == value or (name, value) == ("mcmc.step_size", "auto"):  # which is what the run began with
                 continue
-            if section in _REFUSED or name in _OF_OPTIMIZER:
+            if section in _REFUSED or name in _REFUSED_KEYS:
                 raise CheckpointError(
                     f"{path} has {name} = {old}, the configuration has {value}: "
                     f"set {name}={old}, or start a new run_dir"

@@ -61,6 +61,8 @@ def test_another_model_or_precision_is_refused() -> None:
         warnings_for(changed("optimizer", kind="muon"))
     with pytest.raises(CheckpointError, match=r"has mcmc.learn_step_size = True, the configuration has False: set"):
         warnings_for(changed("mcmc", learn_step_size=False))
+    with pytest.raises(CheckpointError, match=r"has noise.prediction = noise, the configuration has velocity: set"):
+        warnings_for(changed("noise", prediction="velocity"))
 
 
 def test_a_learning_rate_that_jumps_is_announced() -> None:
