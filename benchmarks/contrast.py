@@ -209,6 +209,8 @@ def main() -> None:
         TABLE.write_text("\n".join(table(read_records(RESULTS))) + "\n")
         print("\n".join(table(shown(read_records(RESULTS)))))
         return
+    if min(args.dimensions) < 2 * PLANES or args.updates < 1:
+        parser.error(f"--dimensions: at least {2 * PLANES}, those of the planes; --updates: at least 1")
     torch.set_num_threads(1)
     for dimension in args.dimensions:
         for objective in args.objectives:

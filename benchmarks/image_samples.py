@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.options import listed
+from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import append_record, read_records
-from ebwm_dist.inference.images import generate
+from ebwm_dist.inference.images import generate, of_images
 from ebwm_dist.models.class_tokens import class_token
 from ebwm_dist.prepare.sample_images import digits
 from ebwm_dist.run import Run
@@ -116,8 +117,12 @@ def main() -> None:
     parser.add_argument("--name", help="of these runs in the table")
     parser.add_argument("--passes", type=listed(int), default=[50], help="comma-separated; default: 50")
     args = parser.parse_args()
+    if args.run and (args.name is None or min(args.passes) < 1):
+        parser.error("--run needs a --name, and --passes of at least 1")
     for path in args.run:
         run = Run(path)
+        if not of_images(run) or run.config.model.num_classes != 10:
+            raise UserError(f"{path}: no model of images with the ten classes of the digits")
         trained, held_out = real_digits(run)
         for passes in args.passes:
             figures = measure(made_digits(run, passes), trained, held_out)
@@ -129,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

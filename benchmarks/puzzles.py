@@ -134,7 +134,10 @@ def changed(name: str, changes: list[str]) -> Recipe:
     for change in changes:
         key, _, value = change.partition("=")
         section, _, key = key.partition(".")
-        recipe[section][key] = json.loads(value)
+        try:
+            recipe[section][key] = json.loads(value)
+        except ValueError:
+            recipe[section][key] = value
     return recipe
 
 
@@ -287,6 +290,11 @@ def main() -> None:
     if args.table:
         TABLE.write_text("\n".join(page(read_records(RESULTS))))
         return
+    for name in args.models:
+        if name not in RECIPES:
+            parser.error(f"--models {name}: choose from {', '.join(RECIPES)}, with + between them")
+        if other := [change for change in args.changes if change.partition(".")[0] not in RECIPES[name]]:
+            parser.error(f"{other[0]}: of {name} are {', '.join(RECIPES[name])}")
     torch.set_num_threads(1)
     pool = SIZES[args.size].pool(args.pool)
     for name in args.models:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.experiments.runner import FAILED, Runner, add_arguments
-from ebwm_dist.experiments.study import StudyRun, read_study, runs_of
+from ebwm_dist.experiments.study import StudyRun, read_study, runs_of, unit_of
 from ebwm_dist.experiments.trial import load_trials
 from ebwm_dist.files import write_atomically, write_json
 from ebwm_dist.storage import local_path
@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = options.gpu or (study.gpu if options.dry_run else None)
     costs = costs_of(configs, load_machine(gpu, options.machines) if gpu else None)
     if options.dry_run:
-        unit = "tokens" if all(config.model.embedding_dim is None for config in configs.values()) else "frames"
-        print("\n".join(costs.table(unit, options.workers or 1)))
+        print("\n".join(costs.table(unit_of(configs.values()), options.workers or 1)))
         return 0
     if options.address is None:
         check_data(configs)

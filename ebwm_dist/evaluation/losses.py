@@ -28,7 +28,7 @@ class Result:
 
     step_losses: list[float]
     """Cross-entropy in nats, or SmoothL1 of embeddings, after each MCMC step [K]; one value for an autoregressive
-    model, and for a diffusion model, the squared error of the noise that it finds."""
+    model, and for a diffusion model, the squared error of the noise or velocity that it finds."""
     energies: list[float] | None
     """Energy of the initial state and after each step [K + 1]; None for an autoregressive model."""
     standard_errors: list[float]

@@ -36,7 +36,7 @@ th { border-bottom: 1px solid #888; font-weight: 600 } svg { max-width: 100%; he
 p.note { color: #555 }
 """
 
-_NOTE = "Losses are in nats for tokens, SmoothL1 for embeddings, and of diffusion models squared errors of the noise."
+_NOTE = "Losses: nats for tokens, SmoothL1 for embeddings; for diffusion models squared errors of noise or velocity."
 _REFERENCE = "-"
 """In place of a row's difference from itself."""
 

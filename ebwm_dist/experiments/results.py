@@ -16,7 +16,7 @@ from ebwm_dist.experiments.costs import Cost
 from ebwm_dist.experiments.fits import DRAWS, Fit, Ratio, fit, ratio
 from ebwm_dist.experiments.ladders import Measured, ladders
 from ebwm_dist.experiments.runner import FAILED, Outcome
-from ebwm_dist.experiments.study import StudyRun
+from ebwm_dist.experiments.study import StudyRun, unit_of
 from ebwm_dist.experiments.trial import final_validation
 from ebwm_dist.files import METRICS_FILE, read_records
 
@@ -61,10 +61,8 @@ def collect(
     title: str, outcomes: Mapping[StudyRun, Outcome], costs: Mapping[StudyRun, Cost], draws: int = DRAWS
 ) -> Results:
     """Return the results of runs that have ended; those that have failed or diverged are `missing`."""
-    measured, missing, unit = [], {}, "tokens"
+    measured, missing, unit = [], {}, unit_of([outcome.config for outcome in outcomes.values()])
     for run, outcome in outcomes.items():
-        if outcome.config.model.embedding_dim is not None:
-            unit = "frames" if outcome.config.model.block_size == 1 else "patches"
         if outcome.state == FAILED:
             missing[run.trial.name] = outcome.reason
             continue

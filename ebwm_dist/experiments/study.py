@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -174,6 +174,14 @@ def _run(study: Study, base: Path, config: Config, place: Reference, model: str,
 def _of_model(model: str, overrides: list[str]) -> list[str]:
     others = tuple(f"{name}:" for name in MODELS if name != model)
     return [text.removeprefix(f"{model}:") for text in overrides if not text.startswith(others)]
+
+
+def unit_of(configs: Iterable[Config]) -> str:
+    """Return what is counted in runs: tokens, frames, or patches of them."""
+    models = [config.model for config in configs]
+    if all(model.embedding_dim is None for model in models):
+        return "tokens"
+    return "frames" if all(model.block_size == 1 for model in models) else "patches"
 
 
 def _check_axes(path: Path, where: str, size: str, study: Study) -> None:

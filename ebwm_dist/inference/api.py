@@ -180,6 +180,10 @@ class Predictor:
         self, given: States | Sequence[States], seeds: Sequence[int] | None, new: int, slide: bool
     ) -> tuple[list[Tensor], Sequence[int]]:
         """Return observed tokens and seeds of sequences that have room for `new` tokens more."""
+        if self.config.model.kind == "ebt" and self.config.mcmc.initial_state == "noised":
+            raise UserError(
+                "this model removes noise from images and continues none: launchers/generate.py makes new ones"
+            )
         observed = self._observed(given)
         shortest, prefix = min(map(len, observed)), self.layout.prefix
         if shortest < prefix:

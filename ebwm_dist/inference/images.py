@@ -117,6 +117,8 @@ def generate_pictures(
     config, preprocess = run.config.model, data.preprocess
     if not preprocess.decodable:
         raise UserError("the encoder of this model cannot decode embeddings, so there are no pictures")
+    if count < 1:
+        raise UserError(f"--samples {count}: must be at least 1")
     assert config.embedding_dim is not None
     blank, rows = torch.zeros(count, 0, config.embedding_dim, device=run.device), [torch.zeros(0)]
     if config.num_classes:

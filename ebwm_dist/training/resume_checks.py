@@ -50,7 +50,7 @@ def check_resume(config: Config, path: Path, saved: Mapping[str, Any], warn: Cal
             f"continue with {saved['precision']}, or start a new run_dir"
         )
     for section in (*_REFUSED, *_ANNOUNCED, *_KEYS):
-        if section not in saved:
+        if section not in saved or (section == "mcmc" and config.model.kind != "ebt"):  # a twin takes no steps
             continue
         before = defaults[section] | translate_section(section, saved[section])
         for key, value in (before | now[section]).items():
@@ -78,7 +78,8 @@ def _announce_learning_rate(config: Config, saved: Mapping[str, Any], step: int,
     if step >= config.training.max_steps or math.isclose(before, now, rel_tol=0.01):
         return
     advice = ""
-    if config.training.max_steps != end and config.optimizer.decay_steps is None:
+    decayed = config.optimizer.decay_steps is None and earlier.warmup_steps < end
+    if config.training.max_steps != end and decayed:
         advice = (
             f"; optimizer.decay_steps={end} keeps the decay that ended with step {end}"
             if config.optimizer.schedule == "cosine"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ebwm_dist
 from ebwm_dist.data.format.manifest import Manifest
 from ebwm_dist.distributed import World
 from ebwm_dist.errors import UserError
@@ -127,6 +128,9 @@ def test_new_images_are_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.
     for arguments, message in (
         (("classes", "--class", "9"), "knows 0, 1, 2, none"),
         (("ebt", "--class", "1"), "no cl"),
+        (("ebt", "--samples", "0"), "--samples 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             made(*arguments)
+    with pytest.raises(UserError, match="continues none: launchers/generate.py makes new ones"):
+        ebwm_dist.load(folder / "ebt").roll_out([torch.zeros(0, 4)], 1)

@@ -51,6 +51,25 @@ def test_levels_are_those_of_timesteps() -> None:
         torch.testing.assert_close(noised[row], schedule.scaled(at, int(t[row])), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_what_is_learned_is_what_is_asked_for(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows the states finds what the formula of its kind says, and has no loss."""
+    model = build()
+    model.noise_config.prediction = prediction
+    observed = samples(model, 1)
+    clean = model.layout.targets(observed)
+
+    def found(noised: torch.Tensor, timesteps: torch.Tensor, *rest: object) -> torch.Tensor:
+        kept = 1 / (1 + model.schedule.levels.double()[timesteps].square())[..., None]
+        of_noise, of_velocity = noised - kept.sqrt() * clean, kept.sqrt() * noised - clean
+        return (of_noise if prediction == "noise" else of_velocity) / (1 - kept).sqrt()
+
+    monkeypatch.setattr(model.transformer, "noise_in", found)
+    assert model.evaluate(observed, torch.arange(3), 1).step_losses.max() < 1e-6
+    monkeypatch.setattr(model.transformer, "noise_in", lambda *rest: found(*rest) + 1)
+    assert model.evaluate(observed, torch.arange(3), 1).step_losses.min() > 0.9
+
+
 @pytest.mark.parametrize("passes", [1, 3, 300])
 @pytest.mark.parametrize("prediction", ["noise", "velocity"])
 def test_chains_are_ddim(passes: int, prediction: str) -> None:
