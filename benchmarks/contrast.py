@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.options import listed
+from benchmarks.seeds import over_seeds
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
 from ebwm_dist.files import append_record, read_records
 from ebwm_dist.mcmc.build import build_model
@@ -161,9 +162,9 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
         if len(runs) < SEEDS:
             continue
         measured = [str(step) for step in STEPS if all(str(step) in r["errors"] for r in runs)]
-        errors = " / ".join(spread([100 * r["errors"][step] for r in runs]) for step in measured)
-        outside = spread([100 * r["outside"] for r in runs]) if "outside" in runs[0] else ""
-        below = " | ".join(spread([100 * r["lower"][name] for r in runs]) for name in BELOW)
+        errors = " / ".join(percent([100 * r["errors"][step] for r in runs]) for step in measured)
+        outside = percent([100 * r["outside"] for r in runs]) if "outside" in runs[0] else ""
+        below = " | ".join(percent([100 * r["lower"][name] for r in runs]) for name in BELOW)
         names = " | ".join("" if value is None else str(value).replace("_", " ") for value in place[:5])
         yield f"| {names} | {runs[0]['alpha']:g} | {len(runs)} | {errors} | {outside} | {below} |"
 
@@ -182,11 +183,9 @@ def _order(place: tuple[Any, ...]) -> tuple[Any, ...]:
     return head != "distance", start, dimension, OBJECTIVES.index(objective), negatives or 0, chosen
 
 
-def spread(values: list[float]) -> str:
-    """Return mean and, of several values, standard deviation."""
-    mean = statistics.mean(values)
-    form = ".1f" if mean < 1000 else ".3g"
-    return f"{mean:{form}} ± {statistics.stdev(values):{form}}" if len(values) > 1 else f"{mean:{form}}"
+def percent(values: list[float]) -> str:
+    """Return the mean of percentages over seeds and its deviation, the largest in three digits."""
+    return over_seeds(values, ".1f" if statistics.mean(values) < 1000 else ".3g")
 
 
 def main() -> None:
@@ -195,7 +194,7 @@ def main() -> None:
     parser.add_argument("--dimensions", type=listed(int), default=[4, 16, 64, 256, 1024])
     parser.add_argument("--objectives", type=listed(str, *OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--head", choices=("distance", "bilinear", "linear"), default="distance")
-    parser.add_argument("--start", choices=(START, "zeros", "random_noise"), default="most_recent_embedding")
+    parser.add_argument("--start", choices=(START, "zeros", "random_noise"), default=START)
     parser.add_argument("--alphas", type=listed(float), default=[0.2])
     parser.add_argument("--negatives", type=listed(int), default=[4])
     parser.add_argument("--seeds", type=listed(int), default=[0])

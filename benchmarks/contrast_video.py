@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contrast import OBJECTIVES, spread
+from benchmarks.contrast import OBJECTIVES, percent
 from benchmarks.options import listed
 from ebwm_dist.distributed import World
 from ebwm_dist.evaluation.evaluate import measure_runs
@@ -89,8 +89,8 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     for place in sorted({_setting(r) for r in records}):
         runs = [r for r in records if _setting(r) == place]
         _, _, alpha, updates = place
-        found = " / ".join(spread([100 * r["errors"][str(step)] for r in runs]) for step in STEPS)
-        lower = " | ".join(spread([100 * r["lower"][name] for r in runs]) for name in OTHERS)
+        found = " / ".join(percent([100 * r["errors"][str(step)] for r in runs]) for step in STEPS)
+        lower = " | ".join(percent([100 * r["lower"][name] for r in runs]) for name in OTHERS)
         shown = f"{runs[0]['data']} | {runs[0]['objective']} | {alpha:g} | {updates} | {len(runs)}"
         yield f"| {shown} | {found} | {lower} |"
 

@@ -14,7 +14,6 @@ without runs, the table of all of them is printed.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.options import listed
+from benchmarks.seeds import over_seeds
 from ebwm_dist.errors import UserError, run_tool
 from ebwm_dist.files import append_record, read_records
 from ebwm_dist.inference.images import generate, of_images
@@ -98,14 +98,9 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     yield "| model | passes | seeds | of the class that was asked for, % | diversity | nearest training image |"
     yield "|---|--:|--:|--:|--:|--:|"
     for (name, passes), rows in found.items():
-        figures = [_over_seeds([100 * row["of_class"] for row in rows], 1)]
-        figures += [_over_seeds([row[key] for row in rows], 2) for key in ("diversity", "nearest")]
+        figures = [over_seeds([100 * row["of_class"] for row in rows])]
+        figures += [over_seeds([row[key] for row in rows], ".2f") for key in ("diversity", "nearest")]
         yield f"| {name} | {passes} | {len(rows)} | {' | '.join(figures)} |"
-
-
-def _over_seeds(values: list[float], digits: int) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def main() -> None:

@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.seeds import over_seeds
 from ebwm_dist.files import read_records
 
 RESULTS = Path(__file__).resolve().parent / "results" / "muon.jsonl"
@@ -35,9 +35,8 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
         runs.items(), key=lambda item: (*item[0][:2], *map(_number, item[0][2:]))
     ):
         values = [value for _, value in sorted(found)]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         seeds = ", ".join(str(seed) for seed, _ in sorted(found))
-        yield f"| {model} | {kind} | {lr} | {matrices} | {statistics.mean(values):.2f}{spread} | {seeds} |"
+        yield f"| {model} | {kind} | {lr} | {matrices} | {over_seeds(values, '.2f')} | {seeds} |"
 
 
 def _number(text: str) -> float:

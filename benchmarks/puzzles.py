@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.options import listed
+from benchmarks.seeds import over_seeds
 from data_tools.tasks.sudoku import FOUR, GRIDS, SIX, Board, Digits
 from ebwm_dist.config.noise import NoiseConfig
 from ebwm_dist.config.schema import Config, DataConfig, MCMCConfig, ModelConfig
@@ -256,7 +257,7 @@ def table(records: list[dict[str, Any]], puzzles: Puzzles, steps: tuple[int, ...
         for step in ("1",) if key[0] == "feed-forward" else map(str, steps):
             shares = [[100 * r["right"][step][count] for r in runs if count in r["right"][step]] for count in counts]
             after = "" if key[0] == "feed-forward" else f" after {step} step{'s' * (step != '1')}"
-            cells = " | ".join(_spread(values) for values in shares)
+            cells = " | ".join(over_seeds(values, ".0f") for values in shares)
             yield f"| {', '.join(key[:-1])}{after} | {key[-1]:,} | {len(runs)} | {cells} |"
 
 
@@ -265,13 +266,6 @@ def _settings(record: dict[str, Any]) -> tuple[Any, ...]:
     rate = [] if record["lr"] == LR else [f"learning rate {record['lr']:g}"]
     pool = [] if record["pool"] == POOL else [f"{record['pool']:,} puzzles"]
     return record["model"], f"{record['layers']} layers", *record["changes"], *rate, *pool, record["updates"]
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    return f"{mean:.0f} ± {statistics.stdev(values):.0f}" if len(values) > 1 else f"{mean:.0f}"
 
 
 def main() -> None:

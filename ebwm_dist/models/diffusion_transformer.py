@@ -77,7 +77,7 @@ class DiffusionTransformer(nn.Module):
     def noise_in(
         self, noised: Tensor, timesteps: Tensor, observed: Tensor, context: KeysValues, start: int | Tensor = 0
     ) -> Tensor:
-        """Return the noise [B, C, E] in states, or what else is learned of it, in at least float32.
+        """Return the noise in states [B, C, E], or their velocity where that is learned, in at least float32.
 
         Args:
             noised: tokens [B, C, E] of states.
